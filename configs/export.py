@@ -1,0 +1,25 @@
+"""One folder with all that an autoencoder (or a flow with its autoencoder) needs, to share or keep.
+
+The moving averages of stem, ViT, decoder and diffusion transformer, the model config, the latent
+convention and the notes; `Autoencoder.load` and every `init_from` read it. The workdir is the new
+folder; one that holds something already is refused.
+
+    python -m dinosae_jax.main --config=configs/export.py --workdir=exports/sae \
+        --config.init_from=runs/stage4
+
+`init_from` is a stage's workdir, a checkpoint, an export or converted weights; `pixel_range` names
+what the decoder of converted weights emits (default imagenet). Variants: tiny (a random tiny model
+where init_from is empty).
+"""
+
+from configs import sae_stage1
+from dinosae_jax import config as config_lib
+
+VARIANTS = {"tiny": {"random_frozen_ok": ("stem", "vit", "decoder")}}
+
+
+def get_config(argument=None):
+    """The export of `init_from`; variants: tiny."""
+    config = config_lib.export_defaults()
+    config.random_model = sae_stage1.get_config("tiny").model
+    return config_lib.apply_variants(config, argument, VARIANTS)

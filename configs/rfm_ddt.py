@@ -1,0 +1,52 @@
+"""Riemannian flow matching with DiT^DH (RAE's transformer with a wide head) on latents of stage 4.
+
+DiT^DH-XL at 1024 channels, 840.0 M parameters: AdamW (0.9, 0.95) at 2e-4, batch 1024, 80 epochs,
+EMA 0.9995, gradients clipped at norm 1. The 40 epochs of "warm-up" of RAE's schedule are constant
+too, so the rate is constant here. The paper used 8 H100. Not run at full size.
+
+    python -m dinosae_jax.main --config=configs/rfm_ddt.py --workdir=runs/flow_ddt \
+        --config.init_from=runs/stage4
+
+Variants: s, b, l, xl (sizes), qknorm, f32, tiny.
+"""
+
+from configs import rfm_dit
+from dinosae_jax import config as config_lib
+
+HEAD = {"hidden_size": 2048, "depth": 2, "num_heads": 16}
+VARIANTS = {
+    **{
+        name: {f"model.dit.{field}": (value, HEAD[field]) for field, value in size.items()}
+        for name, size in rfm_dit.SIZES.items()
+    },
+    "qknorm": rfm_dit.VARIANTS["qknorm"],
+    "f32": rfm_dit.VARIANTS["f32"],
+    "tiny": {
+        **rfm_dit.TINY_RUN,
+        "model.dit.hidden_size": (96, 128),
+        "model.dit.depth": (3, 1),
+        "model.dit.num_heads": (4, 4),
+    },
+}
+
+
+def get_config(argument=None):
+    """DiT^DH-XL and its recipe."""
+    config = config_lib.flow_defaults()
+    config.name = "rfm_ddt"
+    config.ema = 0.9995
+    config.optimizer.clip_norm = 1.0
+    config.model.dit = dict(
+        model="DiTDH",
+        input_size=16,
+        in_channels=1024,
+        hidden_size=(1152, 2048),
+        depth=(28, 2),
+        num_heads=(16, 16),
+        num_classes=1000,
+        class_dropout_prob=0.1,
+        use_qknorm=False,
+        scan_layers=True,
+        remat="dots",
+    )
+    return config_lib.apply_variants(config, argument, VARIANTS)

@@ -1,0 +1,13 @@
+"""DINO-SAE in JAX/Flax."""
+
+import importlib
+from typing import Any
+
+_LAZY = {"Autoencoder": "dinosae_jax.autoencoder", "Generator": "dinosae_jax.generator"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public classes when they are first asked for; the package itself stays light."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

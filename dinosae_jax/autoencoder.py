@@ -1,0 +1,336 @@
+"""A trained or converted autoencoder as three functions on arrays.
+
+    autoencoder = Autoencoder.load("runs/stage4")
+    z = autoencoder.encode(images)  # [b,h,w,3] in [0,1] -> [b,n,d]
+    images = autoencoder.decode(z)
+
+Arrays of any length are cut into batches, the last one is filled up, and every batch is spread
+over the devices of the mesh. Each size of image is compiled once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dinosae_jax.flow.convention import LatentConvention
+from dinosae_jax.models import autoencoder
+from dinosae_jax.train import compile, initialise, sharding
+
+Tree = Any
+Floats = NDArray[np.float32]
+
+ROLES = ("stem", "vit", "decoder")
+PATCH = 16
+ROUNDING = 1e-4  # how far float arithmetic may leave [0,1]
+CONVERTED_TOKENS = 256  # of 256 x 256 pixels; converted weights do not state it
+
+
+class Autoencoder:
+    """Encoder and decoder with their parameters.
+
+    Attributes:
+      modules: the networks, static.
+      variables: roles stem, vit and decoder, a copy on every device of `mesh`.
+      convention: of the latents.
+      notes: sentences that travel with the weights and belong beside every result.
+      mesh: the devices that a batch is spread over.
+      batch_size: images at once, over all devices.
+    """
+
+    def __init__(
+        self,
+        source: initialise.Source,
+        dtype: str = "auto",
+        pixel_range: str = "",
+        mesh: jax.sharding.Mesh | None = None,
+        batch_size: int = 32,
+    ):
+        """Puts the parts of a source of weights together; see `load` for the arguments.
+
+        Raises:
+          ValueError: as of `load`.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size counts images, at least 1; got {batch_size}; raise it")
+        source = complete(source, pixel_range)
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        self.modules = autoencoder.build(_tuples(source.model), jnp.dtype(dtype))
+        self.convention = LatentConvention.from_dict(source.convention)
+        self.notes = list(source.notes)
+        self.mesh = mesh or sharding.make_mesh()
+        self.batch_size = batch_size
+        wanted = {role: source.variables[role] for role in ROLES}
+        self.variables = sharding.replicate(wanted, self.mesh)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | pathlib.Path,
+        dtype: str = "auto",
+        pixel_range: str = "",
+        mesh: jax.sharding.Mesh | None = None,
+        batch_size: int = 32,
+    ) -> Autoencoder:
+        """Reads a stage's workdir (its newest checkpoint), a checkpoint, an export or a conversion.
+
+        Of a training run the moving averages are read.
+
+        Args:
+          directory: where the weights are.
+          dtype: of matrix products and convolutions: 'float32', 'bfloat16', or 'auto' for
+            bfloat16 on accelerators.
+          pixel_range: what the decoder emits, a key of `models.autoencoder.PIXEL_RANGES`. Only
+            converted weights leave it open; theirs is 'imagenet' unless given here.
+          mesh: the devices; all of them by default.
+          batch_size: images at once, rounded up to a multiple of the devices.
+
+        Raises:
+          ValueError: where there are no such weights, a role is missing, a file is damaged, or
+            `pixel_range` contradicts what the weights state.
+        """
+        return cls(initialise.open_source(directory), dtype, pixel_range, mesh, batch_size)
+
+    def encode(self, images: ArrayLike) -> Floats:
+        """Latents of images.
+
+        Args:
+          images: [b,h,w,3] floating point in [0,1], sides multiples of 16.
+
+        Returns:
+          [b,n,d] float32, the patch tokens after DINOv3's final norm; row-major grid of
+          h/16 x w/16.
+
+        Raises:
+          ValueError: for another shape, dtype or range, before compilation.
+        """
+        return self._map(_compiled_encode(self.modules), check_images(images))
+
+    def decode(self, z: ArrayLike, grid: tuple[int, int] | None = None) -> Floats:
+        """Images of latents.
+
+        Args:
+          z: [b,n,d] floating point.
+          grid: (height, width) in tokens, n = height * width; a square where it is None.
+
+        Returns:
+          [b,16*height,16*width,3] float32, clipped to [0,1].
+
+        Raises:
+          ValueError: for another shape, dtype, values that are not finite, or a grid that does
+            not fit, before compilation.
+        """
+        latents, grid = self._check_latents(z, grid)
+        return self._map(_compiled_decode(self.modules, grid), latents)
+
+    def reconstruct(self, images: ArrayLike) -> Floats:
+        """`decode` of `encode`: [b,h,w,3] in [0,1], sides multiples of 16 -> the same shape."""
+        checked = check_images(images)
+        grid = (checked.shape[1] // PATCH, checked.shape[2] // PATCH)
+        return self.decode(self.encode(checked), grid)
+
+    def teach(self, images: ArrayLike) -> Floats:
+        """Tokens of the frozen DINOv3 teacher on the same images, as `encode` returns them.
+
+        Raises:
+          ValueError: as of `encode`, and where the weights hold no patch convolution of the
+            teacher.
+        """
+        if "patch_embed" not in self.variables["vit"]["params"]:
+            raise ValueError(
+                "the teacher's tokens need DINOv3's own patch convolution; these weights hold none "
+                "(the official DINO-SAE file leaves it out); use weights trained from a converted "
+                "DINOv3"
+            )
+        return self._map(_compiled_teach(self.modules), check_images(images))
+
+    def _map(self, function: Callable[..., jax.Array], array: Floats) -> Floats:
+        one = functools.partial(function, self.variables)
+        return map_batches(one, array, self.batch_size, self.mesh)
+
+    def _check_latents(
+        self, z: ArrayLike, grid: tuple[int, int] | None
+    ) -> tuple[Floats, tuple[int, int]]:
+        array, width = np.asarray(z), self.modules.vit.embed_dim
+        floating = jnp.issubdtype(array.dtype, jnp.floating)
+        if not floating or array.ndim != 3 or not array.size or array.shape[-1] != width:
+            raise ValueError(
+                f"latents are floating point [b,n,{width}], b and n at least 1; got {array.dtype} "
+                f"{list(array.shape)}; pass what encode returns"
+            )
+        latents, tokens = array.astype(np.float32, copy=False), array.shape[1]
+        if not np.isfinite(latents).all():
+            raise ValueError(
+                "latents must be finite; got NaN or infinity; check what they were computed from"
+            )
+        height, across = grid or (math.isqrt(tokens),) * 2
+        if height * across != tokens or min(height, across) < 1:
+            raise ValueError(
+                f"the grid of the latents has height * width = n; got {tokens} tokens and "
+                f"{f'the grid {tuple(grid)}' if grid else 'no grid, which stands for a square'}; "
+                "pass grid=(image height / 16, image width / 16)"
+            )
+        return latents, (int(height), int(across))
+
+
+def complete(source: initialise.Source, pixel_range: str = "") -> initialise.Source:
+    """A source with what converted weights leave open: pixel range and latent convention.
+
+    Args:
+      source: of an autoencoder.
+      pixel_range: as of `Autoencoder.load`.
+
+    Returns:
+      The source; where the weights did not state the two, a note says what was taken: the
+      convention is that of 256-pixel images.
+
+    Raises:
+      ValueError: where a role is missing, or `pixel_range` contradicts what the weights state.
+    """
+    if not set(ROLES) <= set(source.variables):
+        raise ValueError(
+            f"an autoencoder needs the roles {', '.join(ROLES)}; {source.path} holds only "
+            f"{', '.join(sorted(source.variables))}; name a stage's workdir, a checkpoint, an "
+            "export, or weights converted with --kind=dinosae"
+        )
+    stated = source.model.get("pixel_range")
+    if stated and pixel_range and stated != pixel_range:
+        raise ValueError(
+            f"the decoder of {source.path} was trained with pixel_range={stated!r}; got "
+            f"{pixel_range!r}; leave the argument out"
+        )
+    if stated and source.convention:
+        return source
+    pixels = stated or pixel_range or "imagenet"
+    width = source.model["vit"]["embed_dim"]
+    convention = LatentConvention(CONVERTED_TOKENS, width, math.sqrt(width), pixels=pixels)
+    note = (
+        f"The weights state no latent convention; {convention.tokens} tokens, radius "
+        f"{convention.radius:.4g} and pixel_range={pixels!r} are taken."
+    )
+    return source._replace(
+        model={**source.model, "pixel_range": pixels},
+        convention=convention.to_dict(),
+        notes=[*source.notes, note],
+    )
+
+
+def random_source(model: Mapping[str, Any], seed: int) -> initialise.Source:
+    """Random weights of a model config (stem, vit, decoder), for trying things out."""
+    parts = {name: model[name] for name in (*ROLES, "pixel_range") if name in model}
+    draw = _compiled_draw(autoencoder.build(_tuples(parts)))
+    return initialise.Source(
+        jax.device_get(draw(jax.random.PRNGKey(seed))),
+        parts,
+        {},
+        [
+            "All networks are randomly initialised (random_frozen_ok names them): the "
+            "reconstructions show that the machinery works and nothing else."
+        ],
+        pathlib.Path("random"),
+    )
+
+
+def check_images(images: ArrayLike) -> Floats:
+    """Images as float32 [b,h,w,3].
+
+    Raises:
+      ValueError: where they are not floating point in [0,1] of that shape, sides multiples of 16.
+    """
+    array = np.asarray(images)
+    if array.ndim != 4 or array.shape[-1] != 3 or not array.size:
+        raise ValueError(
+            f"images are [b,h,w,3], at least one; got the shape {list(array.shape)}; add the batch "
+            "axis with images[None], move the channels last"
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"images are floating point in [0,1]; got {array.dtype}; divide 8-bit images by 255.0"
+        )
+    height, width = array.shape[1:3]
+    if height % PATCH or width % PATCH:
+        raise ValueError(
+            f"image sides are multiples of {PATCH}, the patch size; got {height} x {width}; crop "
+            f"to {height - height % PATCH} x {width - width % PATCH} or resize"
+        )
+    array = array.astype(np.float32, copy=False)
+    low, high = float(array.min()), float(array.max())
+    if not (low >= -ROUNDING and high <= 1.0 + ROUNDING):  # NaN fails, too
+        raise ValueError(
+            f"image values lie in [0,1]; got {low:.4g} to {high:.4g}; rescale or clip them (do not "
+            "remove ImageNet's mean, the encoder does)"
+        )
+    return array
+
+
+def map_batches(
+    function: Callable[[jax.Array], Tree],
+    array: NDArray[Any],
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Any:
+    """Applies a jitted function to [b,...] in batches over the devices.
+
+    Short arrays make the next power of two, so that few batch sizes are compiled. The last batch
+    is filled up with copies of the last example; what comes of them is dropped.
+
+    Args:
+      function: [size,...] -> tree of [size,...].
+      array: [b,...], b at least 1, the same on every process.
+      batch_size: examples at once, rounded up to a multiple of the devices.
+      mesh: the devices.
+
+    Returns:
+      The tree of numpy arrays [b,...].
+    """
+    size = min(batch_size, 1 << (len(array) - 1).bit_length())
+    size += -size % mesh.size
+    place = sharding.batch_sharding(mesh)
+    found = []
+    for start in range(0, len(array), size):
+        kept = array[start : start + size]
+        filled = np.concatenate([kept, np.repeat(kept[-1:], size - len(kept), axis=0)])
+        batch = jax.make_array_from_callback(filled.shape, place, filled.__getitem__)
+        found.append(jax.tree.map(sharding.gather, function(batch)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(array)], *found)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON gives lists; modules, which are keys of compiled functions, need tuples."""
+    if isinstance(value, Mapping):
+        return {name: _tuples(part) for name, part in value.items()}
+    return tuple(_tuples(part) for part in value) if isinstance(value, list | tuple) else value
+
+
+@functools.lru_cache
+def _compiled_draw(modules: autoencoder.AutoencoderModules) -> Callable[..., Tree]:
+    return compile.jit_once(functools.partial(autoencoder.init, modules, image_size=2 * PATCH))
+
+
+@functools.lru_cache
+def _compiled_encode(modules: autoencoder.AutoencoderModules) -> Callable[..., jax.Array]:
+    return jax.jit(lambda variables, x: autoencoder.encode(modules, variables, x).tokens)
+
+
+@functools.lru_cache
+def _compiled_teach(modules: autoencoder.AutoencoderModules) -> Callable[..., jax.Array]:
+    return jax.jit(lambda variables, x: autoencoder.teach(modules, variables, x).tokens)
+
+
+@functools.lru_cache
+def _compiled_decode(
+    modules: autoencoder.AutoencoderModules, grid: tuple[int, int]
+) -> Callable[..., jax.Array]:
+    def decode(variables: autoencoder.Variables, z: jax.Array) -> jax.Array:
+        return jnp.clip(autoencoder.decode(modules, variables, z, grid), 0.0, 1.0)
+
+    return jax.jit(decode)

@@ -1,0 +1,357 @@
+"""Defaults of every job; the rules between the fields are in `rules.py`.
+
+A config file starts from one of the `*_defaults` functions, changes what differs, and ends with
+`apply_variants`. Library code reads fields as `config.x`; defaults live here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from dinosae_jax import rules
+
+IMAGENET_TRAIN_IMAGES = 1_281_167
+# What a finished run may change when it is continued in the same workdir.
+CONTINUABLE = (
+    "steps",
+    "log_every",
+    "eval",
+    "checkpoint",
+    "compile_cache",
+    "profile_steps",
+    "on_mismatch",
+    "data.threads",
+    "data.workers",
+    "data.data_dir",
+    "data.latents",  # another place of the same cache
+    "mesh",
+)
+
+
+def epochs(count: float, batch_size: int) -> int:
+    """Steps of `count` passes over ImageNet-1K's training images, incomplete batches dropped."""
+    return int(count * (IMAGENET_TRAIN_IMAGES // batch_size))
+
+
+def optimizer_defaults() -> ml_collections.ConfigDict:
+    """AdamW at a constant rate after a linear warm-up; see `train/optim.py` for the meaning."""
+    return ml_collections.ConfigDict(
+        dict(
+            learning_rate=1e-4,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            clip_norm=0.0,  # 0: no clipping
+            warmup_steps=0,
+            schedule="constant",  # constant | cosine | linear
+            decay_start=0,
+            final_learning_rate=0.0,
+        )
+    )
+
+
+def run_defaults() -> ml_collections.ConfigDict:
+    """What every training run has, whatever it trains."""
+    return ml_collections.ConfigDict(
+        dict(
+            job="train",
+            name="",
+            seed=0,
+            dtype="auto",  # auto: bfloat16 on accelerators, float32 on CPU
+            steps=1,
+            batch_size=256,
+            accumulation=1,
+            optimizer=optimizer_defaults(),
+            ema=0.9978,
+            init_from="",
+            weights=dict(vit="", lpips="", dino=""),
+            random_frozen_ok=(),
+            skip_limit=20,  # steps in a row with a non-finite loss or gradient before the run stops
+            log_every=100,
+            eval=dict(every=5000, batch_size=64, images=1024),
+            checkpoint=dict(every=2000, keep=2),
+            mesh=dict(fsdp=1),
+            compile_cache="",  # folder of compiled programs, which later runs read
+            profile_steps="",  # '10:13' traces steps 10, 11 and 12 into workdir/profile
+            on_mismatch="refuse",  # refuse | continue: a workdir that holds another config
+        )
+    )
+
+
+def export_defaults() -> ml_collections.ConfigDict:
+    """What every job has that reads one autoencoder: export, reconstruct."""
+    return ml_collections.ConfigDict(
+        dict(
+            job="export",
+            name="export",
+            seed=0,
+            init_from="",  # workdir, checkpoint, export or conversion
+            pixel_range="",  # what the decoder of converted weights emits
+            random_frozen_ok=(),
+            random_model=dict(),  # a model config that is drawn at random where source is empty
+            compile_cache="",
+        )
+    )
+
+
+def reconstruct_defaults() -> ml_collections.ConfigDict:
+    """Reconstructions of a folder of images by one autoencoder."""
+    config = export_defaults()
+    config.update(
+        dict(
+            job="reconstruct",
+            name="reconstruct",
+            dtype="auto",
+            images="",  # a folder, or a source of the data pipeline
+            data_dir="",
+            short_side=0,  # pixels that the short side is resized to; 0 keeps every size
+            batch_size=16,
+            weights=dict(lpips=""),
+        )
+    )
+    return config
+
+
+def vit_large() -> dict[str, Any]:
+    """DINOv3 ViT-L/16 in explicit numbers (`models.vit.SIZES['vitl16']`)."""
+    return dict(
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        ffn_layer="mlp",
+        ffn_hidden=4096,
+        qkv_bias=True,
+        num_storage_tokens=4,
+        scan_layers=True,
+        remat="none",
+    )
+
+
+def decoder_a() -> dict[str, Any]:
+    """Decoder preset A of the autoencoder (`models.decoder.PRESETS['A']`)."""
+    return dict(
+        latent_channels=1024,
+        width_list=(128, 256, 512, 512, 1024),
+        depth_list=(2, 2, 2, 2, 2),
+        block_type="ResBlock",
+        norm="trms2d",
+        act="silu",
+        in_shortcut="duplicating",
+        upsample_block_type="ConvPixelShuffle",
+        upsample_match_channel=True,
+        upsample_shortcut="duplicating",
+        out_norm="trms2d",
+        out_act="relu",
+    )
+
+
+def dino_small_8() -> dict[str, Any]:
+    """The discriminator's trunk, DINO v1 ViT-S/8 (`models.dino_v1.SIZES['S_8']`)."""
+    return dict(patch_size=8, embed_dim=384, depth=12, num_heads=6, key_depths=(2, 5, 8, 11))
+
+
+def autoencoder_defaults() -> ml_collections.ConfigDict:
+    """One stage of the autoencoder; stage 1 of the paper unless a config says otherwise."""
+    config = run_defaults()
+    config.update(
+        dict(
+            trainable=("stem", "decoder"),
+            losses=dict(l1=1.0, lpips=1.0, cosine=0.5, mse=0.0, gan=0.0),
+            latent_noise=dict(tau=0.0, tau_end=0.0, ramp_steps=0),
+            gan=dict(start=0, disc_start=0),
+            model=dict(
+                stem=dict(kind="conv", embed_dim=1024, widths=(64, 128, 256)),
+                vit=vit_large(),
+                decoder=decoder_a(),
+                dino=dino_small_8(),
+                pixel_range="imagenet",
+            ),
+            data=dict(
+                source="tfds:imagenet2012",
+                data_dir="",
+                image_size=256,
+                crop="resize_random",
+                resize=384,
+                flip=False,
+                holdout=0,  # n: every n-th image of a set without splits is for evaluation
+                threads=16,
+                workers=0,
+            ),
+        )
+    )
+    return config
+
+
+def lightning_dit_xl() -> dict[str, Any]:
+    """LightningDiT-XL/1 in RAE's form on 256 tokens of 1024 channels (`models.dit`)."""
+    return dict(
+        model="LightningDiT",
+        time_embedding="fourier",
+        input_size=16,
+        patch_size=1,
+        in_channels=1024,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        num_classes=1000,
+        class_dropout_prob=0.1,  # the rate of label dropout; 0 for a model without a null label
+        use_qknorm=False,
+        scan_layers=True,
+        remat="dots",
+    )
+
+
+def flow_defaults() -> ml_collections.ConfigDict:
+    """The flow on the latents of a trained, frozen autoencoder; RAE's LightningDiT-XL recipe."""
+    config = run_defaults()
+    del config.weights  # the frozen networks come from init_from
+    config.update(
+        dict(
+            trainable=("dit",),
+            batch_size=1024,
+            ema=0.9999,
+            init_from="runs/stage4",
+            flow=dict(
+                path="geodesic",
+                radius=0.0,  # of the flow's sphere; 0: sqrt(width)
+                decode_radius=0.0,  # token norm given to the decoder; 0: measured at the start
+                time=dict(
+                    distribution="logit-normal",
+                    mu=0.0,
+                    sigma=1.0,
+                    shift=0.0,  # 0: max(1, sqrt(tokens * width / 4096))
+                    max_time=0.999,
+                ),
+                radial_weight=0.0,
+                jacobi="",  # '' | noise | data, see flow/matching.py
+            ),
+            sampling=dict(sampler="euler_projection", steps=50, guidance=1.0, interval=(0.0, 1.0)),
+            model=dict(
+                stem=dict(kind="conv", embed_dim=1024, widths=(64, 128, 256)),
+                vit=vit_large(),
+                decoder=decoder_a(),
+                dit=lightning_dit_xl(),
+                pixel_range="imagenet",
+            ),
+            data=dict(
+                source="tfds:imagenet2012",
+                data_dir="",
+                latents="",  # a cache that configs/encode.py wrote; empty: encode every batch
+                image_size=256,
+                crop="center",
+                resize=0,
+                flip=True,
+                holdout=0,
+                threads=16,
+                workers=0,
+            ),
+        )
+    )
+    config.eval.samples = 1024  # drawn at each evaluation for KID; 0: none
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.b2 = 0.95
+    config.steps = epochs(80, config.batch_size)
+    return config
+
+
+def sample_defaults() -> ml_collections.ConfigDict:
+    """Samples of a trained flow; a sampling field left at None takes the flow's own value."""
+    return ml_collections.ConfigDict(
+        dict(
+            job="sample",
+            name="sample",
+            seed=0,
+            dtype="auto",
+            init_from="",  # workdir, checkpoint or export of a flow
+            random_frozen_ok=(),
+            random_flow=dict(),  # a flow config that is drawn at random where init_from is empty
+            labels="balanced",  # balanced | all | random | label numbers joined by commas
+            count=0,  # 0: 50 of each class, one of each class, -, as many as are listed
+            batch_size=64,
+            chunk=1024,  # images between two saves
+            sampling=dict(
+                sampler=config_dict.placeholder(str),
+                steps=config_dict.placeholder(int),
+                guidance=config_dict.placeholder(float),
+                interval=config_dict.placeholder(tuple),
+                decode_radius=config_dict.placeholder(float),
+            ),
+            compile_cache="",
+        )
+    )
+
+
+def measurement_defaults() -> ml_collections.ConfigDict:
+    """What the jobs that measure trained weights share: evaluate, probe, pca."""
+    return ml_collections.ConfigDict(
+        dict(
+            name="",
+            seed=0,
+            dtype="auto",
+            init_from="",  # workdir, checkpoint, export or conversion
+            random_frozen_ok=(),
+            random_model=dict(),  # a model config that is drawn at random where init_from is empty
+            batch_size=64,
+            data=dict(
+                source="tfds:imagenet2012",
+                data_dir="",
+                image_size=256,
+                crop="center",
+                resize=0,
+                flip=False,
+                threads=16,
+                workers=0,
+            ),
+            compile_cache="",
+        )
+    )
+
+
+def apply_variants(
+    config: ml_collections.ConfigDict,
+    argument: str | None,
+    variants: Mapping[str, Mapping[str, Any]],
+) -> ml_collections.ConfigDict:
+    """Applies the variants named in a config argument, `configs/X.py:tiny,fast`.
+
+    Args:
+      config: changed in place.
+      argument: variant names joined by commas; None or empty for the paper's values.
+      variants: name -> {dotted field: value}.
+
+    Returns:
+      The config.
+
+    Raises:
+      ValueError: a name that is not in `variants`.
+    """
+    for name in filter(None, (argument or "").split(",")):
+        if name not in variants:
+            hint = rules.nearest(name, variants)
+            raise ValueError(f"config argument {name!r} is not a variant of this config{hint}")
+        config.update_from_flattened_dict(dict(variants[name]))
+    return config
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The resolved config as sorted, indented JSON, the form that every workdir keeps."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    """Lines `field: ours != theirs` for every leaf in which two JSON-like trees differ."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        lines = []
+        for key in sorted({*ours, *theirs}):
+            lines += differences(ours.get(key), theirs.get(key), f"{prefix}{key}.")
+        return lines
+    plain_ours, plain_theirs = (list(x) if isinstance(x, tuple) else x for x in (ours, theirs))
+    if plain_ours == plain_theirs:
+        return []
+    return [f"{prefix[:-1]}: {plain_ours!r} here, {plain_theirs!r} there"]

@@ -1,0 +1,1 @@
+"""Image sources, crops, the embedded photographs and the latent cache."""

@@ -1,0 +1,172 @@
+"""Conversion of an image set into ArrayRecord shards, without TensorFlow.
+
+For sets that are read over a network or cropped again and again: a million small files become a
+few large ones with random access, and with `crop_size` ADM's centre crop is made once, which is
+more than half of the loader's work.
+"""
+
+import concurrent.futures
+import functools
+import io
+import logging
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from dinosae_jax.data import crops
+from dinosae_jax.data.images import LARGEST_BAD_PART
+from dinosae_jax.data.manifest import MANIFEST, file_sha256, is_whole, read_manifest, write_json
+from dinosae_jax.data.records import Records, pack_record
+from dinosae_jax.data.sources import open_records
+
+WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read; the images are compressed
+CHUNK = 256  # images that are read ahead
+
+log = logging.getLogger(__name__)
+
+
+def convert_images(
+    source: str,
+    output: str | os.PathLike,
+    *,
+    split: str = "train",
+    crop_size: int = 0,
+    num_shards: int = 1,
+    threads: int = 4,
+    data_dir: str | None = None,
+    holdout: int = 0,
+) -> dict[str, Any]:
+    """Write one split of an image set to `output`/`split`, to be read as 'array_record:<output>'.
+
+    Every image is decoded once; those that cannot be are left out, and listed in the manifest. A
+    shard and the manifest get their names when they are complete; the same call again writes the
+    shards that are missing or have another size, and no others.
+
+    Args:
+        source: the set, see `sources.open_records`; so are data_dir and holdout.
+        output: folder of the archive.
+        split: 'train' or 'eval'.
+        crop_size: side in pixels of ADM's centre crop, stored as PNG; 0 keeps the image files'
+            bytes as they are.
+        num_shards: into how many files of about equal counts.
+        threads: for decoding and cropping.
+        data_dir: tensorflow-datasets folder.
+        holdout: part kept for 'eval'.
+
+    Returns:
+        The manifest: source, source_fingerprint, crop, label_names, num_shards, count, and of each
+        shard name, count, bytes, sha256 and the names of the images it lacks.
+
+    Raises:
+        ValueError: the source cannot be opened, the folder holds another conversion, or more than
+            1% of the images (but at least one) cannot be decoded.
+    """
+    records = open_records(source, split, data_dir=data_dir, holdout=holdout)
+    if not 1 <= num_shards <= len(records) or crop_size < 0:
+        raise ValueError(
+            f"A conversion needs 1 <= num_shards <= {len(records)} (the images) and crop_size >= 0;"
+            f" got {num_shards} and {crop_size}."
+        )
+    plan: dict[str, Any] = {
+        "source": source,
+        "source_fingerprint": records.fingerprint,
+        "crop": f"adm_center_{crop_size}_png" if crop_size else "none",
+        "label_names": list(records.label_names),
+        "num_shards": num_shards,
+    }
+    folder = pathlib.Path(output).expanduser() / split
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"partial_{MANIFEST}"
+    shards = _finished_shards(folder, partial, plan)
+    for number in range(num_shards):
+        name = f"images-{number:05d}-of-{num_shards:05d}.array_record"
+        if name not in shards:
+            bounds = [len(records) * edge // num_shards for edge in (number, number + 1)]
+            packed = _packed(records, range(*bounds), crop_size, threads)
+            shards[name] = _write_shard(folder / name, packed)
+            _check_skipped(shards, len(records))
+            write_json(partial, _manifest(plan, shards))
+            log.info("shard %d of %d: %d images", number + 1, num_shards, shards[name]["count"])
+    manifest = _manifest(plan, shards)
+    write_json(folder / MANIFEST, manifest)
+    partial.unlink(missing_ok=True)
+    return manifest
+
+
+def _manifest(plan: dict[str, Any], shards: dict[str, Any]) -> dict[str, Any]:
+    count = sum(shard["count"] for shard in shards.values())
+    return plan | {"count": count, "shards": [shards[name] for name in sorted(shards)]}
+
+
+def _finished_shards(
+    folder: pathlib.Path, partial: pathlib.Path, plan: dict[str, Any]
+) -> dict[str, Any]:
+    """The shards by name that an earlier run of this conversion wrote and that are still whole."""
+    path = next((path for path in (partial, folder / MANIFEST) if path.exists()), None)
+    if path is None:
+        return {}
+    manifest = read_manifest(path)
+    for key, value in plan.items():
+        if manifest.get(key) != value:
+            raise ValueError(
+                f"A folder holds one conversion; {folder} holds one with {key} "
+                f"{str(manifest.get(key))[:80]!r} instead of {str(value)[:80]!r}: take another "
+                "output, or remove that folder."
+            )
+    return {each["name"]: each for each in manifest["shards"] if is_whole(folder, each)}
+
+
+def _write_shard(path: pathlib.Path, packed: Iterable[tuple[str, bytes | None]]) -> dict[str, Any]:
+    """Write one shard under a temporary name, rename it, and return its manifest entry."""
+    partial = path.with_name("." + path.name)
+    writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+    count, skipped = 0, []
+    for name, record in packed:
+        if record is None:
+            skipped.append(name)
+        else:
+            writer.write(record)
+            count += 1
+    writer.close()
+    size, digest = partial.stat().st_size, file_sha256(partial)
+    os.replace(partial, path)
+    return {"name": path.name, "count": count, "bytes": size, "sha256": digest, "skipped": skipped}
+
+
+def _packed(
+    records: Records, indices: range, crop_size: int, threads: int
+) -> Iterator[tuple[str, bytes | None]]:
+    """Names and archive records of some images in order, None for one that cannot be decoded."""
+    pack = functools.partial(_pack, records, crop_size)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(indices), CHUNK):
+            yield from pool.map(pack, indices[start : start + CHUNK])
+
+
+def _pack(records: Records, crop_size: int, index: int) -> tuple[str, bytes | None]:
+    name = records.name(index)
+    try:
+        encoded, label = records.read(index)
+        image = crops.decode_rgb(encoded)
+    except OSError as error:
+        log.warning("left out an image that cannot be read: %s (%s)", name, error)
+        return name, None
+    if crop_size:
+        buffer = io.BytesIO()
+        cropped = Image.fromarray(crops.adm_center_crop(image, crop_size))
+        cropped.save(buffer, "PNG", compress_level=1)
+        encoded = buffer.getvalue()
+    return name, pack_record(label, name, encoded)
+
+
+def _check_skipped(shards: dict[str, Any], total: int) -> None:
+    skipped = [name for shard in shards.values() for name in shard["skipped"]]
+    if len(skipped) > max(1, LARGEST_BAD_PART * total):
+        raise ValueError(
+            f"At most 1% of the images may be unreadable; {len(skipped)} of {total} are, the last "
+            f"one {skipped[-1]}: remove or replace them."
+        )

@@ -1,0 +1,228 @@
+"""Batches of latents from a cache that `configs/encode.py` wrote (`latent_shards` is the writer).
+
+The counterpart of `images` for training a flow: a batch depends on (seed, step) alone, has the
+images and flips of the batch that `images.train_batches` makes of the same set, and is the same on
+any number of processes. Only the record that is wanted is read, the plain or the flipped one, and
+copied once, into its row of the batch. ArrayRecord checks a hash of every record that it reads.
+"""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from numpy.typing import NDArray
+
+from dinosae_jax.data import latent_format
+from dinosae_jax.data.manifest import MANIFEST, check_shards, read_manifest
+from dinosae_jax.data.order import Share, crop_generator, draw_flip, training_index
+from dinosae_jax.data.records import fingerprint_of
+
+HASHED_BYTES = 4 * 2**30  # caches up to this size are hashed whole when they are opened
+AHEAD = 2  # batches
+ENCODE = "configs/encode.py"
+ENCODER_ROLES = ("stem", "vit")
+# The fields of the data config that decide which pixels were encoded.
+IMAGE_FIELDS = ("source", "holdout", "crop", "image_size")
+
+
+class LatentSource:
+    """Random access to the latents of one split.
+
+    Attributes:
+        folder: of the split.
+        manifest: of the cache.
+        label_names: the classes' names in the order of the labels.
+        num_classes: their number.
+        fingerprint: hash of the shards' contents.
+        fields: the arrays of a record.
+    """
+
+    def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self.manifest = manifest
+        self.label_names = tuple(manifest["label_names"])
+        self.num_classes = len(self.label_names)
+        self.fingerprint = fingerprint_of(shard["sha256"] for shard in manifest["shards"])
+        self.fields = latent_format.layout(
+            manifest["format"], manifest["tokens"], manifest["width"]
+        )
+        paths = [str(folder / shard["name"]) for shard in manifest["shards"]]
+        self._records = grain.sources.ArrayRecordDataSource(paths)
+
+    def __len__(self) -> int:
+        return self.manifest["count"]
+
+    def read_into(self, batch: Mapping[str, NDArray], row: int, index: int, flip: bool) -> None:
+        """Copies the latent of one image into a row of a batch.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        number = index * (1 + self.manifest["flipped"]) + flip
+        try:
+            record = self._records[number]
+        except Exception as error:  # array_record has no class of its own
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(
+                f"Record {number} of the latent cache cannot be read ({reason}): run {ENCODE} "
+                "again with the same --workdir, it finds and repairs the damaged shard."
+            ) from error
+        latent_format.unpack_into(record, self.fields, batch, row)
+
+
+def open_source(data_config: Mapping[str, Any], split: str) -> LatentSource:
+    """Opens one split of the cache in `latents` and compares it with the config's image recipe.
+
+    Shards must have their sizes; up to `HASHED_BYTES` in all, also their sha256. (Larger caches
+    are hashed by running configs/encode.py again; a damaged record is found when it is read.)
+
+    Args:
+        data_config: `latents`, and what the flow would encode: source, holdout, crop, image_size
+            and flip.
+        split: 'train' or 'eval'.
+
+    Raises:
+        ValueError: a missing or damaged cache, or one of other images.
+    """
+    folder = pathlib.Path(data_config["latents"]).expanduser() / split
+    manifest = read_manifest(folder / MANIFEST, ENCODE)
+    recipe = manifest.get("images", {})
+    for field in IMAGE_FIELDS:
+        ours, theirs = data_config[field], recipe.get(field)
+        if ours != theirs:
+            raise ValueError(
+                f"A latent cache must be of the images that the flow is to learn; {folder} was "
+                f"made with data.{field}={theirs!r}, this config says {ours!r}: pass "
+                f"--config.data.{field}={theirs}, or encode again."
+            )
+    if split == "train" and data_config["flip"] and not manifest["flipped"]:
+        raise ValueError(
+            f"data.flip=True needs a cache with flipped images; {folder} has none: pass "
+            "--config.data.flip=False, or encode again with it."
+        )
+    total = sum(shard["bytes"] for shard in manifest["shards"])
+    check_shards(folder, manifest, sha256=total <= HASHED_BYTES, again=ENCODE)
+    return LatentSource(folder, manifest)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Fills the rows of a batch, by several threads where there is a pool."""
+
+    source: LatentSource
+    share: Share
+    pool: concurrent.futures.ThreadPoolExecutor | None
+
+    def fill(self, wanted: list[tuple[int, int, bool]]) -> dict[str, NDArray]:
+        """A batch of this process; `wanted` are (row, index, flip), other rows stay zero."""
+        batch = latent_format.empty_batch(self.source.fields, self.share.local)
+        batch["index"] = np.full(self.share.local, -1, np.int64)
+
+        def read(one: tuple[int, int, bool]) -> None:
+            row, index, flip = one
+            self.source.read_into(batch, row, index, flip)
+            batch["index"][row] = index
+
+        list((self.pool.map if self.pool else map)(read, wanted))
+        return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainBatch:
+    rows: _Rows
+    seed: int
+    flip: bool
+
+    def __call__(self, step: int) -> dict[str, NDArray]:
+        share, wanted = self.rows.share, []
+        for row in range(share.local):
+            position = share.position(int(step) * share.local + row)
+            index = training_index(len(self.rows.source), self.seed, position)
+            flip = self.flip and draw_flip(crop_generator(self.seed, position))
+            wanted.append((row, index, flip))
+        return self.rows.fill(wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalBatch:
+    rows: _Rows
+
+    def __call__(self, step: int) -> dict[str, NDArray]:
+        share = self.rows.share
+        first = share.position(int(step) * share.local)
+        inside = range(min(share.local, len(self.rows.source) - first))
+        batch = self.rows.fill([(row, first + row, False) for row in inside])
+        return batch | {"mask": batch["index"] >= 0}
+
+
+def train_batches(
+    source: LatentSource,
+    data_config: Mapping[str, Any],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, NDArray]]:
+    """Endless training batches, from the one that step `start_step` uses.
+
+    Args:
+        source: what `open_source` returned.
+        data_config: `flip`, and `threads` (reading threads, 0 for none).
+        batch_size: of all processes together.
+        seed: 0 <= seed < 2^32.
+        start_step: the number of batches that come before.
+        process_index: which contiguous slice of each global batch is this process's.
+        process_count: into how many slices a global batch is cut.
+
+    Returns:
+        An iterator over {'label': int32 [b], 'index': int64 [b]} and the fields of the cache's
+        format: 'latent' bfloat16 [b,n,d], or 'direction' int8 [b,n,d] and 'norm' float16 [b,n].
+
+    Raises:
+        ValueError: the batch cannot be divided, or (while iterating) a damaged record.
+    """
+    share = Share(batch_size, process_index, process_count)
+    threads = int(data_config["threads"])
+    batch = _TrainBatch(_rows(source, share, threads), seed, bool(data_config["flip"]))
+    return _ahead(grain.MapDataset.range(start_step, sys.maxsize).map(batch), threads)
+
+
+def eval_batches(
+    source: LatentSource,
+    data_config: Mapping[str, Any],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, NDArray]]:
+    """One pass over a source in its order, without flips.
+
+    Every process gets the same number of batches. The last is filled up with zeros of index -1 and
+    mask False.
+
+    Returns:
+        An iterator like that of `train_batches`, with 'mask': bool [b] besides.
+    """
+    share = Share(batch_size, process_index, process_count)
+    threads = int(data_config["threads"])
+    batch = _EvalBatch(_rows(source, share, threads))
+    return _ahead(grain.MapDataset.range(-(-len(source) // batch_size)).map(batch), threads)
+
+
+def _rows(source: LatentSource, share: Share, threads: int) -> _Rows:
+    pool = concurrent.futures.ThreadPoolExecutor(threads) if threads else None
+    return _Rows(source, share, pool)
+
+
+def _ahead(batches: grain.MapDataset, threads: int) -> Iterator[dict[str, NDArray]]:
+    """Reads whole batches, `AHEAD` of them before they are asked for."""
+    ahead = AHEAD if threads else 0
+    options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+    return iter(batches.to_iter_dataset(options))

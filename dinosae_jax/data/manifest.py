@@ -1,0 +1,68 @@
+"""The manifest of an archive: what its shards hold, their sizes and sha256."""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def read_manifest(path: pathlib.Path, again: str = "the conversion") -> dict[str, Any]:
+    """Read a manifest file; ValueError, which says to run `again`, where it is not readable."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"An archive needs a readable {MANIFEST}, which is written at the very end; "
+            f"{path} is not ({error}): run {again} again, it goes on where it was."
+        ) from error
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that is either there as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def is_whole(folder: pathlib.Path, shard: dict[str, Any]) -> bool:
+    """Whether a shard is there and has the size that its manifest entry states."""
+    path = folder / shard["name"]
+    return path.is_file() and path.stat().st_size == shard["bytes"]
+
+
+def check_shards(
+    folder: pathlib.Path,
+    manifest: dict[str, Any],
+    *,
+    sha256: bool = False,
+    again: str = "the conversion",
+) -> None:
+    """Compare an archive's shards with its manifest, by size, and by content on request.
+
+    Raises:
+        ValueError: a shard is missing or differs; the message names it.
+    """
+    for shard in manifest["shards"]:
+        path = folder / shard["name"]
+        if not is_whole(folder, shard):
+            raise ValueError(
+                f"An archive's shards must be as its manifest says; {path} is missing or has not "
+                f"its {shard['bytes']} bytes: run {again} again, it repairs that shard."
+            )
+        if sha256 and file_sha256(path) != shard["sha256"]:
+            raise ValueError(
+                f"An archive's shards must be as its manifest says; the content of {path} has "
+                f"changed: remove that file and run {again} again."
+            )
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """The sha256 of a file in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

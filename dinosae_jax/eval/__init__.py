@@ -1,0 +1,1 @@
+"""Metrics that state their recipe, pictures and the report."""

@@ -1,0 +1,182 @@
+"""The .npz files of the ADM evaluation suite: batches of samples, and references with moments.
+
+A batch holds `arr_0`, uint8 [n,h,w,3]. A reference holds 10,000 images as `arr_0` and the moments
+of the whole training set: `mu`, `sigma` (pool3, 2048) and `mu_s`, `sigma_s` (spatial, 2023).
+Images are read and written as a stream, because 50,000 of them are 9.8 GB. A member `recipe`,
+which other programs ignore, says how the moments were made.
+"""
+
+import dataclasses
+import pathlib
+import zipfile
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from dinosae_jax.eval.frechet import Statistics
+from dinosae_jax.eval.recipe import Recipe
+
+IMAGENET_TRAIN_IMAGES = 1_281_167
+ADM_RECIPE = Recipe(
+    network="inception_fid",
+    tap="pool3",
+    resize="tf1_bilinear",
+    uint8_conversion="stored",
+    count=IMAGENET_TRAIN_IMAGES,
+    images="imagenet2012 train, as published",
+)
+MOMENTS = {"pool3": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+Images = NDArray[np.uint8]  # [n,h,w,3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """Images of an .npz batch or reference, read on demand."""
+
+    path: pathlib.Path
+    shape: tuple[int, int, int, int]
+
+    def batches(self, size: int) -> Iterator[Images]:
+        """Yields uint8 [b,h,w,3] in order, b = size but for the last batch.
+
+        Raises:
+          ValueError: the file ends before its images do.
+        """
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            _read_header(file)
+            for start in range(0, self.shape[0], size):
+                shape = (min(size, self.shape[0] - start), *self.shape[1:])
+                data = file.read(int(np.prod(shape)))
+                if len(data) != np.prod(shape):
+                    raise ValueError(f"{self.path} ends inside image {start} of {self.shape[0]}")
+                yield np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def open_images(path: pathlib.Path) -> Archive:
+    """Opens the images of an .npz file and holds their layout; nothing is read yet.
+
+    Raises:
+      ValueError: not an .npz file with `arr_0` as uint8 [n,h,w,3] in C order.
+    """
+    rule = f"{path} must be an .npz with arr_0 as uint8 [n,h,w,3] in C order"
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{rule}, got something else: write it with archive_npz.write_images")
+    with zipfile.ZipFile(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            names = sorted(name.removesuffix(".npy") for name in archive.namelist())
+            raise ValueError(f"{rule}, got members {names[:8]}: name the images arr_0")
+        with archive.open("arr_0.npy") as file:
+            shape, fortran, dtype = _read_header(file)
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
+        order = "Fortran" if fortran else "C"
+        raise ValueError(f"{rule}, got {dtype} {list(shape)} in {order} order: convert it")
+    return Archive(path, (shape[0], shape[1], shape[2], shape[3]))
+
+
+def write_images(path: pathlib.Path, batches: Iterable[Images], count: int) -> None:
+    """Writes exactly `count` images as an .npz batch, keeping one batch in memory.
+
+    Args:
+      path: the file to write; it appears under this name when it is complete.
+      batches: uint8 [b,h,w,3] each; images beyond `count` are dropped, as a padded last batch is.
+      count: number of images.
+
+    Raises:
+      ValueError: batches of another layout, or fewer images than `count`.
+    """
+    _write(path, batches, count, {})
+
+
+def read_moments(path: pathlib.Path, tap: str, recipe: Recipe = ADM_RECIPE) -> Statistics | None:
+    """Reads the moments that a reference stores for one tap.
+
+    Args:
+      path: the reference.
+      tap: 'pool3' (FID) or 'spatial' (sFID).
+      recipe: what made the moments where the file does not say so; the published files do not.
+
+    Returns:
+      The moments, or None where the file holds images alone.
+
+    Raises:
+      ValueError: unknown tap, or moments whose shapes do not belong together.
+    """
+    if tap not in MOMENTS:
+        raise ValueError(f"a reference stores the taps {sorted(MOMENTS)}, got {tap!r}")
+    names = MOMENTS[tap]
+    resolution = open_images(path).shape[1]
+    with np.load(path) as archive:
+        if names[0] not in archive.files:
+            return None
+        mean, covariance = (np.asarray(archive[name], np.float64) for name in names)
+        if "recipe" in archive.files:
+            recipe = Recipe.from_json(str(archive["recipe"]))
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{path} must hold {names[0]} [d] and {names[1]} [d,d], "
+            f"got {list(mean.shape)} and {list(covariance.shape)}: the file is damaged"
+        )
+    recipe = dataclasses.replace(recipe, tap=tap, resolution=resolution)
+    return Statistics(recipe.count, mean, covariance * (recipe.count - 1), recipe)
+
+
+def write_reference(
+    path: pathlib.Path, images: Iterable[Images], count: int, pool: Statistics, spatial: Statistics
+) -> None:
+    """Writes a reference: `count` images, and the moments of all images with their recipe.
+
+    Raises:
+      ValueError: as `write_images`.
+    """
+    members = {"recipe": np.asarray(pool.recipe.to_json())}
+    for tap, moments in (("pool3", pool), ("spatial", spatial)):
+        members |= dict(zip(MOMENTS[tap], (moments.mean, moments.covariance), strict=True))
+    _write(path, images, count, members)
+
+
+def _write(
+    path: pathlib.Path, batches: Iterable[Images], count: int, members: dict[str, np.ndarray]
+) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            _write_batches(file, batches, count)
+        for name, array in members.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                npy.write_array(file, array, allow_pickle=False)
+    partial.replace(path)
+
+
+def _write_batches(file: IO[bytes], batches: Iterable[Images], count: int) -> None:
+    shape: tuple[int, ...] | None = None
+    written = 0
+    for batch in batches:
+        if (
+            batch.dtype != np.uint8
+            or batch.ndim != 4
+            or batch.shape[1:] != (shape or batch.shape[1:])
+        ):
+            raise ValueError(
+                "an .npz batch takes uint8 images [b,h,w,3] of one size, "
+                f"got {batch.dtype} {list(batch.shape)}: convert with to_uint8"
+            )
+        if shape is None:
+            shape = batch.shape[1:]
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+            npy.write_array_header_1_0(file, header)
+        kept = batch[: count - written]
+        file.write(np.ascontiguousarray(kept).tobytes())
+        written += len(kept)
+        if written == count:
+            return
+    raise ValueError(f"an .npz batch of {count} images was asked for, got {written}: make more")
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = npy.read_magic(file)
+    reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    return reader(file)

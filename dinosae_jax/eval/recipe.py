@@ -1,0 +1,86 @@
+"""What made a set of features: it is stored beside the numbers, and mixed recipes are refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Two sets of features are comparable where these agree. The others say what was measured: a
+# reference is 8-bit before anyone converts it, and has a count and labels of its own.
+COMPARED = ("network", "network_sha256", "tap", "resize", "resolution")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How features came about; the empty string and 0 mean that it is not known.
+
+    Attributes:
+      network: feature network, e.g. 'inception_fid', 'dinov3_vitl16'.
+      network_sha256: hash of its weights; published reference files do not state it.
+      tap: which activation, e.g. 'pool3', 'spatial' (sFID's 2023), 'logits'.
+      resize: 'tf1_bilinear' (ADM, torch-fidelity) or 'half_pixel_bilinear' (pytorch-fid) for
+        Inception; the crop for other networks.
+      resolution: side of the images in pixels before that resize.
+      uint8_conversion: a name of `image_quality.UINT8_CONVERSIONS`, or 'stored' for images that
+        were 8-bit on disk.
+      count: number of images.
+      images: where they come from, e.g. 'imagenet2012 validation', 'samples'.
+      labels: how labels were drawn, e.g. 'balanced', 'random'.
+    """
+
+    network: str
+    tap: str
+    resize: str
+    resolution: int = 0
+    network_sha256: str = ""
+    uint8_conversion: str = ""
+    count: int = 0
+    images: str = ""
+    labels: str = ""
+
+    def to_json(self) -> str:
+        """The recipe as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """The recipe that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+def check_comparable(first: Recipe, second: Recipe) -> None:
+    """Holds that numbers made by two recipes may be compared.
+
+    Raises:
+      ValueError: a field of `COMPARED` is known on both sides and differs.
+    """
+    for name in COMPARED:
+        here, there = getattr(first, name), getattr(second, name)
+        if here and there and here != there:
+            raise ValueError(
+                "features can only be compared when one recipe made both, got "
+                f"{name} {here!r} and {there!r}: compute one side again with the other's recipe"
+            )
+
+
+def check_features(features: ArrayLike, fewest: int, metric: str) -> NDArray[np.floating]:
+    """Returns features as an array [n,d] after holding its layout, number and finiteness.
+
+    Raises:
+      ValueError: not [n,d], fewer than `fewest` rows, or a NaN or infinity.
+    """
+    array = np.asarray(features)
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"{metric} needs floating point features [n,d], got {array.dtype} {list(array.shape)}"
+        )
+    if len(array) < fewest:
+        raise ValueError(f"{metric} needs at least {fewest} samples, got {len(array)}: make more")
+    finite = np.isfinite(array.sum(axis=1, dtype=np.float64))
+    if not finite.all():
+        raise ValueError(
+            f"{metric} needs finite features, got NaN or infinity in {np.sum(~finite)} of "
+            f"{len(array)} rows (first: {np.argmin(finite)}): check those images and the weights"
+        )
+    return array

@@ -1,0 +1,1 @@
+"""Riemannian flow matching: the manifold, the training path, samplers and guidance."""

@@ -1,0 +1,102 @@
+"""What encoder, cache, flow and decoder must agree on about latents: saved, compared at load."""
+
+import dataclasses
+import math
+from typing import Any
+
+NORMS = ("layernorm_affine", "layernorm")
+PIXELS = ("imagenet", "unit", "symmetric")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConvention:
+    """The meaning of a latent [b,n,d].
+
+    Attributes:
+        tokens: n, the patch tokens of an image.
+        width: d, the channels of a token.
+        radius: R of the sphere the flow runs on; sqrt(d) by default of the configs.
+        decode_radius: token norm that the decoder is given; None until it is measured.
+        norm: the encoder's last layer: 'layernorm_affine' (DINOv3) or 'layernorm' (no scale).
+        pixels: what the decoder emits: 'imagenet' (mean/std normalised), 'unit' (in [0,1]) or
+            'symmetric' (in [-1,1]).
+
+    Raises:
+        ValueError: for counts or radii that are not positive, or unknown names.
+    """
+
+    tokens: int
+    width: int
+    radius: float
+    decode_radius: float | None = None
+    norm: str = "layernorm_affine"
+    pixels: str = "imagenet"
+
+    def __post_init__(self) -> None:
+        """Check ranges and names."""
+        for name in ("tokens", "width", "radius", "decode_radius"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(
+                    f"latent convention: {name} must be positive, got {value}: "
+                    "take the encoder's value"
+                )
+        for name, known in (("norm", NORMS), ("pixels", PIXELS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"latent convention: unknown {name} {getattr(self, name)!r}: "
+                    f"choose one of {', '.join(known)}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "LatentConvention":
+        """Rebuild from `to_dict`.
+
+        Raises:
+            ValueError: if a field is missing or unknown.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != known:
+            raise ValueError(
+                f"latent convention: missing {sorted(known - set(fields))}, "
+                f"unknown {sorted(set(fields) - known)}: another version wrote it, save it again"
+            )
+        return cls(**fields)
+
+    def check_equal(
+        self, other: "LatentConvention", here: str = "this", there: str = "other"
+    ) -> None:
+        """Compare two conventions; a decode radius that is not measured yet agrees with any.
+
+        Args:
+            other: the convention to compare with.
+            here: whose this one is, for the message ("flow").
+            there: whose `other` is ("autoencoder").
+
+        Raises:
+            ValueError: one line that names every differing field with both values.
+        """
+        mine, theirs = self.to_dict(), other.to_dict()
+        differing = [
+            f"{name} {mine[name]} != {theirs[name]}"
+            for name in mine
+            if not _agree(mine[name], theirs[name])
+        ]
+        if None in (self.decode_radius, other.decode_radius):
+            differing = [line for line in differing if not line.startswith("decode_radius ")]
+        if differing:
+            raise ValueError(
+                f"latent conventions differ ({here} != {there}): {', '.join(differing)}: "
+                "load parts that were trained together"
+            )
+
+
+def _agree(a: Any, b: Any) -> bool:
+    """Equal names, or numbers equal up to float32 rounding."""
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return a == b

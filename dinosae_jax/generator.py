@@ -1,0 +1,376 @@
+"""Images from a trained flow: noise on the sphere -> sampler -> decode radius -> decoder.
+
+    generator = Generator.load("runs/flow")
+    images = generator.sample([3, 3, 207], key=jax.random.PRNGKey(0))
+
+A sample depends on (key, its index, its label) alone: noise has one key per example, so neither
+the batch it is drawn in nor the number of devices changes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from numpy.typing import ArrayLike
+
+from dinosae_jax import rules
+from dinosae_jax.flow import guidance, matching, samplers, schedule, sphere
+from dinosae_jax.flow.convention import LatentConvention
+from dinosae_jax.models import autoencoder
+from dinosae_jax.train import initialise, rfm_step, sharding
+
+Tree = Any
+Variables = Mapping[str, Any]
+# Role -> layers whose kernels a bfloat16 model holds in bfloat16: those that compute in it (every
+# convolution of the decoder), and the flow's modulations, a third of its weights.
+HALF_LAYERS = {
+    "dit": ("attn", "mlp", "x_embedder", "s_embedder", "s_projector", "adaLN_modulation_1"),
+    "vit": ("attn", "mlp"),
+    "decoder": ("params",),
+}
+DECODED_AT_ONCE = 4  # images a device: activations of the decoder are what a sampler needs most
+
+
+class Networks(NamedTuple):
+    """What is static in a generator; hashable, part of the key of the compiled sampler."""
+
+    modules: autoencoder.AutoencoderModules
+    dit: Any
+    path: str
+    radius: float
+    shift: float
+
+
+class Sampling(NamedTuple):
+    """How to sample: method, steps, whether guided and at which times, parts to decode in."""
+
+    sampler: str
+    steps: int
+    guided: bool
+    interval: tuple[float, float]
+    parts: int
+
+
+class Generator:
+    """A flow and its decoder, ready to draw images.
+
+    Attributes:
+      networks: static.
+      variables: roles dit and decoder, on the devices of `mesh`.
+      convention: of the latents; its decode radius is measured.
+      sampling: the flow's own sampler, steps, guidance and interval.
+      label_names: names of the classes in the order of the labels.
+      notes: sentences that travel with the weights.
+      mesh: the devices that a batch is spread over.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        variables: Variables,
+        convention: LatentConvention,
+        flow: Mapping[str, Any],
+        mesh: jax.sharding.Mesh,
+        dtype: Any = jnp.float32,
+        notes: Sequence[str] = (),
+    ):
+        """Puts the parts together.
+
+        Args:
+          model: the flow's model config: stem, vit, decoder, dit, pixel_range.
+          variables: roles dit and decoder at least, wherever they are.
+          convention: the flow's.
+          flow: path, shift, sampling and label_names, as records keep them.
+          mesh: the devices.
+          dtype: of matrix products and convolutions.
+          notes: to be repeated where the images are shown.
+
+        Raises:
+          ValueError: where convention and networks do not fit, or there is no decode radius.
+        """
+        model = _tuples(model)
+        network = rfm_step.build(model["dit"], dtype)
+        modules = autoencoder.build(model, dtype)
+        _check_convention(convention, network, modules)
+        self.networks = Networks(
+            modules, network, flow["path"], convention.radius, float(flow["shift"])
+        )
+        self.variables = {role: variables[role] for role in ("dit", "decoder")}
+        self.convention = convention
+        self.sampling = dict(flow["sampling"])
+        self.label_names = tuple(flow["label_names"])
+        self.notes = list(notes)
+        self.mesh = mesh
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | pathlib.Path,
+        dtype: str = "auto",
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> Generator:
+        """Reads a flow's workdir (its newest checkpoint), a checkpoint, or an export.
+
+        The moving averages are read; weights of layers that compute in bfloat16 are kept in it.
+
+        Args:
+          directory: of the flow; its frozen autoencoder lies beside it.
+          dtype: 'float32', 'bfloat16', or 'auto' for bfloat16 on accelerators.
+          mesh: the devices; all of them by default.
+
+        Raises:
+          ValueError: where there is no flow, or a part of it does not fit the others.
+        """
+        source = initialise.open_source(directory)
+        if "dit" not in source.variables or not source.flow:
+            raise ValueError(
+                f"{source.path} holds no flow, only {', '.join(sorted(source.variables))}; name "
+                "the workdir, a checkpoint or an export of a run of configs/rfm_*.py"
+            )
+        mesh = mesh or sharding.make_mesh()
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        variables = {role: source.variables[role] for role in ("dit", "decoder")}
+        if dtype == "bfloat16":
+            variables = halve(variables)
+        return cls(
+            source.model,
+            sharding.replicate(variables, mesh),
+            LatentConvention.from_dict(source.convention),
+            source.flow,
+            mesh,
+            jnp.dtype(dtype),
+            source.notes,
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """K; labels are 0 to K-1, the null label is K."""
+        return self.networks.dit.num_classes
+
+    @property
+    def has_null_label(self) -> bool:
+        """Whether the flow was trained with label dropout, which guidance needs."""
+        return self.networks.dit.class_dropout_prob > 0
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        """The flow's own sampling values, replaced by those that are given and not None.
+
+        Raises:
+          ValueError: for a value out of range, or guidance without a null label.
+        """
+        own = {**self.sampling, "decode_radius": self.convention.decode_radius}
+        chosen = own | {name: value for name, value in given.items() if value is not None}
+        rules.validate_sampling(chosen, self.has_null_label)
+        return chosen
+
+    def check_labels(self, labels: ArrayLike) -> np.ndarray:
+        """The labels as int32 [b].
+
+        Raises:
+          ValueError: for labels that are not whole numbers from 0 to K-1.
+        """
+        array = np.atleast_1d(np.asarray(labels))
+        whole = array.ndim == 1 and array.size and np.issubdtype(array.dtype, np.integer)
+        bad = array if not whole else array[(array < 0) | (array >= self.num_classes)]
+        if bad.size or not whole:
+            raise ValueError(
+                f"labels are whole numbers from 0 to {self.num_classes - 1}, at least one; got "
+                f"{np.unique(bad)[:8].tolist()}; take some of these"
+            )
+        return array.astype(np.int32)
+
+    def sample(
+        self,
+        labels: ArrayLike,
+        *,
+        key: jax.Array,
+        steps: int | None = None,
+        sampler: str | None = None,
+        guidance: float | None = None,
+        interval: tuple[float, float] | None = None,
+        decode_radius: float | None = None,
+        first_index: int = 0,
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        """Draws one image for each label; None takes the flow's own value.
+
+        Args:
+          labels: [b] from 0 to K-1.
+          key: decides the noise.
+          steps: updates of the sampler, at least 1.
+          sampler: a name in `flow.samplers.SAMPLERS`.
+          guidance: scale of classifier-free guidance; 1 is none.
+          interval: times (lo, hi) that are guided.
+          decode_radius: token norm that the decoder is given, for sweeps.
+          first_index: index of the first sample; sample i of a longer series has index i.
+          batch_size: images at once, rounded up to a multiple of the devices.
+
+        Returns:
+          float32 [b, h, w, 3] in [0, 1].
+
+        Raises:
+          ValueError: before compilation, for labels or settings out of range.
+        """
+        array = self.check_labels(labels)
+        chosen = self.settings(
+            steps=steps,
+            sampler=sampler,
+            guidance=guidance,
+            interval=interval,
+            decode_radius=decode_radius,
+        )
+        size = min(batch_size, len(array))
+        size += -size % self.mesh.size
+        sampling = Sampling(
+            chosen["sampler"],
+            int(chosen["steps"]),
+            chosen["guidance"] != 1.0,
+            tuple(chosen["interval"]),
+            decode_parts(size // self.mesh.size),
+        )
+        numbers = {name: jnp.float32(chosen[name]) for name in ("guidance", "decode_radius")}
+        generate = compile_generate(self.networks, sampling)
+        found = []
+        for start in range(0, len(array), size):
+            kept = array[start : start + size]
+            padded = np.zeros(size, np.int32)
+            padded[: len(kept)] = kept
+            noise = self.noise(key, first_index + start + np.arange(size))
+            images = generate(self.variables, noise, self._spread(padded), numbers)
+            found.append(sharding.gather(images)[: len(kept)])
+        return np.concatenate(found)
+
+    def noise(self, key: jax.Array, indices: ArrayLike) -> jax.Array:
+        """The starting points of samples by index: [b] -> [b, n, d] float32, over the devices.
+
+        Every example runs through the same program of one example, so that its bits depend on
+        nothing else; inside a batch the order of sums would follow the batch's shape.
+        """
+        draw = _compiled_noise(self.networks)
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        host = np.asarray(jax.random.key_data(key) if typed else key)
+        array = np.asarray(indices, np.int32)
+        place = sharding.batch_sharding(self.mesh)
+        shape = (len(array), self.networks.dit.input_size**2, self.networks.dit.in_channels)
+        shards = []
+        for device, at in place.addressable_devices_indices_map(shape).items():
+            assert at is not None
+            with jax.set_mesh(sharding.make_mesh(devices=[device])):
+                shards.append(jnp.stack([draw(host, index) for index in array[at[0]]]))
+        return jax.make_array_from_single_device_arrays(shape, place, shards)
+
+    def _spread(self, array: np.ndarray) -> jax.Array:
+        place = sharding.batch_sharding(self.mesh)
+        return jax.make_array_from_callback(array.shape, place, lambda at: array[at])
+
+
+def halve(variables: Variables) -> dict[str, Tree]:
+    """Rounds the kernels of `HALF_LAYERS` to bfloat16, as most of those layers do at every use.
+
+    Args:
+      variables: by role; other roles than those of `HALF_LAYERS` stay as they are.
+    """
+
+    def one(role: str, tree: Tree) -> Tree:
+        layers = HALF_LAYERS.get(role, ())
+        flat = traverse_util.flatten_dict(tree)
+        half = [path for path in flat if path[-1] == "kernel" and set(layers) & set(path)]
+        rounded = {path: jnp.asarray(flat[path], jnp.bfloat16) for path in half}
+        return traverse_util.unflatten_dict({**flat, **rounded})
+
+    return {role: one(role, tree) for role, tree in variables.items()}
+
+
+def decode_parts(images: int) -> int:
+    """Equal parts, as few as there can be, of at most `DECODED_AT_ONCE` of a device's images."""
+    return next(
+        n for n in range(1, images + 1) if images % n == 0 and images <= n * DECODED_AT_ONCE
+    )
+
+
+@functools.lru_cache
+def _compiled_noise(networks: Networks) -> Callable[..., jax.Array]:
+    path = matching.make_path(networks.path, networks.radius)
+    shape = (networks.dit.input_size**2, networks.dit.in_channels)
+    return jax.jit(lambda key, index: path.prior(matching.example_keys(key, index[None]), shape)[0])
+
+
+@functools.lru_cache
+def compile_generate(networks: Networks, sampling: Sampling) -> Callable[..., jax.Array]:
+    """Jit of (variables, noise, labels, {guidance, decode_radius}) -> images."""
+    return jax.jit(functools.partial(_generate, networks, sampling))
+
+
+def _generate(
+    networks: Networks,
+    sampling: Sampling,
+    variables: Variables,
+    noise: jax.Array,
+    labels: jax.Array,
+    numbers: Mapping[str, jax.Array],
+) -> jax.Array:
+    """Images [b, h, w, 3] in [0, 1] of noise [b, n, d] and labels [b]."""
+    path = matching.make_path(networks.path, networks.radius)
+
+    def apply(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+        return networks.dit.apply(variables["dit"], x, t, y)
+
+    velocity = guidance.conditional(apply, labels)
+    if sampling.guided:
+        velocity = guidance.classifier_free(
+            apply,
+            labels,
+            networks.dit.num_classes,
+            numbers["guidance"],  # type: ignore[arg-type]
+            sampling.interval,
+            path.tangent,
+        )
+    times = schedule.time_grid(sampling.steps, networks.shift)
+    z = samplers.sample(velocity, noise, times, sampling.sampler, path.radius)
+    if not path.keeps_norms:
+        z = sphere.project(z, numbers["decode_radius"])
+    side = networks.dit.input_size
+
+    def decode(tokens: jax.Array) -> jax.Array:
+        images = autoencoder.decode(networks.modules, variables, tokens, (side, side))
+        # Rows of numbers: as stacks of pictures a TPU would pad three channels to 128.
+        return jnp.clip(images, 0.0, 1.0).reshape(len(tokens), -1)
+
+    # Example i is in part i % parts, so that every part is spread over all devices.
+    parts = jnp.swapaxes(z.reshape(-1, sampling.parts, *z.shape[1:]), 0, 1)
+    rows = jnp.swapaxes(jax.lax.map(decode, parts), 0, 1)
+    height = side * networks.modules.vit.patch_size
+    return rows.reshape(len(z), height, height, 3)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON gives lists; modules, which are keys of compiled functions, need tuples."""
+    if isinstance(value, Mapping):
+        return {name: _tuples(part) for name, part in value.items()}
+    return tuple(_tuples(part) for part in value) if isinstance(value, list | tuple) else value
+
+
+def _check_convention(
+    convention: LatentConvention, network: Any, modules: autoencoder.AutoencoderModules
+) -> None:
+    networks = LatentConvention(
+        tokens=network.input_size**2,
+        width=network.in_channels,
+        radius=convention.radius,
+        norm=convention.norm,
+        pixels=modules.pixel_range,
+    )
+    networks.check_equal(convention, here="networks", there="saved convention")
+    if convention.decode_radius is None:
+        raise ValueError(
+            "a flow's latent convention has a measured decode radius, got none: train the flow "
+            "with this version, or give flow.decode_radius"
+        )

@@ -1,0 +1,117 @@
+"""What a training run costs beside its steps: loader, progress lines, EMA, checkpoints.
+
+The bare step on one batch that stays on the device and the training loop on the real loader take
+turns in one process, so that a busy machine slows both; the median turn of each counts.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from dinosae_jax.jobs import parts, train, train_autoencoder
+from dinosae_jax.train import checkpoint, loop, sharding, state, stopping
+
+
+def measure_overhead(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
+    """Times the loop of an autoencoder stage against its bare step.
+
+    Args:
+      config: stage, batch_per_device, repeats, steps (configs/bench.py).
+      folder: of this measurement alone; what is in it is deleted.
+
+    Returns:
+      Seconds of one bare step, one step of the loop (with loader and progress lines), one saved
+      checkpoint and one update of the moving averages as a program of its own (more than it costs
+      inside the step); 'overhead' is what all of them add to a step, as a part of the bare step,
+      a checkpoint counted once in `stage.checkpoint.every` steps.
+    """
+    stage = train.resolve(config.stage)
+    stage.batch_size = config.batch_per_device * jax.device_count()
+    mesh = sharding.make_mesh(stage.mesh.fsdp)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    prepared = train_autoencoder.prepare(stage, folder, mesh)
+    bare, looped = [], []
+    with checkpoint.open_manager(folder, keep=1) as manager:
+        current = prepared.restore(manager)
+        batch = sharding.put_batch(next(prepared.batches(0)), mesh)
+        current = prepared.task.step(current, batch)
+        for _ in range(config.repeats):
+            seconds, current = timed(_repeat, prepared.task.step, current, batch, config.steps)
+            bare.append(seconds / config.steps)
+            seconds, current = _loop(prepared, current, stage, config.steps, manager, folder, mesh)
+            looped.append(seconds)
+        current = prepared.task.step(current, batch)
+        save, _ = timed(_save, manager, current, prepared.record)
+    average = jax.jit(state.update_ema)
+    decay = jnp.float32(0.99)
+    average(current.ema, current.params, decay)
+    ema = statistics.median(timed(average, current.ema, current.params, decay)[0] for _ in range(5))
+    figures = {
+        "step_seconds": statistics.median(bare),
+        "loop_step_seconds": statistics.median(looped),
+        "checkpoint_seconds": save,
+        "ema_seconds": ema,
+    }
+    added = figures["loop_step_seconds"] - figures["step_seconds"] + ema
+    added += save / stage.checkpoint.every
+    return {**figures, "overhead": added / figures["step_seconds"]}
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Seconds until the result is there, and the result."""
+    started = time.perf_counter()
+    result = jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - started, result
+
+
+def _repeat(step: Callable[..., Any], current: Any, batch: Any, count: int) -> Any:
+    for _ in range(count):
+        current = step(current, batch)
+    return current
+
+
+def _save(manager: Any, current: state.TrainState, record: dict[str, Any]) -> None:
+    checkpoint.save(manager, current, record)
+    checkpoint.wait(manager)
+
+
+def _loop(
+    prepared: parts.Prepared,
+    current: state.TrainState,
+    stage: ml_collections.ConfigDict,
+    steps: int,
+    manager: Any,
+    folder: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+) -> tuple[float, state.TrainState]:
+    """Seconds a step of the loop, and the state after it.
+
+    The clock runs from the end of the first step, for which the loop waits, to the line of metrics
+    after the last but one, for which it waits too; so the checkpoint at the end is not in it.
+    """
+    requests: list[float] = []
+
+    def watched(batches: parts.Batches) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            requests.append(time.perf_counter())
+            yield batch
+
+    start = int(current.step)
+    plan = stage.copy_and_resolve_references()
+    plan.steps = start + steps + 2
+    plan.log_every, plan.eval.every = start + steps + 1, plan.steps + 1
+    task = prepared.task._replace(evaluate=lambda _: {})
+    batches = watched(prepared.batches(start))
+    stop = stopping.StopRequest()
+    current = loop.run(task, current, batches, plan, folder, manager, prepared.record, mesh, stop)
+    return (requests[-1] - requests[1]) / steps, current

@@ -1,0 +1,47 @@
+"""Converts an image set into ArrayRecord shards, which training reads as array_record:WORKDIR."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import ml_collections
+
+from dinosae_jax.data import archive
+from dinosae_jax.train import logging
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Writes each split to workdir/SPLIT; shards that are there and whole are kept.
+
+    Args:
+      config: source, data_dir, holdout, splits, crop_size, num_shards, threads
+        (configs/convert_images.py).
+      workdir: folder of the archive.
+
+    Raises:
+      ValueError: for a source that cannot be read, more than 1% damaged images, or a workdir that
+        holds another conversion.
+    """
+    if jax.process_index() != 0:
+        return
+    folder = pathlib.Path(workdir).expanduser()
+    for split in config.splits:
+        manifest = archive.convert_images(
+            config.source,
+            folder,
+            split=split,
+            crop_size=config.crop_size,
+            num_shards=config.num_shards,
+            threads=config.threads,
+            data_dir=config.data_dir or None,
+            holdout=config.holdout,
+        )
+        shards = manifest["shards"]
+        skipped = sum(len(shard["skipped"]) for shard in shards)
+        size = sum(shard["bytes"] for shard in shards)
+        logging.report(
+            f"{config.name} {split}: {manifest['count']} images in {len(shards)} shards, "
+            f"{size / 1e6:,.1f} MB, {skipped} left out as unreadable"
+        )
+    logging.report(f"{config.name}: read it with --config.data.source=array_record:{folder}")

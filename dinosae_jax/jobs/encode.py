@@ -1,0 +1,177 @@
+"""Encodes an image set once into a cache of latents, which training a flow then reads.
+
+The workdir holds `train` and `eval`, each with ArrayRecord shards and a manifest; it is what
+`--config.data.latents` names. Run again, the job keeps every shard that has its sha256, so that it
+goes on after an interruption, repairs a damaged cache, and checks a finished one. Each process
+encodes its own shards on its own devices; all must see the workdir.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dinosae_jax.autoencoder import Autoencoder
+from dinosae_jax.data import images, latent_shards, latents
+from dinosae_jax.eval.features import one_behind
+from dinosae_jax.jobs import measure, parts
+from dinosae_jax.models import autoencoder as autoencoder_lib
+from dinosae_jax.train import logging, roles, sharding, stopping
+
+SPLITS = ("train", "eval")
+Encode = Callable[[np.ndarray], jax.Array]
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Writes what is missing of the cache of both splits.
+
+    Args:
+      config: of `configs/encode.py`.
+      workdir: folder of the cache.
+
+    Raises:
+      ValueError: before anything is encoded, for missing weights, images that cannot be read, or a
+        workdir that holds another cache.
+      stopping.Interrupted: after a signal, with every finished shard kept.
+    """
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    autoencoder = Autoencoder(measure.open_weights(config), config.dtype, mesh=mesh)
+    sources = {split: images.open_source(config.data, split) for split in SPLITS}
+    plans = {split: make_plan(config, autoencoder, sources[split], split) for split in SPLITS}
+    folder = measure.prepare_workdir(config, workdir)
+    for split in SPLITS:
+        latent_shards.claim(folder / split, plans[split])
+    for note in autoencoder.notes:
+        logging.report(f"{config.name}: {note}")
+    with stopping.StopRequest() as stop:
+        for split in SPLITS:
+            write_split(config, autoencoder, sources[split], plans[split], folder / split, stop)
+
+
+def make_plan(
+    config: ml_collections.ConfigDict,
+    autoencoder: Autoencoder,
+    source: images.ImageSource,
+    split: str,
+) -> dict[str, Any]:
+    """Everything that the shards of one split have in common; stands in its manifest."""
+    data, convention = config.data, autoencoder.convention
+    tokens = (data.image_size // 16) ** 2
+    flipped = bool(data.flip) and split == "train"
+    shape = (flipped, config.format, tokens, convention.width)
+    return {
+        "split": split,
+        "images": {field: data[field] for field in latents.IMAGE_FIELDS},
+        "images_fingerprint": source.fingerprint,
+        "flipped": flipped,
+        "encoder": {
+            role: roles.sha256(autoencoder.variables[role]) for role in latents.ENCODER_ROLES
+        },
+        "dtype": str(jnp.dtype(autoencoder.modules.vit.dtype)),
+        "norm": convention.norm,
+        "format": config.format,
+        "tokens": tokens,
+        "width": convention.width,
+        "label_names": list(source.label_names),
+        "count": len(source),
+        "num_shards": config.num_shards or latent_shards.shard_count(len(source), *shape),
+    }
+
+
+def write_split(
+    config: ml_collections.ConfigDict,
+    autoencoder: Autoencoder,
+    source: images.ImageSource,
+    plan: dict[str, Any],
+    folder: pathlib.Path,
+    stop: stopping.StopRequest,
+) -> None:
+    """Encodes the shards that are missing, then writes the manifest."""
+    process = _process()
+    wanted = latent_shards.missing_shards(folder, plan, *process)
+    encode = functools.partial(compiled_encode(autoencoder.modules), autoencoder.variables)
+    size = parts.device_multiple(config.batch_size, autoencoder.mesh)
+    started, done = time.monotonic(), 0
+    for number in wanted:
+        indices = latent_shards.shard_range(plan, number)
+        found = images.range_batches(source, config.data, indices, size)
+        batches = measure.progress(f"{config.name} {plan['split']}", found, len(indices), size)
+        encoded = encode_batches(encode, batches, size, plan["flipped"], autoencoder.mesh)
+        latent_shards.write_shard(folder, plan, number, interruptible(encoded, stop))
+        done += len(indices)
+        rate = done / (time.monotonic() - started)
+        logging.report(
+            f"{config.name} {plan['split']}: shard {number + 1} of {plan['num_shards']}, "
+            f"{rate:.1f} images/s{' (each also flipped)' if plan['flipped'] else ''}"
+        )
+    multihost_utils.sync_global_devices(f"{plan['split']} shards are written")
+    if process[0] == 0:
+        latent_shards.finish(folder, plan)
+    multihost_utils.sync_global_devices(f"{plan['split']} manifest is written")
+    norms = latents.read_manifest(folder / latent_shards.MANIFEST)["norms"]
+    logging.report(
+        f"{config.name} {plan['split']}: {plan['count']} images in {folder}, "
+        f"{len(wanted)} shards written by this process, token norm {norms['mean']:.4g} (deviation "
+        f"{norms['deviation']:.2g})"
+    )
+
+
+def encode_batches(
+    encode: Encode,
+    batches: Iterator[dict[str, np.ndarray]],
+    size: int,
+    flipped: bool,
+    mesh: jax.sharding.Mesh,
+) -> Iterator[latent_shards.Encoded]:
+    """Tokens float32 [b,v,n,d] of images and of flipped images, and labels, batch by batch."""
+    place = sharding.batch_sharding(mesh)
+
+    def start(image: np.ndarray) -> jax.Array:
+        filled = np.zeros((size, *image.shape[1:]), np.uint8)
+        filled[: len(image)] = image
+        return encode(jax.device_put(filled, place))
+
+    def running() -> Iterator[tuple[list[jax.Array], np.ndarray]]:
+        for batch in batches:
+            image = batch["image"]
+            views = (image, image[:, :, ::-1]) if flipped else (image,)
+            yield [start(view) for view in views], batch["label"]
+
+    for variants, labels in one_behind(running()):
+        tokens = np.stack([np.asarray(found) for found in variants], axis=1)
+        yield tokens[: len(labels)], labels
+
+
+@functools.lru_cache
+def compiled_encode(modules: autoencoder_lib.AutoencoderModules) -> Callable[..., jax.Array]:
+    """Jit of (variables, images uint8 [b,h,w,3]) -> tokens float32 [b,n,d]."""
+
+    def encode(variables: autoencoder_lib.Variables, image: jax.Array) -> jax.Array:
+        pixels = image.astype(jnp.float32) / 255.0
+        return autoencoder_lib.encode(modules, variables, pixels).tokens
+
+    return jax.jit(encode)
+
+
+def interruptible(items: Iterator[Any], stop: stopping.StopRequest) -> Iterator[Any]:
+    """Hands items on; raises stopping.Interrupted after a signal.
+
+    Processes encode different numbers of batches, so each looks at its own signal alone.
+    """
+    for item in items:
+        if stop.signal is not None:
+            raise stopping.Interrupted("encoding stopped, finished shards are kept", stop.signal)
+        yield item
+
+
+def _process() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()

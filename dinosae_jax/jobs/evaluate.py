@@ -1,0 +1,190 @@
+"""Measures an autoencoder, a flow or an .npz of samples, and says by which recipe.
+
+A workdir holds config.json, results.json, results.md, for a flow samples/ (the sample job's
+workdir, which goes on where it was interrupted), and reference_TAP.npz: the moments of a data set
+that served as reference, which a later run takes as `reference`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+
+from dinosae_jax import rules, weights
+from dinosae_jax.eval import archive_npz, features, results
+from dinosae_jax.jobs import evaluate_autoencoder, evaluate_samples, measure
+from dinosae_jax.jobs.evaluate_samples import Subject, check_file
+from dinosae_jax.train import initialise, logging, sharding
+
+CONVERT_INCEPTION = (
+    "python -m weights_conversion.convert --kind=inception_fid "
+    "--input=pt_inception-2015-12-05-6726825d.pth --output=weights/inception"
+)
+IMAGE_METRICS = ("psnr", "ssim", "lpips")
+SAMPLE_METRICS = (
+    "frechet",
+    "spatial_frechet",
+    "inception_score",
+    "precision_recall",
+    "kernel",
+)
+METRICS = (*IMAGE_METRICS, *SAMPLE_METRICS, "interpolated_frechet")
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Measures what the config names and writes the numbers.
+
+    Args:
+      config: of `configs/evaluate.py`.
+      workdir: folder of the results.
+
+    Raises:
+      ValueError: before long work, for unreadable inputs, metrics that are not possible, too few
+        images, or a reference of another recipe or resolution.
+      stopping.Interrupted: after a signal while samples are drawn, with every finished chunk saved.
+    """
+    subject = open_subject(config)
+    mesh = sharding.make_mesh()
+    network = open_network(config, subject, mesh)
+    metrics = choose_metrics(config, subject.kind, network)
+    folder = measure.prepare_workdir(config, workdir)
+    about = describe(config, subject, network)
+    with noted_warnings(about["notes"]):
+        job = evaluate_autoencoder if subject.kind == "autoencoder" else evaluate_samples
+        found = job.run(config, subject, network, metrics, mesh, folder)
+    for note in about["notes"]:
+        logging.report(f"{config.name}: {note}")
+    if jax.process_index() == 0:
+        logging.report(results.write(folder, about, found))
+        logging.report(f"{config.name}: wrote {folder / 'results.json'}")
+
+
+def open_subject(config: ml_collections.ConfigDict) -> Subject:
+    """Opens what is measured.
+
+    Raises:
+      ValueError: for both or none of init_from and samples, or what cannot be read.
+    """
+    if config.samples and config.init_from:
+        raise ValueError(
+            "one thing is measured at a time; got both init_from and samples; leave one out "
+            "(`encoder` names the weights that give features)"
+        )
+    if config.samples:
+        path = pathlib.Path(config.samples).expanduser()
+        check_file("samples", path)
+        return Subject("samples", path.name, None, None, archive_npz.open_images(path))
+    source = measure.open_weights(config)
+    name = config.init_from or "random"
+    if "dit" in source.variables and source.flow:
+        return Subject("flow", name, source, None, None)
+    return Subject("autoencoder", name, source, measure.open_autoencoder(config, source), None)
+
+
+def open_network(
+    config: ml_collections.ConfigDict, subject: Subject, mesh: jax.sharding.Mesh
+) -> features.FeatureNetwork:
+    """FID's Inception where its weights are given, otherwise the encoder, with a word on it.
+
+    Raises:
+      ValueError: where there is neither.
+    """
+    if config.weights.inception:
+        converted = weights.load(config.weights.inception, ("inception",))
+        digest = converted.metadata["files"][0]["sha256"]
+        return features.inception(converted.variables["inception"], digest, config.resize, mesh)
+    source = initialise.open_source(config.encoder) if config.encoder else subject.source
+    if source is None:
+        raise ValueError(
+            "features need a network; got samples without weights.inception and encoder; convert "
+            f"FID's Inception with `{CONVERT_INCEPTION}` and pass --config.weights.inception="
+            "weights/inception, or name an autoencoder in --config.encoder=..."
+        )
+    logging.report(
+        f"{config.name}: no FID-Inception weights, so there is no FID; distances are measured in "
+        "the encoder's own features (FD encoder, KID encoder). To get FID: "
+        f"`{CONVERT_INCEPTION}`, then --config.weights.inception=weights/inception"
+    )
+    autoencoder = subject.autoencoder
+    if config.encoder or not autoencoder:
+        autoencoder = measure.open_autoencoder(config, source)
+    digest = measure.weights_sha256(autoencoder.variables, ("stem", "vit"))
+    return features.encoder(autoencoder.modules, autoencoder.variables, digest, mesh)
+
+
+def choose_metrics(
+    config: ml_collections.ConfigDict, kind: str, network: features.FeatureNetwork
+) -> tuple[str, ...]:
+    """The metrics of the config, or all that subject, network and reference allow.
+
+    Raises:
+      ValueError: for a metric that is unknown or not possible here.
+    """
+    for metric in config.metrics:
+        if metric not in METRICS:
+            hint = rules.nearest(metric, METRICS)
+            raise ValueError(f"metrics: {metric!r} is not known{hint}")
+        if kind != "autoencoder" and metric in (*IMAGE_METRICS, "interpolated_frechet"):
+            raise ValueError(
+                f"the metric {metric} compares images with their reconstructions; got {kind}; "
+                "leave it out or name an autoencoder"
+            )
+        if metric == "lpips" and not config.weights.lpips:
+            raise ValueError(
+                "the metric lpips needs weights; got none (weights.lpips is empty); convert them "
+                f"with `{initialise.CONVERSION_COMMANDS['lpips']}`"
+            )
+        if metric not in (*IMAGE_METRICS, *network.metrics):
+            raise ValueError(
+                f"the metric {metric} needs FID's Inception; got {network.name}; convert it with "
+                f"`{CONVERT_INCEPTION}` and pass --config.weights.inception=weights/inception"
+            )
+    if config.metrics:
+        return tuple(config.metrics)
+    if kind == "autoencoder":
+        with_lpips = IMAGE_METRICS if config.weights.lpips else IMAGE_METRICS[:2]
+        return (*with_lpips, "frechet", "kernel")
+    return tuple(metric for metric in SAMPLE_METRICS if metric in network.metrics)
+
+
+def describe(
+    config: ml_collections.ConfigDict, subject: Subject, network: features.FeatureNetwork
+) -> dict[str, Any]:
+    """What all numbers of a run share."""
+    about: dict[str, Any] = {
+        "kind": subject.kind,
+        "model": subject.name,
+        "checkpoint_step": None,
+        "sampler": "",
+        "steps": None,
+        "features": f"{network.name}, {network.resize}",
+        "config_sha256": measure.config_sha256(config),
+        "commit": measure.commit(),
+        "notes": [],
+    }
+    if subject.source:
+        about["checkpoint_step"] = measure.checkpoint_step(subject.source)
+        about["notes"] = list(subject.source.notes)
+    if subject.source and subject.kind == "flow":
+        given = {k: v for k, v in config.sample.sampling.to_dict().items() if v is not None}
+        own = {"decode_radius": subject.source.convention["decode_radius"]}
+        about |= {**own, **subject.source.flow["sampling"], **given}
+        about["labels"], about["seed"] = config.sample.labels, config.seed
+    return about
+
+
+@contextlib.contextmanager
+def noted_warnings(notes: list[str]) -> Iterator[None]:
+    """Adds the metrics' warnings to the notes that stand beside the numbers."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, UserWarning) and str(warning.message) not in notes:
+            notes.append(str(warning.message))

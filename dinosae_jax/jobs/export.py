@@ -1,0 +1,37 @@
+"""Exports a trained model: the moving averages of its networks in one self-contained folder."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import ml_collections
+
+from dinosae_jax import autoencoder
+from dinosae_jax.jobs import measure
+from dinosae_jax.train import initialise, logging
+
+# What an export holds of a run, where it has them; critics and optimizers stay behind.
+EXPORTED = (*autoencoder.ROLES, "dit")
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Writes the export of `config.init_from` into the workdir, which `Autoencoder.load` reads.
+
+    Args:
+      config: of `config.export_defaults`.
+      workdir: the new folder.
+
+    Raises:
+      ValueError: where the workdir holds something already, or init_from is no autoencoder.
+    """
+    folder = pathlib.Path(workdir).expanduser()
+    source = autoencoder.complete(measure.open_weights(config), config.pixel_range)
+    if jax.process_index() != 0:
+        return
+    wanted = tuple(role for role in EXPORTED if role in source.variables)
+    initialise.export(source, folder, wanted)
+    for note in source.notes:
+        logging.report(f"{config.name}: {note}")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    logging.report(f"{config.name}: wrote {', '.join(wanted)} to {folder} ({size / 1e6:,.1f} MB)")

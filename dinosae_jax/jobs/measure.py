@@ -1,0 +1,123 @@
+"""What the jobs that measure trained weights share: weights, images, progress, provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from dinosae_jax import config as config_lib
+from dinosae_jax.autoencoder import Autoencoder, random_source
+from dinosae_jax.data import images
+from dinosae_jax.jobs import parts
+from dinosae_jax.train import checkpoint, initialise, logging
+
+REPORT_EVERY = 30.0  # seconds between two progress lines
+
+
+def open_weights(config: ml_collections.ConfigDict) -> initialise.Source:
+    """The weights of `init_from`, or random ones of `random_model` where it is empty.
+
+    Raises:
+      ValueError: where there are none, or a file is damaged.
+    """
+    if config.init_from:
+        return initialise.open_source(config.init_from)
+    return random_source(config.random_model.to_dict(), config.seed)
+
+
+def open_autoencoder(config: ml_collections.ConfigDict, source: initialise.Source) -> Autoencoder:
+    """The autoencoder of a source; `batch_size` becomes a multiple of the devices."""
+    return Autoencoder(source, config.dtype, batch_size=config.batch_size)
+
+
+def require_teacher(autoencoder: Autoencoder) -> None:
+    """Raises ValueError where the weights hold no patch convolution of the teacher."""
+    if "patch_embed" not in autoencoder.variables["vit"]["params"]:
+        raise ValueError(
+            "the teacher is DINOv3 behind its own patch convolution; these weights hold none (the "
+            "official DINO-SAE file leaves it out); name weights trained from a converted DINOv3"
+        )
+
+
+def dataset_batches(
+    source: images.ImageSource,
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    limit: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's slices of the first `limit` images in ADM's centre crop; see `eval_batches`.
+
+    Images beyond the limit have mask False.
+    """
+    size = parts.device_multiple(config.batch_size, mesh)
+    found = images.eval_batches(
+        source,
+        config.data,
+        batch_size=size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for batch, _ in zip(found, range(-(-limit // size)), strict=False):
+        yield {**batch, "mask": batch["mask"] & (batch["index"] < limit)}
+
+
+def progress(name: str, batches: Iterator[Any], total: int, size: int) -> Iterator[Any]:
+    """Hands batches of `size` images on, with a line about images and speed now and then."""
+    started = shown = time.monotonic()
+    for number, batch in enumerate(batches):
+        now = time.monotonic()
+        if number and now - shown > REPORT_EVERY:
+            shown, done = now, min(number * size, total)
+            logging.report(f"{name} {done}/{total}  {done / (now - started):.1f} images/s")
+        yield batch
+
+
+def checkpoint_step(source: initialise.Source) -> int | None:
+    """The step of a run's checkpoint; None for exports, conversions and random weights."""
+    return int(source.path.name) if source.path.name.isdigit() else None
+
+
+def weights_sha256(variables: Any, roles: tuple[str, ...]) -> str:
+    """A hash of the parameters of some roles, the same on any number of devices."""
+    sums = checkpoint.checksums({role: variables[role] for role in roles})
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def config_sha256(config: ml_collections.ConfigDict) -> str:
+    """A hash of the resolved config."""
+    return hashlib.sha256(config_lib.to_json(config).encode()).hexdigest()
+
+
+def commit() -> str:
+    """The commit of this code, or the empty string where it is not a git checkout."""
+    folder = pathlib.Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()
+
+
+def prepare_workdir(config: ml_collections.ConfigDict, workdir: str) -> pathlib.Path:
+    """The folder of the results, with the config in it."""
+    folder = pathlib.Path(workdir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        logging.write_json(folder / "config.json", json.loads(config_lib.to_json(config)))
+    return folder

@@ -1,0 +1,60 @@
+"""Feature maps of teacher and student as colours; writes pca.png."""
+
+from __future__ import annotations
+
+import jax
+import ml_collections
+import numpy as np
+
+from dinosae_jax.data import images
+from dinosae_jax.eval import pca, pictures
+from dinosae_jax.jobs import measure
+from dinosae_jax.train import logging
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Draws the figure.
+
+    Args:
+      config: of `configs/pca.py`.
+      workdir: folder of the picture.
+
+    Raises:
+      ValueError: for missing weights, no images, or an unknown `fitted_on`.
+    """
+    if config.count < 1:
+        raise ValueError(f"the figure needs at least 1 image; got count={config.count}; raise it")
+    if config.fitted_on not in ("teacher", "joint"):
+        raise ValueError(f"fitted_on is 'teacher' or 'joint'; got {config.fitted_on!r}")
+    autoencoder = measure.open_autoencoder(config, measure.open_weights(config))
+    measure.require_teacher(autoencoder)
+    shown = choose_images(config)
+    folder = measure.prepare_workdir(config, workdir)
+    side = config.data.image_size // 16
+    teacher, student = (
+        function(shown).reshape(len(shown), side, side, -1)
+        for function in (autoencoder.teach, autoencoder.encode)
+    )
+    for note in autoencoder.notes:
+        logging.report(f"{config.name}: {note}")
+    cosine = mean_cosine(teacher, student)
+    logging.report(f"{config.name}: mean cosine of student and teacher {cosine:.4f}")
+    if jax.process_index() == 0:
+        picture = pca.figure(shown, teacher, student, config.fitted_on)
+        pictures.write_png(folder / "pca.png", picture)
+        logging.report(f"{config.name}: wrote {folder / 'pca.png'} (images, teacher, student)")
+
+
+def choose_images(config: ml_collections.ConfigDict) -> np.ndarray:
+    """Held-out images, evenly spaced over the data set: float32 [b,h,w,3] in [0,1]."""
+    source = images.open_source(config.data, "eval")
+    crop = images.recipe_of(config.data)
+    chosen = np.linspace(0, len(source) - 1, min(config.count, len(source))).round()
+    squares = [crop.evaluate(source[int(index)]["image"]) for index in chosen]
+    return np.stack(squares).astype(np.float32) / 255.0
+
+
+def mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean cosine of the tokens [...,d] of two networks."""
+    norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+    return float(np.mean(np.sum(first * second, axis=-1) / np.maximum(norms, 1e-12)))

@@ -1,0 +1,261 @@
+"""Compiles a training step ahead of time for devices that need not be here, and says if it fits.
+
+Everything is traced from shapes: no parameter is allocated. Prints the row and writes `plan.json`;
+with `ledger` it also enters the row into a ledger file and the table beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from dinosae_jax.jobs import collectives, plan_targets, programs
+from dinosae_jax.train import hardware, logging, sharding, step_flops
+
+Row = dict[str, Any]
+LARGEST_SHARE = 0.9  # of the device's memory
+GIB = 2**30
+KEY = ["step", "target", "fsdp"]  # first columns of both tables of the ledger
+VERDICT = [*KEY, "batch", "remat, micro-batches", "peak", "fits"]
+COSTS = [*KEY, "TFLOP", "state", "aliased", "frozen", "temporaries", "collectives"]
+COSTS += ["largest copies", "CPU s to compile"]
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Plans `stages.<chain[0]>` on `target`.
+
+    Args:
+      config: target, ledger, chain, stages (configs/plan.py).
+      workdir: for plan.json.
+
+    Raises:
+      ValueError: for an unknown target, a missing compiler, or a batch that does not divide.
+    """
+    devices = plan_targets.devices_of(config.target)
+    jax.config.update("jax_exec_time_optimization_effort", config.effort)
+    for name in config.chain:
+        row = {**plan(name, config.stages[name], config.target, devices), "effort": config.effort}
+        logging.report(describe(row))
+        folder = pathlib.Path(workdir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        logging.write_json(folder / "plan.json", row)
+        if config.ledger:
+            enter(pathlib.Path(config.ledger), {**row, "command": command()})
+
+
+def plan(name: str, config: ml_collections.ConfigDict, target: str, devices: list[Any]) -> Row:
+    """Compiles one training step and reads memory, collectives and replication off it.
+
+    Args:
+      name: of the row.
+      config: of the stage.
+      target: for the row.
+      devices: of the target.
+
+    Returns:
+      The row of the ledger; memory, collectives and FLOPs are those of one device. A program that
+      the compiler refuses for want of memory has `fits` False and `refused`, what it said.
+    """
+    config = config.copy_and_resolve_references()
+    if config.dtype == "auto":
+        config.dtype = "float32" if target.startswith("cpu") else "bfloat16"
+    mesh = sharding.make_mesh(config.mesh.fsdp, devices)
+    program: programs.Program | programs.Sampler
+    state: Any
+    if config.get("samples"):  # the sampler of a flow, not its training step
+        program, image_flops = programs.build_sampler(config, mesh), programs.sampler_flops(config)
+        state, frozen = {}, program.arguments[0]
+    else:
+        program, image_flops = programs.build(config, mesh), step_flops.train_flops(config)
+        state, frozen = program.arguments[:2]
+    flops = image_flops * config.batch_size // len(devices)
+    known = hardware.find(devices[0])
+    row = {
+        "name": name,
+        "target": target,
+        "devices": len(devices),
+        "fsdp": config.mesh.fsdp,
+        "batch_size": config.batch_size,
+        "dtype": config.dtype,
+        "flops": flops,
+        "state_bytes": device_bytes(state),
+        "frozen_bytes": device_bytes(frozen),
+        "replicated": {"state": replicated(state), "frozen": replicated(frozen)},
+        "memory_bytes": int(known.memory_gib * GIB) if known else None,
+        "ms_at_peak": 1e3 * flops / (known.peak_tflops * 1e12) if known else None,
+        "jax": jax.__version__,
+    }
+    started, cpu_started = time.perf_counter(), time.process_time()
+    with jax.set_mesh(mesh):
+        lowered = program.step.lower(*program.arguments)
+    try:
+        compiled = lowered.compile(plan_targets.compiler_options(target))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {**row, "fits": False, "refused": str(error).splitlines()[0]}
+    memory = programs.memory(compiled)
+    room = row["memory_bytes"]
+    uses = collectives.census(compiled.as_text())
+    return {
+        **row,
+        **{f"{part}_bytes": size for part, size in memory.items()},
+        "collectives": {kind: dataclasses.asdict(use) for kind, use in uses.items()},
+        "fits": memory["peak"] <= LARGEST_SHARE * room if room else None,
+        "compile_seconds": round(time.perf_counter() - started, 1),
+        "compile_cpu_seconds": round(time.process_time() - cpu_started, 1),
+    }
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of placed shapes on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def replicated(tree: Any) -> dict[str, Any]:
+    """What every device holds whole: path and bytes of the largest leaf, and bytes in all."""
+    copies = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size * leaf.dtype.itemsize
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if leaf.sharding.is_fully_replicated
+    }
+    path = max(copies, key=lambda name: copies[name], default="")
+    return {"path": path, "bytes": copies.get(path, 0), "all_bytes": sum(copies.values())}
+
+
+def describe(row: Row) -> str:
+    """The row in a few lines for a person."""
+    copies = row["replicated"]
+    lines = [
+        f"{row['name']} on {row['target']}: {row['devices']} devices, fsdp {row['fsdp']}, batch "
+        f"{row['batch_size']}, {row['dtype']}",
+        f"  FLOPs a step and device  {row['flops'] / 1e12:.4g} T"
+        + (f", {row['ms_at_peak']:.3g} ms at peak" if row["ms_at_peak"] else ""),
+        f"  state, frozen networks   {_gib(row['state_bytes'])}, {_gib(row['frozen_bytes'])}",
+        *(
+            f"  largest copy, {part:<10} {copy['path']}, {_gib(copy['bytes'])} "
+            f"(all copies: {_gib(copy['all_bytes'])})"
+            for part, copy in copies.items()
+            if copy["path"]
+        ),
+    ]
+    if "refused" in row:
+        return "\n".join([*lines, f"  does not fit: {row['refused']}"])
+    lines.append(
+        f"  peak memory a device     {_gib(row['peak_bytes'])} (arguments "
+        f"{_gib(row['arguments_bytes'])}, temporaries {_gib(row['temporaries_bytes'])}, aliased "
+        f"{_gib(row['aliased_bytes'])})"
+    )
+    for kind, use in row["collectives"].items():
+        lines.append(f"  {kind:<24} {use['runs']} a step, {_gib(use['bytes'])}")
+    room = row["memory_bytes"]
+    if room:
+        verdict = "fits" if row["fits"] else "does not fit"
+        lines.append(f"  {verdict}: {row['peak_bytes'] / room:.0%} of {_gib(room)}")
+    return "\n".join(lines)
+
+
+def command() -> str:
+    """The command line of this process without what differs from place to place."""
+    kept = [a for a in sys.argv[1:] if not re.match(r"--(workdir|config\.ledger)", a)]
+    return " ".join(["python -m dinosae_jax.main", *kept])
+
+
+def enter(path: pathlib.Path, row: Row) -> None:
+    """Puts a row into the ledger in place of an earlier one of the same command.
+
+    Args:
+      path: of the JSON file; a Markdown table of the same name is written beside it.
+      row: with 'command'.
+    """
+    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = [old for old in rows if old["command"] != row["command"]] + [row]
+    rows.sort(key=lambda r: (r["name"], r["target"], r["command"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.write_json(path, rows)
+    path.with_suffix(".md").write_text(table(rows))
+
+
+def table(rows: list[Row]) -> str:
+    """The ledger as a Markdown page: does it fit, and why."""
+    lines = [
+        "# Ledger of planned steps",
+        "",
+        "Made by `docs/ledger.sh` (`configs/plan.py`): compiled ahead of time by the compilers of "
+        "the targets (libtpu; XLA:GPU), without the hardware and at least effort. Nothing here was "
+        "run. Bytes are those of one device. The command of each row is in `ledger.json`; a `cut` "
+        "row has two layers of each transformer. Frozen networks, and the sampler's weights, are "
+        "copies on every device by design.",
+        "",
+        *_markdown(VERDICT),
+        *(_line(row, fits(row)) for row in rows),
+        "",
+        "Collectives are executions a step and the bytes they deliver. Largest copies are of the "
+        "trained state and of the frozen networks.",
+        "",
+        *_markdown(COSTS),
+    ]
+    for row in rows:
+        uses = row.get("collectives", {})
+        lines.append(
+            _line(
+                row,
+                [
+                    f"{row['flops'] / 1e12:.4g}",
+                    _gib(row["state_bytes"]),
+                    _gib(row["aliased_bytes"]) if "aliased_bytes" in row else "-",
+                    _gib(row["frozen_bytes"]),
+                    _gib(row["temporaries_bytes"]) if "temporaries_bytes" in row else "-",
+                    ", ".join(f"{u['runs']} {k} {_gib(u['bytes'])}" for k, u in uses.items()),
+                    _copies(row["replicated"]),
+                    str(row.get("compile_cpu_seconds", "-")),
+                ],
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def fits(row: Row) -> list[str]:
+    """Cells of a row's verdict: batch, remat and micro-batches, peak, whether it fits."""
+    flags = dict(re.findall(r"(remat|accumulation)=(\w+)", row["command"]))
+    verdict = {True: "yes", False: "no", None: "-"}[row["fits"]]
+    peak = "out of memory"
+    if "peak_bytes" in row:
+        peak = _gib(row["peak_bytes"])
+        if room := row["memory_bytes"]:
+            peak += f" of {_gib(room)}"
+    how = ", ".join(flags[name] for name in ("remat", "accumulation") if name in flags)
+    return [str(row["batch_size"]), how or "default", peak, verdict]
+
+
+def _markdown(head: list[str]) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+
+
+def _line(row: Row, cells: list[str]) -> str:
+    name = row["name"] + (" (cut)" if ",cut" in row["command"] else "")
+    return f"| {' | '.join([name, row['target'], str(row['fsdp']), *cells])} |"
+
+
+def _copies(replicated: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{part} {_gib(copy['bytes'])} ({copy['path'].split('/params/')[-1]})"
+        for part, copy in replicated.items()
+        if copy["path"]
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"

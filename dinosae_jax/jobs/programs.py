@@ -1,0 +1,214 @@
+"""The training steps and the sampler from a config alone: what `plan` and `bench` compile."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from dinosae_jax import generator
+from dinosae_jax.flow import samplers
+from dinosae_jax.generator import halve
+from dinosae_jax.jobs import train_autoencoder, train_flow
+from dinosae_jax.models import autoencoder, flops
+from dinosae_jax.train import rfm_step, sae_step, sharding
+
+Tree = Any
+Variables = dict[str, dict[str, Tree]]
+
+
+class Kind(NamedTuple):
+    """How the step of one kind of training is put together.
+
+    Attributes:
+      make_stage: config -> its static part.
+      draw: (stage, config, key) -> random variables of every role.
+      trained: roles in the state, where the stage has them.
+      step: module with create_state, compile_step and numbers.
+      labels: whether a batch holds labels.
+    """
+
+    make_stage: Callable[[ml_collections.ConfigDict], Any]
+    draw: Callable[[Any, ml_collections.ConfigDict, jax.Array], Variables]
+    trained: tuple[str, ...]
+    step: Any
+    labels: bool
+
+
+class Program(NamedTuple):
+    """A training step before it is compiled.
+
+    Attributes:
+      step: jitted (state, frozen, batch, values) -> state.
+      arguments: shapes, dtypes and shardings of its four arguments.
+      make: key -> (state, frozen), random.
+      numbers: () -> the fourth argument.
+    """
+
+    step: Any
+    arguments: tuple[Tree, Tree, Tree, Tree]
+    make: Callable[[jax.Array], tuple[Any, Variables]]
+    numbers: Callable[[], Tree]
+
+
+class Sampler(NamedTuple):
+    """A sampler before it is compiled.
+
+    Attributes:
+      step: jitted (variables, noise, labels, numbers) -> images.
+      arguments: shapes, dtypes and shardings of its four arguments.
+    """
+
+    step: Any
+    arguments: tuple[Tree, Tree, Tree, Tree]
+
+
+def _draw_autoencoder(stage: Any, config: ml_collections.ConfigDict, key: jax.Array) -> Variables:
+    return train_autoencoder._draw(stage, key, config.data.image_size)
+
+
+def _draw_flow(stage: Any, config: ml_collections.ConfigDict, key: jax.Array) -> Variables:
+    variables = autoencoder.init(stage.modules, key, config.data.image_size)
+    del variables["decoder"]  # not a part of the step
+    return {**variables, "dit": rfm_step.init(stage.dit, jax.random.fold_in(key, 3))}
+
+
+AUTOENCODER = Kind(
+    train_autoencoder.make_stage,
+    _draw_autoencoder,
+    ("stem", "decoder", "disc_heads"),
+    sae_step,
+    labels=False,
+)
+FLOW = Kind(train_flow.make_stage, _draw_flow, ("dit",), rfm_step, labels=True)
+
+
+def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Program:
+    """The step of a training config on a mesh, whose devices need not exist.
+
+    Args:
+      config: of one stage, its dtype resolved.
+      mesh: of devices or of a topology's descriptions of them.
+
+    Raises:
+      ValueError: where a micro-batch does not divide over the devices.
+    """
+    sharding.check_batch(config.batch_size, config.accumulation, mesh)
+    kind = FLOW if "flow" in config else AUTOENCODER
+    stage = kind.make_stage(config)
+    trained = set(kind.trained) & {*config.trainable, "disc_heads"}
+
+    def make(key: jax.Array) -> tuple[Any, Variables]:
+        variables = kind.draw(stage, config, key)
+        ours = {role: tree for role, tree in variables.items() if role in trained}
+        frozen = {role: tree for role, tree in variables.items() if role not in trained}
+        frozen = halve(frozen) if config.dtype == "bfloat16" else frozen
+        return kind.step.create_state(stage, ours, config.seed), frozen
+
+    state, frozen = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
+    values = jax.eval_shape(lambda: kind.step.numbers(config))
+    everywhere = sharding.replicated(mesh)
+    return Program(
+        kind.step.compile_step(stage, mesh),
+        (
+            _place(state, sharding.shardings(state, mesh)),
+            _place(frozen, jax.tree.map(lambda _: everywhere, frozen)),
+            _batch(config, mesh, kind.labels),
+            _place(values, jax.tree.map(lambda _: everywhere, values)),
+        ),
+        make,
+        functools.partial(kind.step.numbers, config),
+    )
+
+
+def build_sampler(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Sampler:
+    """The sampler of a flow's config, as `Generator.sample` calls it with `batch_size` labels.
+
+    Args:
+      config: of the flow, its dtype resolved; `sampling` says how.
+      mesh: of devices or of a topology's descriptions of them.
+    """
+    sharding.check_batch(config.batch_size, 1, mesh)
+    stage = train_flow.make_stage(config)
+    networks = generator.Networks(
+        stage.modules, stage.dit, stage.path, stage.radius, stage.times.shift
+    )
+    chosen = config.sampling
+    sampling = generator.Sampling(
+        chosen.sampler,
+        chosen.steps,
+        chosen.guidance != 1.0,
+        tuple(chosen.interval),
+        generator.decode_parts(config.batch_size // mesh.size),
+    )
+
+    def make(key: jax.Array) -> Variables:
+        dit = rfm_step.init(stage.dit, jax.random.fold_in(key, 3))
+        drawn = autoencoder.init(stage.modules, key, config.data.image_size)
+        variables = {"dit": dit, "decoder": drawn["decoder"]}
+        return halve(variables) if config.dtype == "bfloat16" else variables
+
+    variables = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
+    split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    b, n, d = config.batch_size, stage.dit.input_size**2, stage.dit.in_channels
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    return Sampler(
+        generator.compile_generate(networks, sampling),
+        (
+            _place(variables, jax.tree.map(lambda _: everywhere, variables)),
+            jax.ShapeDtypeStruct((b, n, d), jnp.float32, sharding=split),
+            jax.ShapeDtypeStruct((b,), jnp.int32, sharding=split),
+            {"guidance": number, "decode_radius": number},
+        ),
+    )
+
+
+def sampler_flops(config: ml_collections.ConfigDict) -> int:
+    """FLOPs of one image of a sampler: its network calls and the decoder."""
+    stage = train_flow.make_stage(config)
+    calls = samplers.SAMPLERS[config.sampling.sampler].evaluations * config.sampling.steps
+    calls *= 1 if config.sampling.guidance == 1.0 else 2
+    side = stage.dit.input_size
+    decoder = flops.decoder_flops(stage.modules.decoder, side, side)
+    return calls * flops.forward_flops(stage.dit) + decoder
+
+
+def _place(shapes: Tree, shardings: Tree) -> Tree:
+    return jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings
+    )
+
+
+def _batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, labels: bool) -> Tree:
+    split, b, side = sharding.batch_sharding(mesh), config.batch_size, config.data.image_size
+    batch = {"image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8, sharding=split)}
+    if config.data.get("latents"):  # of a cache in bfloat16
+        shape = (b, (side // 16) ** 2, config.model.vit.embed_dim)
+        batch = {"latent": jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split)}
+    if labels:
+        batch["label"] = jax.ShapeDtypeStruct((b,), jnp.int32, sharding=split)
+    return batch
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """Bytes per device of a compiled program, as its compiler planned them.
+
+    Returns:
+      arguments, temporaries, outputs, aliased (arguments whose memory becomes an output's) and
+      peak, their sum without what is aliased. (XLA:CPU's own peak leaves temporaries out; XLA:TPU's
+      equals this sum.)
+    """
+    found = compiled.memory_analysis()
+    arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
+    outputs, aliased = found.output_size_in_bytes, found.alias_size_in_bytes
+    return {
+        "arguments": arguments,
+        "temporaries": temporaries,
+        "outputs": outputs,
+        "aliased": aliased,
+        "peak": arguments + temporaries + outputs - aliased,
+    }

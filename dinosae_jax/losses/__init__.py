@@ -1,0 +1,1 @@
+"""Loss terms: functions of arrays and callables, never of models."""

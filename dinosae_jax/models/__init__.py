@@ -1,0 +1,1 @@
+"""Networks in Flax Linen; nothing outside calls anything of Linen but init and apply."""

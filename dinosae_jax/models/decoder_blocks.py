@@ -1,0 +1,208 @@
+"""Blocks of the DC-AE decoder: residual blocks, EfficientViT blocks, upsampling and shortcuts.
+
+Mirrors the vendored efficientvit package of DINO-SAE. Convolutions have stride 1 and zero padding
+of half the kernel.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+
+from dinosae_jax.models.layers import ACTIVATIONS, Conv2d, ConvLayer
+
+Array = jax.Array
+Factory = Callable[..., nn.Module]
+
+HEAD_DIM = 32  # of linear attention, in every published configuration
+EXPAND_RATIO = 4  # of the gated convolution
+
+
+def pixel_shuffle(x: Array, factor: int = 2) -> Array:
+    """Turn channels into space in PyTorch's order: channel index c*f*f + i*f + j.
+
+    [b,h,w,c*f*f] -> [b,h*f,w*f,c].
+    """
+    b, h, w, channels = x.shape
+    c = channels // factor**2
+    x = x.reshape(b, h, w, c, factor, factor).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(b, h * factor, w * factor, c)
+
+
+def upsample_nearest(x: Array) -> Array:
+    """Repeat each pixel twice along height and width. [b,h,w,c] -> [b,2h,2w,c]."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def linear_attention(qkv: Array) -> Array:
+    """Attention with the kernel relu(q)·relu(k) in place of the softmax, linear in the pixels.
+
+    out_n = sum_m v_m (k_m·q_n) / (sum_m k_m·q_n + 1e-15). DC-AE computes the same with another
+    order of the products on at most 32 pixels.
+
+    Args:
+      qkv: [b,n,k,3*d] float32; q, k and v of each head lie side by side.
+
+    Returns:
+      [b,n,k,d] float32.
+    """
+    q, k, v = jnp.split(qkv, 3, axis=-1)
+    q, k = jax.nn.relu(q), jax.nn.relu(k)
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    memory = einsum("bnkd,bnke->bkde", k, v)
+    weight = einsum("bnkd,bkd->bnk", q, jnp.sum(k, axis=1))
+    return einsum("bnkd,bkde->bnke", q, memory) / (weight[..., None] + 1e-15)
+
+
+class Duplicate(nn.Module):
+    """Shortcut without parameters: each channel several times in a row, then a pixel shuffle.
+
+    [b,h,w,c] -> [b,h*factor,w*factor,features].
+    """
+
+    features: int
+    factor: int
+
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """Apply the shortcut; `train` is there for the common signature."""
+        total = self.features * self.factor**2
+        if total % x.shape[-1]:
+            raise ValueError(
+                f"A duplicating shortcut needs {x.shape[-1]} channels to divide {total}, which "
+                "they do not: change width_list or latent_channels, or set the shortcut to None."
+            )
+        return pixel_shuffle(jnp.repeat(x, total // x.shape[-1], axis=-1), self.factor)
+
+
+class Residual(nn.Module):
+    """main(x) + shortcut(x), added in float32.
+
+    Attributes:
+      main: makes the main module, called as main(name="main").
+      shortcut: makes the shortcut, called as shortcut(name="shortcut"); None is the identity.
+    """
+
+    main: Factory
+    shortcut: Factory | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        skip = x if self.shortcut is None else self.shortcut(name="shortcut")(x, train)
+        main = self.main(name="main")(x, train)
+        return main.astype(jnp.float32) + skip.astype(jnp.float32)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions: with bias and activation, then with norm. [b,h,w,c] -> same shape."""
+
+    norm: str | None
+    act: str | None
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        c = x.shape[-1]
+        x = ConvLayer(c, act=self.act, dtype=self.dtype, name="conv1")(x)
+        conv2 = ConvLayer(c, use_bias=False, norm=self.norm, dtype=self.dtype, name="conv2")
+        return conv2(x, train)
+
+
+class LiteMLA(nn.Module):
+    """Multi-scale linear attention between two 1x1 convolutions. [b,h,w,c] -> same shape.
+
+    Attributes:
+      scales: kernel sizes; each adds as many heads, aggregated over that neighbourhood.
+      norm: after the second convolution.
+      dtype: of the convolutions; attention is float32.
+    """
+
+    scales: tuple[int, ...]
+    norm: str | None
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        b, h, w, c = x.shape
+        heads = c // HEAD_DIM
+        width = 3 * heads * HEAD_DIM
+        pointwise = functools.partial(ConvLayer, kernel_size=1, use_bias=False, dtype=self.dtype)
+        conv = functools.partial(Conv2d, width, use_bias=False, dtype=self.dtype)
+        qkv = pointwise(width, name="qkv")(x)
+        groups = [qkv]
+        for i, scale in enumerate(self.scales):
+            near = conv(kernel_size=scale, groups=width, name=f"aggreg_{i}_0")(qkv)
+            groups.append(conv(kernel_size=1, groups=3 * heads, name=f"aggreg_{i}_1")(near))
+        all_heads = jnp.concatenate(groups, axis=-1).astype(jnp.float32)
+        y = linear_attention(all_heads.reshape(b, h * w, -1, 3 * HEAD_DIM))
+        return pointwise(c, norm=self.norm, name="proj")(y.reshape(b, h, w, -1), train)
+
+
+class GLUMBConv(nn.Module):
+    """Gated inverted bottleneck: 1x1, depthwise 3x3, gate, 1x1. [b,h,w,c] -> same shape."""
+
+    norm: str | None
+    act: str | None
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        c = x.shape[-1]
+        width = 2 * EXPAND_RATIO * c
+        conv = functools.partial(ConvLayer, dtype=self.dtype)
+        y = conv(width, kernel_size=1, act=self.act, name="inverted_conv")(x)
+        y = conv(width, groups=width, name="depth_conv")(y)
+        value, gate = jnp.split(y, 2, axis=-1)
+        y = value * ACTIVATIONS[self.act](gate)
+        return conv(c, kernel_size=1, use_bias=False, norm=self.norm, name="point_conv")(y, train)
+
+
+class EViTBlock(nn.Module):
+    """EfficientViT block: linear attention, then the gated convolution, each with a residual.
+
+    DINO-SAE's builder drops the norm of these blocks where it is "trms2d" (it hands a module to
+    a function that looks for a string), and its checkpoints have no parameters for it: so here.
+
+    [b,h,w,c] -> [b,h,w,c] float32.
+    """
+
+    scales: tuple[int, ...]
+    norm: str | None
+    act: str | None
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        norm = None if self.norm == "trms2d" else self.norm
+        attention = functools.partial(LiteMLA, self.scales, norm, self.dtype)
+        convolution = functools.partial(GLUMBConv, norm, self.act, self.dtype)
+        x = Residual(attention, name="context_module")(x, train)
+        return Residual(convolution, name="local_module")(x, train)
+
+
+class ConvPixelShuffle(nn.Module):
+    """3x3 convolution to four times the channels, then a pixel shuffle: [b,2h,2w,features]."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        return pixel_shuffle(ConvLayer(4 * self.features, dtype=self.dtype, name="conv")(x))
+
+
+class InterpolateConv(nn.Module):
+    """Nearest neighbour upsampling, then a 3x3 convolution: [b,2h,2w,features]."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        return ConvLayer(self.features, dtype=self.dtype, name="conv")(upsample_nearest(x))
+
+
+UPSAMPLERS = {"ConvPixelShuffle": ConvPixelShuffle, "InterpolateConv": InterpolateConv}
+EVIT_SCALES: dict[str, tuple[int, ...]] = {"EViT_GLU": (), "EViTS5_GLU": (5,)}

@@ -1,0 +1,90 @@
+"""Where parameters and activations live on the current mesh ('data', 'fsdp') while a step computes.
+
+Parameters rest in pieces over `fsdp` and are put together where they are used, one block at a time;
+their gradients go back to the pieces. Activations stay split by example over both axes. Left to
+itself the compiler multiplies by pieces instead, and moves the activations: all-to-alls. Without a
+mesh, or with fsdp 1, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+Tree = Any
+BATCH_AXES = ("data", "fsdp")
+SMALLEST_SHARDED_BYTES = 1 << 20  # gathering smaller leaves costs more than holding them
+STACKED_PREFIX = "blocks"  # of subtrees whose leaves have a leading depth axis
+
+
+def rule(shape: tuple[int, ...], itemsize: int, stacked: bool, fsdp: int) -> PartitionSpec:
+    """Which axis of a leaf is split over `fsdp`: the largest that it divides, never the depth.
+
+    Args:
+      shape: of the leaf.
+      itemsize: bytes of an element.
+      stacked: whether the leading axis is the depth of a stack of blocks.
+      fsdp: size of the mesh axis.
+    """
+    fitting = [axis for axis in range(int(stacked), len(shape)) if shape[axis] % fsdp == 0]
+    if fsdp == 1 or math.prod(shape) * itemsize < SMALLEST_SHARDED_BYTES or not fitting:
+        return PartitionSpec()
+    axis = max(fitting, key=lambda a: shape[a])
+    return PartitionSpec(*[None] * axis, "fsdp")
+
+
+def is_stacked(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf of this key path lies in a stack of blocks."""
+    return any(str(getattr(key, "key", key)).startswith(STACKED_PREFIX) for key in path)
+
+
+def gather_block(params: Tree, depth: int) -> Tree:
+    """Parameters of one block of a stack of `depth`, whole on every device."""
+    fsdp = _fsdp()
+
+    def whole(leaf: jax.Array) -> jax.Array:
+        axes = rule((depth, *leaf.shape), leaf.dtype.itemsize, True, fsdp)
+        return _gather(leaf, PartitionSpec(*axes[1:])) if axes else leaf
+
+    return params if fsdp == 1 else jax.tree.map(whole, params)
+
+
+def gather_rest(params: Tree) -> Tree:
+    """All parameters outside stacks of blocks, whole on every device; stacks stay as they are."""
+    fsdp = _fsdp()
+
+    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        axes = rule(leaf.shape, leaf.dtype.itemsize, False, fsdp)
+        return leaf if is_stacked(path) or not axes else _gather(leaf, axes)
+
+    return params if fsdp == 1 else jax.tree_util.tree_map_with_path(whole, params)
+
+
+def spread(x: jax.Array) -> jax.Array:
+    """The same array [b, ...], split by example over all devices."""
+    return x if _fsdp() == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def _fsdp() -> int:
+    return dict(jax.sharding.get_abstract_mesh().shape).get("fsdp", 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(leaf: jax.Array, axes: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf, PartitionSpec())
+
+
+def _gather_forward(leaf: jax.Array, axes: PartitionSpec) -> tuple[jax.Array, None]:
+    return _gather(leaf, axes), None
+
+
+def _gather_backward(axes: PartitionSpec, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    summed = jax.lax.with_sharding_constraint(cotangent, PartitionSpec())
+    return (jax.lax.with_sharding_constraint(summed, axes),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

@@ -1,0 +1,362 @@
+"""Every rule between the fields of a config, each with its message.
+
+`validate` runs before anything is compiled. A message is one line: the rule, the value received,
+the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+LOSS_NAMES = ("l1", "lpips", "cosine", "mse", "gan")
+PATHS = ("geodesic", "linear", "trigonometric", "projected_linear")
+TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
+CROPS = ("random", "center", "resize_random", "random_resized")
+SAMPLERS = ("euler_projection", "rodrigues", "geodesic_midpoint", "geodesic_heun", "ab2", "dpm2m")
+MEASUREMENTS = ("evaluate", "probe", "pca", "encode")
+LATENT_FORMATS = ("bfloat16", "int8")
+ROLES = ("stem", "vit", "decoder", "disc_heads", "dino", "lpips", "inception", "dit")
+POSITIVE = (
+    "steps",
+    "batch_size",
+    "accumulation",
+    "log_every",
+    "skip_limit",
+    "mesh.fsdp",
+    "optimizer.learning_rate",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.every",
+    "eval.batch_size",
+    "eval.images",
+)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A closing phrase for error messages: the nearest known name and the whole list."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.45)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{hint} known: {', '.join(known) or 'none'}"
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks every rule between the fields of a training config, or of each stage of a chain.
+
+    Raises:
+      ValueError: with one line that states the rule, the value received and the way out.
+    """
+    if config.job == "ablation":
+        for arm in config.order:
+            if arm not in config.arms:
+                raise ValueError(f"order names the arm {arm!r}{nearest(arm, config.arms)}")
+        validate(config.base)  # each arm is checked when its changes are applied
+        if "autoencoder" in config:
+            validate(config.autoencoder)
+            _require_member("sweep.arm", config.sweep.arm, config.order)
+        return
+    if "chain" in config:
+        for name in config.chain:
+            if name not in config.stages:
+                raise ValueError(
+                    f"chain names the stage {name!r}, which config.stages does not define"
+                    f"{nearest(name, config.stages)}"
+                )
+            validate(config.stages[name])
+        return
+    if config.job in ("export", "reconstruct"):
+        _validate_reader(config)
+        return
+    if config.job == "convert_images":
+        _validate_conversion(config)
+        return
+    if config.job == "sample":
+        _validate_sample(config)
+        return
+    if config.job in MEASUREMENTS:  # each checks its own fields when it has opened its inputs
+        _validate_measurement(config)
+        return
+    _validate_run(config)
+    if "flow" in config:
+        _validate_flow(config)
+    else:
+        _validate_autoencoder(config)
+
+
+def _validate_run(config: ml_collections.ConfigDict) -> None:
+    for field in POSITIVE:
+        _require_positive(config, field)
+    optimizer = config.optimizer
+    for field in ("weight_decay", "clip_norm", "warmup_steps", "decay_start"):
+        if optimizer[field] < 0:
+            raise ValueError(
+                f"optimizer.{field} must not be negative; got {optimizer[field]}; 0 turns it off"
+            )
+    _require_member("optimizer.schedule", optimizer.schedule, ("constant", "cosine", "linear"))
+    if optimizer.schedule != "constant" and optimizer.decay_start >= config.steps:
+        raise ValueError(
+            f"optimizer.decay_start must lie before the last step; got {optimizer.decay_start} of "
+            f"steps={config.steps}; lower it or use optimizer.schedule='constant'"
+        )
+    _require_member("dtype", config.dtype, ("auto", "float32", "bfloat16"))
+    _require_member("on_mismatch", config.on_mismatch, ("refuse", "continue"))
+    if not 0.0 <= config.ema < 1.0:
+        raise ValueError(f"ema must lie in [0, 1); got {config.ema}; the paper's is near 0.9978")
+    if config.profile_steps:
+        profile_range(config.profile_steps)
+    if config.batch_size % config.accumulation:
+        raise ValueError(
+            f"batch_size must be a multiple of accumulation; got {config.batch_size} and "
+            f"{config.accumulation}; change one of them"
+        )
+
+
+def profile_range(text: str) -> tuple[int, int]:
+    """The first step of a trace and the one after its last, from `profile_steps`.
+
+    Raises:
+      ValueError: where the text is not FIRST:END with 1 <= FIRST < END.
+    """
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):
+        raise ValueError(
+            f"profile_steps is FIRST:END with 1 <= FIRST < END; got {text!r}; '10:13' traces the "
+            "steps 10, 11 and 12, '' none"
+        )
+    return int(first), int(end)
+
+
+def _validate_autoencoder(config: ml_collections.ConfigDict) -> None:
+    for name, weight in config.losses.items():
+        _require_member("losses", name, LOSS_NAMES)
+        if weight < 0:
+            raise ValueError(f"losses.{name} must not be negative; got {weight}; 0 turns it off")
+    for role in config.trainable:
+        _require_member("trainable", role, ("stem", "decoder"))
+    if "decoder" not in config.trainable:
+        raise ValueError(
+            "an autoencoder stage trains the decoder (every pixel loss reaches it); got "
+            f"trainable={tuple(config.trainable)}; add 'decoder'"
+        )
+    if not any(config.losses[name] for name in ("l1", "lpips")):
+        raise ValueError(
+            "a stage needs a reconstruction loss; got losses.l1=0 and losses.lpips=0; "
+            "set one of them above 0"
+        )
+    for name in ("cosine", "mse"):
+        if config.losses[name] and "stem" not in config.trainable:
+            raise ValueError(
+                f"losses.{name} needs 'stem' in trainable (a frozen encoder gets no gradient from "
+                f"it); got trainable={tuple(config.trainable)}; set losses.{name}=0"
+            )
+    if "stem" not in config.trainable and not config.init_from:
+        raise ValueError(
+            "a stage with a frozen stem continues another one; got an empty init_from; name the "
+            "workdir, checkpoint or export that holds the trained stem"
+        )
+    noise = config.latent_noise
+    if min(noise.tau, noise.tau_end, noise.ramp_steps) < 0:
+        raise ValueError(f"latent_noise values must not be negative; got {noise.to_dict()}")
+    if noise.tau > 0 and "stem" in config.trainable:
+        raise ValueError(
+            "latent noise belongs to stages with a frozen encoder (the paper's fourth); got "
+            f"tau={noise.tau} with trainable={tuple(config.trainable)}; freeze the stem or set "
+            "latent_noise.tau=0"
+        )
+    if min(config.gan.start, config.gan.disc_start) < 0:
+        raise ValueError(f"gan.start and gan.disc_start count steps; got {config.gan.to_dict()}")
+    for role in config.random_frozen_ok:
+        _require_member("random_frozen_ok", role, ("vit", "lpips", "dino"))
+    _validate_data(config.data)
+
+
+def _validate_flow(config: ml_collections.ConfigDict) -> None:
+    flow, dit = config.flow, config.model.dit
+    if tuple(config.trainable) != ("dit",):
+        raise ValueError(
+            "a flow trains the diffusion transformer and nothing else; got "
+            f"trainable={tuple(config.trainable)}; set trainable=('dit',)"
+        )
+    for role in config.random_frozen_ok:
+        _require_member("random_frozen_ok", role, ("stem", "vit", "decoder"))
+    _require_member("flow.path", flow.path, PATHS)
+    _require_member("flow.time.distribution", flow.time.distribution, TIME_DISTRIBUTIONS)
+    _require_member("flow.jacobi", flow.jacobi, ("", "noise", "data"))
+    for name in ("radius", "decode_radius", "radial_weight", "time.shift"):
+        value = flow.time.shift if name == "time.shift" else flow[name]
+        if value < 0:
+            raise ValueError(f"flow.{name} must not be negative; got {value}; 0 is the default")
+    for field in ("flow.time.sigma", "model.dit.num_classes"):
+        _require_positive(config, field)
+    if config.eval.samples < 0 or config.eval.samples == 1:
+        raise ValueError(
+            f"eval.samples must be at least 2 (KID averages over pairs), or 0 for no KID; got "
+            f"{config.eval.samples}"
+        )
+    if not 0 < flow.time.max_time <= 1:
+        raise ValueError(
+            f"flow.time.max_time must lie in (0, 1]; got {flow.time.max_time}; 0.999 as in RAE"
+        )
+    _require_member("model.dit.model", dit.model, ("LightningDiT", "DiTDH"))
+    if not 0 <= dit.class_dropout_prob < 1:
+        raise ValueError(
+            "model.dit.class_dropout_prob must lie in [0, 1); got "
+            f"{dit.class_dropout_prob}; the usual value is 0.1"
+        )
+    _validate_data(config.data)
+    if config.data.latents:
+        _require_center_crop(config.data, "training on a latent cache")
+    latents = {
+        "input_size": config.data.image_size // 16,
+        "in_channels": config.model.vit.embed_dim,
+    }
+    for name, wanted in latents.items():
+        if dit[name] != wanted:
+            raise ValueError(
+                f"model.dit.{name} must be that of the encoder's latents, {wanted} (image_size/16 "
+                f"tokens a side, vit.embed_dim channels); got {dit[name]}; change it"
+            )
+    validate_sampling(config.sampling, has_null_label=dit.class_dropout_prob > 0)
+
+
+def _validate_sample(config: ml_collections.ConfigDict) -> None:
+    for field in ("batch_size", "chunk"):
+        _require_positive(config, field)
+    _require_member("dtype", config.dtype, ("auto", "float32", "bfloat16"))
+    if config.count < 0:
+        raise ValueError(f"count must not be negative; got {config.count}; 0 is the natural number")
+    if not config.init_from and "dit" not in config.random_frozen_ok:
+        raise ValueError(
+            "sampling needs a flow; got an empty init_from; name its workdir, checkpoint or export "
+            "with --config.init_from=..., or use the variant :tiny, which draws a random one"
+        )
+    given = {name: value for name, value in config.sampling.items() if value is not None}
+    validate_sampling(given)
+
+
+def _validate_conversion(config: ml_collections.ConfigDict) -> None:
+    for field in ("num_shards", "threads"):
+        _require_positive(config, field)
+    for split in config.splits:
+        _require_member("splits", split, ("train", "eval"))
+    if config.crop_size < 0:
+        raise ValueError(
+            f"crop_size must not be negative; got {config.crop_size}; 0 keeps the files as they are"
+        )
+    if not config.source:
+        raise ValueError(
+            "convert_images needs images; got an empty source; name them with "
+            "--config.source=folder:PATH, tar:PATTERN or tfds:NAME"
+        )
+
+
+def _validate_measurement(config: ml_collections.ConfigDict) -> None:
+    _require_positive(config, "batch_size")
+    _require_member("dtype", config.dtype, ("auto", "float32", "bfloat16"))
+    _validate_data(config.data)
+    if config.job == "encode":
+        _require_center_crop(config.data, "encode")
+        _require_member("format", config.format, LATENT_FORMATS)
+        if config.num_shards < 0:
+            raise ValueError(
+                f"num_shards must not be negative; got {config.num_shards}; 0 makes shards of 1 GiB"
+            )
+    if not (config.init_from or config.get("samples") or config.random_frozen_ok):
+        raise ValueError(
+            f"{config.job} needs trained weights; got an empty init_from; name a workdir, "
+            "checkpoint, export or conversion with --config.init_from=..., or use the variant "
+            ":tiny, which draws random ones"
+        )
+
+
+def validate_sampling(sampling: Mapping[str, Any], has_null_label: bool = True) -> None:
+    """Checks the sampling fields that are given.
+
+    Args:
+      sampling: some of sampler, steps, guidance, interval, decode_radius.
+      has_null_label: whether the model was trained with label dropout.
+
+    Raises:
+      ValueError: for a value out of range, or guidance that the model cannot do.
+    """
+    if "sampler" in sampling:
+        _require_member("sampler", sampling["sampler"], SAMPLERS)
+    if sampling.get("steps", 1) < 1:
+        raise ValueError(
+            f"a sampler makes at least 1 step; got steps={sampling['steps']}; raise it"
+        )
+    low, high = sampling.get("interval", (0.0, 1.0))
+    if not 0 <= low <= high <= 1:
+        raise ValueError(
+            f"a guidance interval is (lo, hi) with 0 <= lo <= hi <= 1; got {(low, high)}; "
+            "(0, 1) guides everywhere"
+        )
+    if sampling.get("guidance", 1.0) != 1.0 and not has_null_label:
+        raise ValueError(
+            "guidance needs a model with a null label, trained with class_dropout_prob above 0; "
+            f"got guidance={sampling['guidance']}; use guidance 1 or another model"
+        )
+    if not sampling.get("decode_radius", 1.0) > 0:
+        raise ValueError(
+            f"decode_radius must be above zero; got {sampling['decode_radius']}; "
+            "leave it out for the flow's own"
+        )
+
+
+def _validate_data(data: ml_collections.ConfigDict) -> None:
+    _require_member("data.crop", data.crop, CROPS)
+    patch = 16
+    if data.image_size < patch or data.image_size % patch:
+        raise ValueError(
+            f"data.image_size must be a multiple of the patch size {patch}; got {data.image_size}"
+        )
+
+
+def _require_center_crop(data: ml_collections.ConfigDict, what: str) -> None:
+    if data.crop != "center":
+        raise ValueError(
+            f"{what} needs data.crop='center', the one crop of an image that a cache can hold; got "
+            f"{data.crop!r}; pass --config.data.crop=center"
+        )
+
+
+def _validate_reader(config: ml_collections.ConfigDict) -> None:
+    roles = ("stem", "vit", "decoder")
+    for role in config.random_frozen_ok:
+        _require_member("random_frozen_ok", role, roles)
+    if not config.init_from and set(roles) - set(config.random_frozen_ok):
+        raise ValueError(
+            f"{config.job} needs an autoencoder; got an empty init_from; name a stage's workdir, a "
+            "checkpoint, an export or converted weights with --config.init_from=..., or use the "
+            "variant :tiny, which draws a random one"
+        )
+    if config.job == "reconstruct":
+        _require_member("dtype", config.dtype, ("auto", "float32", "bfloat16"))
+        _require_positive(config, "batch_size")
+        if not config.images:
+            raise ValueError(
+                "reconstruct needs images; got an empty images; name a folder with "
+                "--config.images=..."
+            )
+        if config.short_side and config.short_side < 16:
+            raise ValueError(
+                f"short_side is at least the patch size 16, or 0 to keep every size; got "
+                f"{config.short_side}; raise it"
+            )
+
+
+def _require_positive(config: ml_collections.ConfigDict, field: str) -> None:
+    value = config
+    for part in field.split("."):
+        value = value[part]
+    if not value > 0:
+        raise ValueError(f"{field} must be above zero; got {value}; set --config.{field}=...")
+
+
+def _require_member(field: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field}: {value!r} is not known{nearest(str(value), allowed)}")

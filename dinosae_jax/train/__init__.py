@@ -1,0 +1,1 @@
+"""State, optimizer, sharding, checkpoints, logging, the loop and its two steps."""

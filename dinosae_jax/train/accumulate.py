@@ -1,0 +1,39 @@
+"""Means over micro-batches, for batches that do not fit at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+Result = TypeVar("Result")
+
+
+def mean_over_micro_batches(
+    one: Callable[..., Result], parts: tuple[Tree, ...], count: int
+) -> Result:
+    """Means over `count` micro-batches, each spread over all devices: equal to one large batch.
+
+    Args:
+      one: (*parts of a micro-batch) -> tree of means over its examples.
+      parts: trees of arrays [b, ...]; `count` divides b.
+      count: micro-batches.
+    """
+    if count == 1:
+        return one(*parts)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Example i goes to micro-batch i % count, so that no micro-batch sits on few devices.
+        return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+
+    micro = jax.tree.map(split, parts)
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], micro))
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: Result, part: tuple[Tree, ...]) -> tuple[Result, None]:
+        return jax.tree.map(lambda a, b: a + b / count, total, one(*part)), None
+
+    return jax.lax.scan(add, start, micro)[0]

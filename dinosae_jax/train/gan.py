@@ -1,0 +1,172 @@
+"""The adversarial part of the autoencoder's step: two functions of one micro-batch.
+
+The generator sees the discriminator with its spectral vectors at rest; the discriminator's own
+step advances them twice, on fakes and then on reals, and sees noise-free fakes rounded to 8 bits.
+Each call augments with its own draws. The frozen DINO trunk passes gradients to the generator and
+none in the discriminator's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from dinosae_jax.losses import adversarial, augment
+from dinosae_jax.models import autoencoder, dino_v1, discriminator
+
+Tree = Any
+METRICS = ("gan", "gan_weight", "d_loss", "d_real", "d_fake")
+
+
+class Critics(NamedTuple):
+    """The discriminator's modules: a frozen trunk and the trained heads."""
+
+    trunk: dino_v1.DinoV1
+    heads: discriminator.DiscriminatorHeads
+
+
+class GeneratorPull(NamedTuple):
+    """loss: -mean(logits). cotangent: its gradient, times the weight. weight: adaptive."""
+
+    loss: jax.Array
+    cotangent: jax.Array
+    weight: jax.Array
+
+
+class DiscriminatorGradients(NamedTuple):
+    """Gradients of the hinge loss, the advanced spectral vectors and the step's scalars."""
+
+    params: Tree
+    spectral: Tree
+    scalars: dict[str, jax.Array]
+
+
+def build(dino: Mapping[str, Any], dtype: Any) -> Critics:
+    """The discriminator on a DINO v1 trunk with these keyword arguments."""
+    arguments = {**dino, "key_depths": tuple(dino["key_depths"])}
+    trunk = dino_v1.DinoV1(**arguments, dtype=dtype)
+    heads = discriminator.DiscriminatorHeads(
+        num_heads=1 + len(trunk.key_depths), channels=trunk.embed_dim
+    )
+    return Critics(trunk, heads)
+
+
+def init(critics: Critics, key: jax.Array) -> dict[str, dict[str, Tree]]:
+    """Variables of the roles dino and disc_heads; the heads' spectral norms are converged."""
+    trunk_key, heads_key = jax.random.split(key)
+    images = jnp.zeros((1, 224, 224, 3))
+    activations, trunk = critics.trunk.init_with_output(trunk_key, images)
+    heads = critics.heads.init(heads_key, activations, train=False)
+    return {"dino": dict(trunk), "disc_heads": dict(heads)}
+
+
+def pull_generator(
+    critics: Critics,
+    variables: Mapping[str, Any],
+    head: Callable[[jax.Array, jax.Array], jax.Array],
+    kernel: jax.Array,
+    features: jax.Array,
+    picture: jax.Array,
+    reconstruction_cotangent: jax.Array,
+    uniforms: jax.Array,
+) -> GeneratorPull:
+    """The generator's adversarial pull on the reconstruction, adaptively weighted.
+
+    Args:
+      critics: static.
+      variables: roles dino and disc_heads.
+      head: (last kernel, features) -> reconstruction.
+      kernel: of the decoder's last convolution.
+      features: its input.
+      picture: reconstruction, [b, h, w, 3] about [0, 1].
+      reconstruction_cotangent: gradient of the weighted pixel losses, like `picture`.
+      uniforms: [7, b] draws of the augmentation.
+    """
+
+    def loss_of(image: jax.Array) -> jax.Array:
+        activations = _activations(critics, variables, image, uniforms)
+        logits = critics.heads.apply(variables["disc_heads"], activations, train=False)
+        return adversarial.generator_loss(logits)  # type: ignore[arg-type]
+
+    loss, cotangent = jax.value_and_grad(loss_of)(picture)
+    weight = adversarial.last_layer_adaptive_weight(
+        head, kernel, features, reconstruction_cotangent, cotangent
+    )
+    return GeneratorPull(loss, weight * cotangent, weight)
+
+
+def discriminator_gradients(
+    critics: Critics,
+    variables: Mapping[str, Any],
+    real: jax.Array,
+    fake: jax.Array,
+    uniforms: tuple[jax.Array, jax.Array],
+) -> DiscriminatorGradients:
+    """Hinge loss of the discriminator and its gradients with respect to the heads.
+
+    Args:
+      critics: static.
+      variables: roles dino and disc_heads.
+      real: [b, h, w, 3] in [0, 1].
+      fake: noise-free reconstructions; clipped and rounded to 8 bits here.
+      uniforms: draws of the augmentation for reals and for fakes, [7, b] each.
+    """
+    fake_activations = _activations(critics, variables, adversarial.quantise(fake), uniforms[1])
+    real_activations = _activations(critics, variables, real, uniforms[0])
+    fixed = jax.lax.stop_gradient((fake_activations, real_activations))
+
+    def loss_of(params: Tree) -> tuple[jax.Array, tuple[Tree, jax.Array, jax.Array]]:
+        spectral = variables["disc_heads"]["spectral"]
+        logits = []
+        for activations in fixed:
+            out, updates = critics.heads.apply(
+                {"params": params, "spectral": spectral},
+                activations,
+                train=True,
+                mutable=["spectral"],
+            )
+            spectral = updates["spectral"]
+            logits.append(out)
+        fakes, reals = logits
+        return adversarial.discriminator_loss(reals, fakes), (spectral, reals, fakes)
+
+    (loss, (spectral, reals, fakes)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+        variables["disc_heads"]["params"]
+    )
+    scalars = {"d_loss": loss, "d_real": jnp.mean(reals), "d_fake": jnp.mean(fakes)}
+    return DiscriminatorGradients(grads, spectral, scalars)
+
+
+def uniforms_of(key: jax.Array, constant: int, index: jax.Array) -> jax.Array:
+    """Draws [7, b] of one use of the augmentation, by the images' places in the global batch."""
+    return augment.augmentation_uniforms(jax.random.fold_in(key, constant), index)
+
+
+def last_kernel(modules: autoencoder.AutoencoderModules, decoder: Mapping[str, Any]) -> jax.Array:
+    """The kernel of the decoder's last convolution."""
+    return traverse_util.flatten_dict(decoder["params"])[modules.decoder.last_kernel_path]
+
+
+def head_of(
+    modules: autoencoder.AutoencoderModules, variables: Mapping[str, Any]
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(last kernel, features) -> reconstruction, with everything else of the decoder fixed."""
+
+    def head(kernel: jax.Array, features: jax.Array) -> jax.Array:
+        flat = traverse_util.flatten_dict(variables["decoder"]["params"])
+        flat[modules.decoder.last_kernel_path] = kernel
+        decoder = {**variables["decoder"], "params": traverse_util.unflatten_dict(flat)}
+        return autoencoder.decode_head(modules, {"decoder": decoder}, features)
+
+    return head
+
+
+def _activations(
+    critics: Critics, variables: Mapping[str, Any], images: jax.Array, uniforms: jax.Array
+) -> list[jax.Array]:
+    augmented = augment.diff_augment(2.0 * images - 1.0, uniforms)
+    return critics.trunk.apply(variables["dino"], augmented)  # type: ignore[return-value]

@@ -1,0 +1,60 @@
+"""Peak speed and memory of the accelerators that we plan for and measure on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class Hardware(NamedTuple):
+    """Of one jax device.
+
+    Attributes:
+      peak_tflops: dense bfloat16 TFLOP/s as the maker states them.
+      memory_gib: GiB of device memory.
+    """
+
+    peak_tflops: float
+    memory_gib: float
+
+
+# jax's device_kind -> figures of the makers' data sheets (Cloud TPU documentation, NVIDIA). A TPU7x
+# chip is two devices; v4 and v5p chips are one (megacore).
+KINDS = {
+    "TPU v4": Hardware(275.0, 32.0),
+    "TPU v5 lite": Hardware(197.0, 16.0),
+    "TPU v5": Hardware(459.0, 95.0),
+    "TPU v5p": Hardware(459.0, 95.0),
+    "TPU v6 lite": Hardware(918.0, 32.0),
+    "TPU7x": Hardware(1153.5, 96.0),
+    "NVIDIA A100-SXM4-40GB": Hardware(312.0, 40.0),
+    "NVIDIA A100-SXM4-80GB": Hardware(312.0, 80.0),
+    "NVIDIA H100 80GB HBM3": Hardware(989.0, 80.0),
+    "NVIDIA H200": Hardware(989.0, 141.0),
+}
+
+
+def find(device: jax.Device) -> Hardware | None:
+    """The figures of a device, None where we have none (a CPU)."""
+    return KINDS.get(device.device_kind)
+
+
+def utilisation(
+    flops_per_image: int, images_per_second: float, devices: list[jax.Device]
+) -> dict[str, float]:
+    """Speed against the model's own FLOPs.
+
+    Args:
+      flops_per_image: of a training step, `step_flops.train_flops`.
+      images_per_second: of all devices together.
+      devices: that share the work, all of one kind.
+
+    Returns:
+      'tflops_per_device', and 'mfu' (fraction of the peak) where the peak is known.
+    """
+    tflops = flops_per_image * images_per_second / len(devices) / 1e12
+    hardware = find(devices[0])
+    return {"tflops_per_device": tflops} | (
+        {"mfu": tflops / hardware.peak_tflops} if hardware else {}
+    )

@@ -1,0 +1,218 @@
+"""Where the weights of a stage come from, decided before anything is compiled.
+
+For each role, in this order: `init_from` (the moving averages of another run), `weights.<role>`
+(a converted file), a random initialisation. A role that is frozen may be random only where
+`random_frozen_ok` names it; otherwise the run stops with the command that makes the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from dinosae_jax import config as config_lib
+from dinosae_jax import weights
+from dinosae_jax.flow.convention import LatentConvention
+from dinosae_jax.train import checkpoint, roles
+
+Tree = Any
+Variables = dict[str, dict[str, Tree]]
+FROZEN_FOLDER = "frozen"
+EXPORT_FILE = "export.json"
+# Fields of the model config that change how it is computed, not what.
+COMPUTE_FIELDS = ("scan_layers", "remat")
+CONVERSION_COMMANDS = {
+    "vit": "python -m weights_conversion.convert --kind=dinov3 "
+    "--input=dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth --output=weights/dinov3",
+    "lpips": "python -m weights_conversion.convert --kind=lpips_vgg16 "
+    "--input=vgg16-397923af.pth,vgg.pth --output=weights/lpips",
+    "dino": "python -m weights_conversion.convert --kind=dino_discriminator "
+    "--input=dino_deitsmall8_pretrain.pth --output=weights/dino",
+}
+NETWORKS = {
+    "stem": "stem",
+    "vit": "DINOv3 ViT",
+    "decoder": "decoder",
+    "lpips": "LPIPS VGG16",
+    "dino": "DINO discriminator backbone",
+}
+
+
+class Source(NamedTuple):
+    """What another run, checkpoint or export offers.
+
+    Attributes:
+      variables: role -> {'params': ..., other collections}; moving averages where they exist.
+      model: its model config, plain.
+      convention: its latent convention, plain; empty for converted weights.
+      notes: sentences that travel with the weights.
+      path: for messages.
+      flow: how a flow was trained and is to be sampled, plain (`jobs.train_flow.flow_record`);
+        empty for an autoencoder.
+    """
+
+    variables: Variables
+    model: dict[str, Any]
+    convention: dict[str, Any]
+    notes: list[str]
+    path: pathlib.Path
+    flow: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+
+
+def open_source(path: str | pathlib.Path) -> Source:
+    """Reads a workdir (its newest checkpoint), one checkpoint, or an export.
+
+    Raises:
+      ValueError: where nothing of the kind is there, or a file is damaged.
+    """
+    folder = pathlib.Path(path).expanduser()
+    if (folder / EXPORT_FILE).exists():
+        return _open_export(folder)
+    if weights.is_conversion(folder):
+        converted = weights.load(folder)
+        files = ", ".join(file["name"] for file in converted.metadata["files"])
+        note = f"Starts from converted weights: {files}."
+        return Source(converted.variables, converted.config, {}, [note], folder)
+    step = folder if folder.name.isdigit() and (folder / "state").exists() else None
+    step = step or checkpoint.newest(folder)
+    if step is None:
+        raise ValueError(
+            "weights come from a stage's workdir, a checkpoint, an export or a conversion; got "
+            f"{str(path)!r}, which {_why_not(folder)}"
+        )
+    # The discriminator's heads have no moving average; they are carried on as they are.
+    tree, record = checkpoint.load_fields(step, ("ema", "extra", "params/disc_heads"))
+    extra = tree.get("extra", {})
+    params = {**tree["ema"], **tree.get("params", {})}
+    variables: Variables = {
+        role: {"params": params[role], **extra.get(role, {})} for role in params
+    }
+    frozen = step.parent.parent / FROZEN_FOLDER
+    for role, file in record["frozen"].items():
+        variables.setdefault(role, roles.read(frozen, roles.RoleFile(*file)))
+    return Source(
+        variables,
+        record["config"]["model"],
+        record["convention"],
+        record["notes"],
+        step,
+        record.get("flow", {}),
+    )
+
+
+def export(source: Source, output: pathlib.Path, wanted: tuple[str, ...]) -> None:
+    """Writes roles as one self-contained folder that `open_source` reads.
+
+    Raises:
+      ValueError: where the folder already holds something.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"an export needs an empty folder; got {output}; name another one")
+    files = {role: list(roles.write(output, role, source.variables[role])) for role in wanted}
+    record = {
+        "roles": files,
+        "model": source.model,
+        "convention": source.convention,
+        "notes": source.notes,
+        "flow": source.flow,
+        "source": source.path.name,
+    }
+    (output / EXPORT_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def check_agreement(
+    source: Source, model: dict[str, Any], convention: LatentConvention, wanted: tuple[str, ...]
+) -> None:
+    """Compares architecture (of the roles wanted) and latent convention with this run's.
+
+    Raises:
+      ValueError: with every difference.
+    """
+    lines = []
+    for role in wanted:
+        ours, theirs = (_architecture(m.get(role, {})) for m in (model, source.model))
+        lines += config_lib.differences(ours, theirs, f"model.{role}.")
+    if lines:
+        raise ValueError(
+            f"{source.path} holds another architecture: {'; '.join(lines)}; use the config that "
+            "made it or start from other weights"
+        )
+    if source.convention:  # converted weights do not state one
+        stated = LatentConvention.from_dict(source.convention)
+        convention.check_equal(stated, here="this config", there=str(source.path))
+
+
+def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:
+    """Variables of a frozen network from converted weights.
+
+    Args:
+      role: vit, lpips or dino.
+      path: what `weights_conversion.convert` wrote.
+      model: this run's model config, which the file's must equal where both state a value.
+
+    Raises:
+      ValueError: where there are no such weights, or of another architecture.
+    """
+    converted = weights.load(path, (role,))
+    if role in model:
+        ours, theirs = dict(model[role]), converted.config[role]
+        both = _architecture({name: theirs[name] for name in theirs if name in ours})
+        lines = config_lib.differences({n: ours[n] for n in both}, both, f"model.{role}.")
+        if lines:
+            raise ValueError(
+                f"{path} holds another architecture: {'; '.join(lines)}; set --config.model.{role} "
+                "to the file's or convert another file"
+            )
+    return converted.variables[role]
+
+
+def require_frozen(role: str, random_ok: tuple[str, ...]) -> str:
+    """The note for a frozen network that stays random.
+
+    Raises:
+      ValueError: where the config does not allow it in words.
+    """
+    if role not in random_ok and role not in CONVERSION_COMMANDS:
+        raise ValueError(
+            f"the frozen {NETWORKS[role]} needs weights, and init_from holds none; name a trained "
+            "autoencoder, --config.init_from=runs/stage4, or say that random weights are wanted: "
+            f"--config.random_frozen_ok={role},"
+        )
+    if role not in random_ok:
+        raise ValueError(
+            f"the frozen {NETWORKS[role]} needs weights; got none (weights.{role} is empty). "
+            f"Convert them with `{CONVERSION_COMMANDS[role]}` and pass --config.weights.{role}="
+            f"weights/..., or say that random ones are wanted: --config.random_frozen_ok={role},"
+        )
+    return (
+        f"The frozen {NETWORKS[role]} is randomly initialised (random_frozen_ok names it): "
+        "no pretrained knowledge is in these results."
+    )
+
+
+def _open_export(folder: pathlib.Path) -> Source:
+    record = json.loads((folder / EXPORT_FILE).read_text())
+    variables = {
+        role: roles.read(folder, roles.RoleFile(*file)) for role, file in record["roles"].items()
+    }
+    return Source(
+        variables,
+        record["model"],
+        record["convention"],
+        record["notes"],
+        folder,
+        record.get("flow", {}),
+    )
+
+
+def _why_not(folder: pathlib.Path) -> str:
+    if (folder / "chain.json").exists():
+        stages = json.loads((folder / "chain.json").read_text())["stages"]
+        return f"holds a chain; give one of its stages ({', '.join(stages)}), as in {folder}/NAME"
+    state = "holds none of these" if folder.exists() else "does not exist"
+    return f"{state}; give another path"
+
+
+def _architecture(part: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name not in COMPUTE_FIELDS}

@@ -1,0 +1,169 @@
+"""What a run writes while it goes: metrics.jsonl, timing.jsonl, TensorBoard events, progress.
+
+metrics.jsonl holds only what the data and the seed determine, so that it is the same, byte for
+byte, whether or not a run was interrupted; everything that a clock measures is in timing.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer import event_file_writer
+
+from dinosae_jax.train import hardware
+
+
+class RunWriter:
+    """Appends to the files of one stage; it starts by cutting them back to `start_step`."""
+
+    def __init__(self, workdir: pathlib.Path, start_step: int, enabled: bool = True):
+        self.enabled = enabled
+        if not enabled:
+            return
+        self.metrics_path = workdir / "metrics.jsonl"
+        self.timing_path = workdir / "timing.jsonl"
+        cut_back(self.metrics_path, start_step)
+        cut_back(self.timing_path, start_step)
+        self.events = event_file_writer.EventFileWriter(str(workdir / "tensorboard"))
+        # TensorBoard drops what an interrupted run wrote after this step.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self.events.add_event(
+            event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=start)
+        )
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, the same scalars in TensorBoard."""
+        if self.enabled:
+            _append(self.metrics_path, {"step": step, **values})
+            self._scalars(step, values)
+
+    def timing(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of timing.jsonl, the same scalars in TensorBoard under `time/`."""
+        if self.enabled:
+            _append(self.timing_path, {"step": step, **values})
+            self._scalars(step, {f"time/{name}": value for name, value in values.items()})
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        summary = summary_pb2.Summary(
+            value=[
+                summary_pb2.Summary.Value(tag=name, simple_value=value)
+                for name, value in values.items()
+            ]
+        )
+        self.events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        """Flushes the event file."""
+        if self.enabled:
+            self.events.close()
+
+
+class Progress:
+    """Speed and time left, measured between lines; compilation is not counted as speed."""
+
+    def __init__(
+        self, name: str, steps: int, start_step: int, batch_size: int, flops_per_image: int
+    ):
+        self.name, self.steps, self.batch_size = name, steps, batch_size
+        self.flops_per_image = flops_per_image
+        self.step, self.time = start_step, time.monotonic()
+        self.rate = 0.0
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves out what happened since the last line: a compilation, an evaluation."""
+        self.step, self.time = step, time.monotonic()
+
+    def line(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """Prints the progress line and returns the measured times.
+
+        Returns:
+          seconds_per_step, images_per_second, tflops_per_device, mfu (of known hardware) and
+          peak_memory_gib since the last line.
+        """
+        elapsed = max(time.monotonic() - self.time, 1e-9)
+        done = step - self.step
+        seconds = elapsed / max(done, 1)
+        self.restart_clock(step)
+        shown = " ".join(
+            f"{name.split('/')[-1]} {value:.4g}"
+            for name, value in values.items()
+            if name in ("train/loss", "train/psnr", "train/grad_norm") or name.startswith("eval/")
+        )
+        rate = self.batch_size / seconds
+        speed = hardware.utilisation(self.flops_per_image, rate, jax.devices())
+        left = _clock(seconds * (self.steps - step))
+        report(
+            f"{self.name} {step}/{self.steps}  {shown}  "
+            f"{rate:.0f} images/s  {describe_speed(speed)}  {left} left"
+        )
+        return {
+            "seconds_per_step": seconds,
+            "images_per_second": rate,
+            **speed,
+            "peak_memory_gib": peak_memory() / 2**30,
+        }
+
+
+def describe_speed(speed: Mapping[str, float]) -> str:
+    """What `hardware.utilisation` found, for a progress line: '312 TFLOP/s/device (32% MFU)'."""
+    tflops = speed["tflops_per_device"]
+    shown = f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.3g} GFLOP/s"
+    used = f" ({speed['mfu']:.0%} MFU)" if "mfu" in speed else ""
+    return f"{shown}/device{used}"
+
+
+def report(text: str) -> None:
+    """One line for the person who watches, from the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def peak_memory() -> int:
+    """Bytes: the largest use of the first device, or of the process where none is counted."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(stats.get("peak_bytes_in_use", process))
+
+
+def cut_back(path: pathlib.Path, last_step: int) -> None:
+    """Drops the lines of a JSON-lines file that lie after `last_step`, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > last_step:
+                break
+        except (ValueError, KeyError):
+            break
+        kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON whole or not at all."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    partial.replace(path)
+
+
+def _append(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,106 @@
+"""Where arrays live: a (data, fsdp) mesh placed by the rule of `models.placement`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dinosae_jax.models import placement
+
+Tree = Any
+
+
+def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh ('data', 'fsdp') over all devices; the batch is split over both axes.
+
+    Raises:
+      ValueError: where the devices cannot be divided into groups of `fsdp`.
+    """
+    devices = devices or jax.devices()
+    if len(devices) % fsdp:
+        raise ValueError(
+            f"mesh.fsdp must divide the number of devices; got {fsdp} for {len(devices)} devices"
+        )
+    shape = (len(devices) // fsdp, fsdp)
+    return jax.make_mesh(
+        shape, placement.BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(placement.BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+    """Raises ValueError where a micro-batch does not divide over the devices."""
+    micro = batch_size // accumulation
+    if micro % mesh.size:
+        raise ValueError(
+            f"batch_size / accumulation must be a multiple of the number of devices; got "
+            f"{batch_size} / {accumulation} = {micro} over {mesh.size} devices"
+        )
+
+
+def shardings(shapes: Tree, mesh: Mesh) -> Tree:
+    """A sharding for every leaf by `placement.rule`: pieces over `fsdp`, or a copy everywhere.
+
+    Raises:
+      ValueError: where `fsdp` divides no axis of a large leaf, which would be copied silently.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        size = leaf.dtype.itemsize
+        axes = placement.rule(leaf.shape, size, placement.is_stacked(path), fsdp)
+        if fsdp > 1 and not axes and leaf.size * size >= placement.SMALLEST_SHARDED_BYTES:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"mesh.fsdp must divide an axis of every large leaf; got {fsdp} for {name} "
+                f"{list(leaf.shape)}; take a smaller power of two (published flows: up to 128)"
+            )
+        return NamedSharding(mesh, axes)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Moves this process's slice of a global batch onto its devices."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }
+
+
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """A copy of each leaf on every device; every process has to give the same values.
+
+    By way of the host: `jax.device_put` would compare the values of all processes each time, and
+    (jax 0.10) makes arrays that cannot be saved where a process has one device.
+
+    Args:
+      tree: leaves that this process holds whole, as numpy or jax arrays.
+      mesh: the devices.
+    """
+    place = replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(place, np.asarray(leaf)), tree
+    )
+
+
+def gather(value: jax.Array) -> np.ndarray:
+    """The whole of an array that is spread over devices and processes."""
+    if jax.process_count() == 1:
+        return np.asarray(value)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))

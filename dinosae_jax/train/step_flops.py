@@ -1,0 +1,99 @@
+"""Our own sum of the FLOPs of one training step, each forward and each backward listed once.
+
+Per image, 2 per multiply-add, from the config alone. A backward pass costs twice the forward where
+the network is trained (gradients of weights and of inputs) and once where it only hands gradients
+on; the attention's products have two activations as factors and always cost twice. The input
+gradient of a trained network's first layer is counted although nobody needs it (under 0.5%).
+Recomputation (remat) is not work of the model and is left out.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import ml_collections
+
+from dinosae_jax.models import autoencoder, dino_v1, flops
+from dinosae_jax.train import gan, rfm_step
+
+
+def step_flops(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """FLOPs per image of each part of a training step.
+
+    Args:
+      config: of one autoencoder stage or of a flow that reads images or cached latents.
+
+    Returns:
+      part -> FLOPs.
+    """
+    side = config.data.image_size
+    modules = autoencoder.build(config.model.to_dict())
+    if "flow" in config:
+        network = rfm_step.build(config.model.dit.to_dict(), jnp.float32)
+        forward = flops.forward_flops(network)
+        encoder = 0 if config.data.latents else _encoder(modules, side)
+        return {"encoder forward": encoder, "dit forward": forward, "dit backward": 2 * forward}
+    terms = _reconstruction(config, modules, side)
+    if config.losses.gan > 0:
+        terms |= _adversarial(config, modules, side)
+    return terms
+
+
+def train_flops(config: ml_collections.ConfigDict) -> int:
+    """FLOPs of one training step per image: the numerator of TFLOP/s and MFU."""
+    return sum(step_flops(config).values())
+
+
+def _encoder(modules: autoencoder.AutoencoderModules, side: int) -> int:
+    grid = side // modules.vit.patch_size
+    return flops.stem_flops(modules.stem, side, side) + flops.vit_flops(modules.vit, grid, grid)
+
+
+def _reconstruction(
+    config: ml_collections.ConfigDict, modules: autoencoder.AutoencoderModules, side: int
+) -> dict[str, int]:
+    """Student, teacher, decoder and perceptual loss."""
+    grid = side // modules.vit.patch_size
+    stem = flops.stem_flops(modules.stem, side, side)
+    transformer = flops.vit_flops(modules.vit, grid, grid)
+    decoder = flops.decoder_flops(modules.decoder, grid, grid)
+    terms = {
+        "stem forward": stem,
+        "vit forward": transformer,
+        "decoder forward": decoder,
+        "decoder backward": 2 * decoder,
+    }
+    if "stem" in config.trainable:
+        tokens = grid * grid + 1 + modules.vit.num_storage_tokens
+        products = flops.attention_products(tokens, modules.vit.embed_dim)
+        terms["vit backward"] = transformer + modules.vit.depth * products
+        terms["stem backward"] = 2 * stem
+    if config.losses.cosine > 0 or config.losses.mse > 0:
+        patches = 2 * grid * grid * 3 * modules.vit.patch_size**2 * modules.vit.embed_dim
+        terms["teacher forward"] = patches + transformer
+    if config.losses.lpips > 0:
+        features = flops.lpips_flops(side, side)
+        terms |= {"lpips forward": 2 * features, "lpips backward": features}
+    return terms
+
+
+def _adversarial(
+    config: ml_collections.ConfigDict, modules: autoencoder.AutoencoderModules, side: int
+) -> dict[str, int]:
+    """Pull on the generator, adaptive weight, discriminator step."""
+    critics = gan.build(config.model.dino, jnp.float32)
+    grid = side // modules.vit.patch_size
+    tokens = (dino_v1.IMAGE_SIDE // critics.trunk.patch_size) ** 2
+    trunk, heads = flops.dino_flops(critics.trunk), flops.heads_flops(critics.heads, tokens)
+    products = flops.attention_products(tokens + 1, critics.trunk.embed_dim)
+    terms = {
+        "critic forward of the generator's pull": trunk + heads,
+        "critic backward of the generator's pull": trunk + critics.trunk.depth * products + heads,
+        # One forward through the decoder's last layer, two gradients of its kernel.
+        "adaptive weight": 3 * flops.head_flops(modules.decoder, grid, grid),
+        "discriminator's trunk forward, real and fake": 2 * trunk,
+        "discriminator's heads forward, real and fake": 2 * heads,
+        "discriminator's heads backward, real and fake": 4 * heads,
+    }
+    if config.latent_noise.tau > 0:
+        terms["decoder forward without noise"] = flops.decoder_flops(modules.decoder, grid, grid)
+    return terms

@@ -1,0 +1,117 @@
+import io
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinosae_jax.data import crops
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def check_recorded(path):
+    recorded = np.load(path)
+    for i in range(5):
+        image = recorded[f"crop{i}_in"]
+        np.testing.assert_array_equal(crops.adm_center_crop(image, 64), recorded[f"crop{i}_out64"])
+        np.testing.assert_array_equal(
+            crops.resize_short_side(image, 48), recorded[f"resize{i}_pil_bicubic_short48"]
+        )
+
+
+def test_recorded_crops_are_bit_exact(data_dir):
+    check_recorded(data_dir / "crops" / "iqa_crops.npz")
+
+
+def test_recorded_crops_of_the_complete_folder(golden_dir):
+    check_recorded(golden_dir / "metrics" / "iqa.npz")
+
+
+def plain_adm_crop(image, size):
+    """The crop by its definition: resize the whole image, then cut."""
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        half = [side // 2 for side in picture.size]
+        picture = picture.resize(half, Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    shape = [round(side * scale) for side in picture.size]
+    whole = np.asarray(picture.resize(shape, Image.Resampling.BICUBIC))
+    top, left = (whole.shape[0] - size) // 2, (whole.shape[1] - size) // 2
+    return whole[top : top + size, left : left + size]
+
+
+def test_adm_crop_equals_its_definition_on_any_shape(rng):
+    for _ in range(40):
+        height, width = rng.integers(1, 300, 2)
+        size = int(rng.integers(1, 100))
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        np.testing.assert_array_equal(
+            crops.adm_center_crop(image, size), plain_adm_crop(image, size)
+        )
+
+
+def test_random_crop_covers_every_place_and_enlarges_small_images(rng):
+    image = np.arange(5 * 6, dtype=np.uint8).reshape(5, 6, 1).repeat(3, -1)
+    corners = {int(crops.random_crop(image, 4, rng)[0, 0, 0]) for _ in range(200)}
+    assert corners == {0, 1, 2, 6, 7, 8}
+    assert crops.random_crop(image, 9, rng).shape == (9, 9, 3)
+
+
+def test_flip_mirrors_about_half_of_the_images(rng):
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    flipped = sum(int(crops.flip(image, rng)[0, 0, 0] == 3) for _ in range(1000))
+    assert 420 < flipped < 580  # five standard deviations of a fair coin
+
+
+def encode(picture, form, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_jpeg_decoding_equals_pillow(rng):
+    sizes = [(1, 1), (17, 9), (64, 48), (33, 70)]
+    for mode, subsampling, size in itertools.product(["RGB", "L", "CMYK"], [0, 1, 2], sizes):
+        ramp = np.linspace(20, 200, size[0])[:, None]
+        pixels = (rng.integers(0, 40, (*size[::-1], 3)) + ramp).astype(np.uint8)
+        picture = Image.fromarray(pixels).convert(mode)
+        encoded = encode(picture, "JPEG", quality=85, subsampling=subsampling)
+        expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+        np.testing.assert_array_equal(crops.decode_rgb(encoded), expected)
+
+
+def test_other_modes_become_rgb(rng):
+    grey = rng.integers(0, 256, (6, 5), dtype=np.uint8)
+    colour = rng.integers(0, 256, (6, 5, 4), dtype=np.uint8)
+    decoded = crops.decode_rgb(encode(Image.fromarray(grey), "PNG"))
+    np.testing.assert_array_equal(decoded, grey[..., None].repeat(3, -1))
+    high = Image.fromarray(grey.astype(np.uint16) * 256 + 77)
+    np.testing.assert_array_equal(crops.decode_rgb(encode(high, "PNG")), decoded)
+    np.testing.assert_array_equal(
+        crops.decode_rgb(encode(Image.fromarray(colour), "PNG")), colour[..., :3]
+    )
+    palette = Image.fromarray(colour[..., :3]).quantize(8)
+    np.testing.assert_array_equal(
+        crops.decode_rgb(encode(palette, "PNG")), np.asarray(palette.convert("RGB"))
+    )
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_damaged_files_raise_oserror_or_decode(form, rng):
+    picture = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    encoded = encode(picture, form)
+    with pytest.raises(OSError):
+        crops.decode_rgb(encoded[: len(encoded) // 3])
+    with pytest.raises(OSError):
+        crops.decode_rgb(b"")
+    for _ in range(60):
+        damaged = bytearray(encoded)
+        damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
+        try:
+            assert crops.decode_rgb(bytes(damaged)).dtype == np.uint8
+        except OSError:
+            continue

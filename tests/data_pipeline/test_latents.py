@@ -1,0 +1,268 @@
+"""The latent cache: rounding, batches by (seed, step), going on, and what is refused."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from dinosae_jax.data import images, latent_format, latent_shards, latents
+from dinosae_jax.train import rfm_step
+
+TOKENS, WIDTH, COUNT = 4, 32, 11
+CONFIG = {
+    "source": "folder:x",
+    "holdout": 0,
+    "crop": "center",
+    "image_size": 32,
+    "flip": True,
+    "threads": 2,
+}
+
+
+def tokens_of(index):
+    """Two variants of an image's tokens, float32 [2,n,d] of norm about 6."""
+    return np.random.default_rng(index).standard_normal((2, TOKENS, WIDTH)).astype(np.float32)
+
+
+def make_plan(stored="bfloat16", **changes):
+    plan = {
+        "images": {field: CONFIG[field] for field in latents.IMAGE_FIELDS},
+        "flipped": True,
+        "format": stored,
+        "tokens": TOKENS,
+        "width": WIDTH,
+        "label_names": ["a", "b"],
+        "count": COUNT,
+        "num_shards": 3,
+    }
+    return plan | changes
+
+
+def encoded(indices, size=2):
+    for start in range(0, len(indices), size):
+        part = indices[start : start + size]
+        variants = np.stack([tokens_of(index) for index in part])
+        yield variants, np.array([index % 2 for index in part], np.int32)
+
+
+def write(folder, plan, numbers=None):
+    latent_shards.claim(folder / "train", plan)
+    for number in range(plan["num_shards"]) if numbers is None else numbers:
+        found = encoded(latent_shards.shard_range(plan, number))
+        latent_shards.write_shard(folder / "train", plan, number, found)
+
+
+@pytest.fixture(params=latent_format.FORMATS)
+def stored(request):
+    return request.param
+
+
+@pytest.fixture
+def cache(tmp_path, stored):
+    plan = make_plan(stored)
+    write(tmp_path, plan)
+    latent_shards.finish(tmp_path / "train", plan)
+    return {**CONFIG, "latents": str(tmp_path)}
+
+
+def restored(batch):
+    """Tokens as the training step sees them."""
+    return np.asarray(rfm_step.encode(STAGE, {}, batch))
+
+
+STAGE = rfm_step.Stage(None, None, "linear", 1.0, None, "", 1)  # a Euclidean path leaves them alone
+
+
+def take(count, source, config, **options):
+    return list(itertools.islice(latents.train_batches(source, config, seed=3, **options), count))
+
+
+def assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])
+
+
+def test_tokens_come_back_within_the_rounding_of_their_format(cache, stored):
+    source = latents.open_source(cache, "train")
+    for batch in take(3, source, cache, batch_size=4):
+        tokens = restored(batch)
+        for row, index in enumerate(batch["index"]):
+            assert batch["label"][row] == index % 2
+            errors = [np.abs(tokens[row] - variant).max() for variant in tokens_of(index)]
+            # The plain or the flipped variant; |z| < 4: half a step is 2^-9 |z|, or max / 254.
+            assert min(errors) < (8e-3 if stored == "bfloat16" else 1.6e-2)
+            assert max(errors) > 1.0
+        norms = np.linalg.norm(tokens, axis=-1)
+        wanted = [np.linalg.norm(tokens_of(i), axis=-1) for i in batch["index"]]
+        assert np.abs(norms[:, None] / np.stack(wanted) - 1).min(axis=1).max() < 2e-3
+
+
+@pytest.mark.parametrize(("stored", "degrees"), [("bfloat16", 0.11), ("int8", 0.6)])
+def test_angles_at_full_width(stored, degrees):
+    tokens = np.random.default_rng(0).standard_normal((16, 1024)).astype(np.float32)
+    fields = latent_format.layout(stored, 16, 1024)
+    batch = latent_format.empty_batch(fields, 1)
+    latent_format.unpack_into(latent_format.pack(tokens, 5, stored), fields, batch, 0)
+    assert batch["label"] == 5
+    unit, exact = (
+        array / np.linalg.norm(array, axis=-1, keepdims=True)
+        for array in (restored(batch)[0].astype(np.float64), tokens.astype(np.float64))
+    )
+    angles = np.rad2deg(2 * np.arcsin(np.linalg.norm(unit - exact, axis=-1) / 2))
+    assert degrees / 2 < angles.max() < degrees
+
+
+def test_images_and_flips_are_those_of_training_on_images(cache):
+    """The order and the flips of `images.train_batches`, whose pictures tell which they are."""
+
+    class Pictures:
+        def __len__(self):
+            return COUNT
+
+        def __getitem__(self, index):
+            picture = np.zeros((32, 32, 3), np.uint8)
+            picture[0, 0], picture[:, -1] = index, 255
+            return {"image": picture, "label": np.int32(index % 2), "index": np.int64(index)}
+
+    config = {**cache, "threads": 0}
+    theirs = images.train_batches(Pictures(), config, batch_size=8, seed=3)
+    ours = latents.train_batches(latents.open_source(cache, "train"), config, batch_size=8, seed=3)
+    flips = []
+    for batch, other in itertools.islice(zip(ours, theirs, strict=False), 4):
+        np.testing.assert_array_equal(batch["index"], other["index"])
+        for row, tokens in enumerate(restored(batch)):
+            flips.append(other["image"][row, 5, 0, 0] == 255)
+            wanted = tokens_of(batch["index"][row])[int(flips[-1])]
+            np.testing.assert_allclose(tokens, wanted, atol=2e-2)
+    assert 0 < sum(flips) < len(flips)
+
+
+def test_batches_depend_on_seed_and_step_alone(cache):
+    source = latents.open_source(cache, "train")
+    reference = take(5, source, cache, batch_size=8)
+    assert_same(take(5, source, {**cache, "threads": 0}, batch_size=8), reference)
+    assert_same(take(3, source, cache, batch_size=8, start_step=2), reference[2:])
+    halves = [
+        take(5, source, cache, batch_size=8, process_index=i, process_count=2) for i in range(2)
+    ]
+    joined = [
+        {name: np.concatenate([half[step][name] for half in halves]) for name in reference[0]}
+        for step in range(5)
+    ]
+    assert_same(joined, reference)
+    seen = np.concatenate([batch["index"] for batch in reference])[:COUNT]
+    assert sorted(seen) == list(range(COUNT))
+
+
+def test_evaluation_is_one_pass_in_order_without_flips(cache):
+    source = latents.open_source(cache, "train")
+    batches = list(latents.eval_batches(source, cache, batch_size=8))
+    assert [batch["mask"].sum() for batch in batches] == [8, 3]
+    index = np.concatenate([batch["index"] for batch in batches])
+    np.testing.assert_array_equal(index, [*range(COUNT), *[-1] * 5])
+    for batch in batches:
+        for tokens, index in zip(restored(batch), batch["index"], strict=True):
+            wanted = tokens_of(index)[0] if index >= 0 else np.zeros((TOKENS, WIDTH))
+            np.testing.assert_allclose(tokens, wanted, atol=2e-2)
+
+
+def test_norm_statistics(cache):
+    norms = latents.open_source(cache, "train").manifest["norms"]
+    wanted = np.linalg.norm([tokens_of(index) for index in range(COUNT)], axis=-1)
+    assert norms["tokens"] == wanted.size == COUNT * 2 * TOKENS
+    assert norms["mean"] == pytest.approx(wanted.mean(), rel=1e-6)
+    assert norms["deviation"] == pytest.approx(wanted.std(), rel=1e-4)
+
+
+def test_writing_goes_on_and_repairs(tmp_path):
+    plan, folder = make_plan(), tmp_path / "train"
+    write(tmp_path, plan, numbers=[1])
+    assert latent_shards.missing_shards(folder, plan) == [0, 2]
+    assert latent_shards.missing_shards(folder, plan, 0, 2) == [0, 2]
+    assert latent_shards.missing_shards(folder, plan, 1, 2) == []
+    with pytest.raises(ValueError, match="lacks number 0"):
+        latent_shards.finish(folder, plan)
+    with pytest.raises(ValueError, match=r"run configs/encode\.py again"):
+        latents.open_source({**CONFIG, "latents": str(tmp_path)}, "train")
+    write(tmp_path, plan, numbers=[0, 2])
+    whole = latent_shards.finish(folder, plan)
+    assert {path.suffix for path in folder.iterdir()} == {".array_record", ".json"}
+    assert len(list(folder.glob("*.json"))) == 1
+    damage(folder / latent_shards.shard_name(plan, 2))
+    assert latent_shards.missing_shards(folder, plan) == [2]
+    write(tmp_path, plan, numbers=[2])
+    assert latent_shards.finish(folder, plan) == whole
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[700] ^= 0xFF  # inside the first records
+    path.write_bytes(content)
+
+
+def test_missing_and_damaged_shards_are_refused_at_the_start(cache, tmp_path, monkeypatch):
+    shard = sorted((tmp_path / "train").glob("*.array_record"))[1]
+    content = shard.read_bytes()
+    damage(shard)
+    with pytest.raises(ValueError, match="has changed") as error:
+        latents.open_source(cache, "train")
+    assert shard.name in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setattr(latents, "HASHED_BYTES", 0)  # a large cache: found when it is read
+    with pytest.raises(ValueError, match=r"cannot be read .* configs/encode\.py") as error:
+        source = latents.open_source(cache, "train")
+        take(20, source, cache, batch_size=8)
+    assert "\n" not in str(error.value)
+    shard.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="missing or has not"):
+        latents.open_source(cache, "train")
+    shard.unlink()
+    with pytest.raises(ValueError, match="missing or has not"):
+        latents.open_source(cache, "train")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "folder:y"}, r"--config\.data\.source=folder:x"),
+        ({"image_size": 64}, r"--config\.data\.image_size=32"),
+        ({"holdout": 5}, r"--config\.data\.holdout=0"),
+    ],
+)
+def test_a_cache_of_other_images_is_refused(tmp_path, changes, message):
+    write(tmp_path, make_plan())
+    latent_shards.finish(tmp_path / "train", make_plan())
+    with pytest.raises(ValueError, match=message) as error:
+        latents.open_source({**CONFIG, "latents": str(tmp_path), **changes}, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_flips_need_a_cache_with_flips(tmp_path):
+    plan = make_plan(flipped=False)
+    write(tmp_path, plan)
+    latent_shards.finish(tmp_path / "train", plan)
+    with pytest.raises(ValueError, match=r"--config\.data\.flip=False"):
+        latents.open_source({**CONFIG, "latents": str(tmp_path)}, "train")
+
+
+def test_a_folder_holds_one_cache(tmp_path):
+    write(tmp_path, make_plan(), numbers=[0])
+    with pytest.raises(ValueError, match="format bfloat16 instead of int8"):
+        latent_shards.claim(tmp_path / "train", make_plan("int8"))
+    latent_shards.claim(tmp_path / "train", make_plan())
+
+
+def test_tokens_that_are_not_finite_are_refused(tmp_path):
+    plan = make_plan()
+    latent_shards.claim(tmp_path / "train", plan)
+    bad = [(np.full((1, 2, TOKENS, WIDTH), np.nan, np.float32), np.zeros(1, np.int32))]
+    with pytest.raises(ValueError, match="must be finite"):
+        latent_shards.write_shard(tmp_path / "train", plan, 0, bad)
+    assert json.loads((tmp_path / "train" / "plan.json").read_text()) == plan
+
+
+def test_the_number_of_shards_follows_the_size():
+    assert latent_shards.shard_count(1_281_167, True, "bfloat16", 256, 1024) == 1252
+    assert latent_shards.shard_count(10, True, "int8", 16, 64) == 1

@@ -1,0 +1,246 @@
+"""The training job end to end: resume is bitwise, runs are not mixed up, nothing is lost."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart, sae_stage1, sae_stage4
+from dinosae_jax.jobs import train
+from dinosae_jax.train import checkpoint, loop, stopping
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+TINIEST = {
+    "steps": 6,
+    "batch_size": 8,
+    "log_every": 3,
+    "checkpoint.every": 2,
+    "eval.every": 3,
+    "eval.images": 8,
+    "eval.batch_size": 8,
+    "model.stem.embed_dim": 32,
+    "model.stem.widths": (8, 8, 16),
+    "model.vit.embed_dim": 32,
+    "model.vit.depth": 1,
+    "model.vit.num_heads": 2,
+    "model.vit.ffn_hidden": 64,
+    "model.decoder.latent_channels": 32,
+    "model.decoder.width_list": (8, 8, 16, 16, 32),
+}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A data folder of this test session, so that nothing is written to the home folder."""
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture
+def make(photos):
+    def config(module=sae_stage1, **changes):
+        result = module.get_config("tiny")
+        values = {"data.data_dir": photos, **TINIEST}
+        values |= {name.replace("__", "."): value for name, value in changes.items()}
+        result.update_from_flattened_dict(values)
+        return result
+
+    return config
+
+
+def last_state(workdir):
+    folder = checkpoint.newest(workdir)
+    fields = ("step", "params", "opt", "ema", "extra", "metrics", "key", "skipped")
+    return checkpoint.load_fields(folder, fields)[0]
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def interrupt_after(monkeypatch, steps):
+    """Makes the loop see SIGTERM after `steps` steps of this process."""
+    real = loop.sharding.put_batch
+    seen = {"count": 0}
+
+    def counting(batch, mesh):
+        if set(batch) == {"image"} and batch["image"].shape[0] == 8:
+            seen["count"] += 1
+            if seen["count"] == steps:
+                signal.raise_signal(signal.SIGTERM)
+        return real(batch, mesh)
+
+    monkeypatch.setattr(loop.sharding, "put_batch", counting)
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_interrupted_and_resumed_equals_uninterrupted(make, tmp_path, monkeypatch, stop):
+    train.run(make(), str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stop)
+        with pytest.raises(stopping.Interrupted, match="of 6"):
+            train.run(make(), str(tmp_path / "parts"))
+    assert int(last_state(tmp_path / "parts")["step"]) < 6
+    assert not (tmp_path / "parts" / "DONE").exists()
+    train.run(make(), str(tmp_path / "parts"))
+    same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
+    whole, parts = ((tmp_path / n / "metrics.jsonl").read_bytes() for n in ("whole", "parts"))
+    assert whole == parts
+    assert (tmp_path / "parts" / "DONE").exists()
+
+
+def test_train_n_then_2n_equals_2n(make, tmp_path):
+    """Nor does a profile change anything."""
+    train.run(make(steps=6, profile_steps="2:4"), str(tmp_path / "whole"))
+    assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb"))
+    timing = (tmp_path / "whole" / "timing.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tflops_per_device"] > 0 for line in timing] == [True, True]
+    train.run(make(steps=3), str(tmp_path / "parts"))
+    train.run(make(steps=6), str(tmp_path / "parts"))
+    same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
+    whole, parts = ((tmp_path / n / "metrics.jsonl").read_bytes() for n in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(make, tmp_path, monkeypatch, capsys):
+    train.run(make(), str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(stopping.Interrupted):
+            train.run(make(), str(tmp_path / "parts"))
+    newest = checkpoint.newest(tmp_path / "parts")
+    for file in (newest / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"damage")
+    train.run(make(), str(tmp_path / "parts"))
+    assert "is damaged" in capsys.readouterr().out
+    same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
+
+
+def test_another_config_is_refused(make, tmp_path):
+    train.run(make(steps=2), str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds a different run \(losses.l1: 2.0 here, 1.0 there"):
+        train.run(make(losses__l1=2.0), str(tmp_path))
+    train.run(make(steps=2, losses__l1=2.0, on_mismatch="continue"), str(tmp_path))
+
+
+def test_stage4_continues_stage1_and_agreement_is_checked(make, tmp_path):
+    train.run(make(steps=2), str(tmp_path / "one"))
+    stage4 = {"init_from": str(tmp_path / "one"), "losses__gan": 0.0, "steps": 2}
+    train.run(make(sae_stage4, **stage4), str(tmp_path / "four"))
+    before, after = last_state(tmp_path / "one"), last_state(tmp_path / "four")
+    assert set(after["params"]) == {"decoder"}
+    assert set(before["params"]) == {"stem", "decoder"}
+    record = json.loads(
+        json.dumps(checkpoint.load_fields(checkpoint.newest(tmp_path / "four"), ("step",))[1])
+    )
+    assert set(record["frozen"]) == {"stem", "vit"}
+    with pytest.raises(ValueError, match=r"another architecture: model.decoder.act"):
+        train.run(make(sae_stage4, **stage4, model__decoder__act="relu"), str(tmp_path / "x"))
+    with pytest.raises(ValueError, match=r"latent conventions differ.*pixels unit != imagenet"):
+        train.run(make(sae_stage4, **stage4, model__pixel_range="unit"), str(tmp_path / "y"))
+    with pytest.raises(ValueError, match="does not exist"):
+        train.run(make(sae_stage4, **{**stage4, "init_from": "nowhere"}), str(tmp_path / "z"))
+
+
+def test_missing_frozen_networks_stop_with_the_command(make, tmp_path):
+    with pytest.raises(ValueError, match=r"weights_conversion.convert --kind=dinov3"):
+        train.run(make(random_frozen_ok=()), str(tmp_path))
+
+
+def test_a_batch_that_does_not_divide_is_refused(make, tmp_path):
+    with pytest.raises(ValueError, match="multiple of the number of devices; got 12 / 1 = 12"):
+        train.run(make(batch_size=12), str(tmp_path))
+
+
+def test_non_finite_steps_stop_the_run_with_the_batch(make, tmp_path):
+    config = make(optimizer__learning_rate=1e30, skip_limit=2, steps=9)
+    with pytest.raises(FloatingPointError, match="in a row had a non-finite"):
+        train.run(config, str(tmp_path))
+    (dump,) = tmp_path.glob("bad_batch_*.npz")
+    assert np.load(dump)["image"].shape == (8, 64, 64, 3)
+
+
+def run_command(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "dinosae_jax.main", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.losses.gam=1"], "config.losses has no key 'gam'; did you mean 'gan'"),
+        (["--config.stepz=1"], "config has no key 'stepz'; did you mean 'steps'"),
+        (["--config.steps=0"], "steps must be above zero; got 0"),
+        (["--config.steps=many"], "steps"),
+        (["left over"], "only flags are understood; got 'left over'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, arguments, message):
+    result = run_command("--config=configs/sae_stage1.py:tiny", f"--workdir={tmp_path}", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_wrong_variant_is_one_line(tmp_path):
+    result = run_command("--config=configs/sae_stage1.py:tinny", f"--workdir={tmp_path}")
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False)
+    assert "did you mean 'tiny'" in result.stderr
+
+
+@pytest.mark.slow
+def test_kill_and_go_on(photos, tmp_path):
+    """Kill -9 at an arbitrary moment, then the same command: equal to the uninterrupted run."""
+    overrides = {**TINIEST, "data.data_dir": photos, "steps": 30, "log_every": 5, "eval.every": 10}
+    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+    command = ["--config=configs/sae_stage1.py:tiny", *flags]
+    assert run_command(*command, f"--workdir={tmp_path / 'whole'}").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dinosae_jax.main", *command, f"--workdir={tmp_path / 'parts'}"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while checkpoint.newest(tmp_path / "parts") is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "parts" / "DONE").exists()
+    result = run_command(*command, f"--workdir={tmp_path / 'parts'}")
+    assert result.returncode == 0, result.stderr
+    same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
+    whole, parts = ((tmp_path / n / "metrics.jsonl").read_bytes() for n in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.mark.slow
+def test_the_quickstart_chain(photos, tmp_path, capsys):
+    config = quickstart.get_config("tiny")
+    for name in config.chain:
+        stage = config.stages[name]
+        changes = {"data.data_dir": photos, "steps": 2, "batch_size": 8, "eval.images": 8}
+        stage.update_from_flattened_dict(changes)
+    train.run(config, str(tmp_path))
+    for name in config.chain:
+        assert (tmp_path / name / "DONE").exists(), name
+    for name in ("report.html", "reconstructions.png", "curves.png", "metrics.jsonl"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    text = (tmp_path / "report.html").read_text()
+    assert text.index("randomly initialised") < text.index("<table")
+    capsys.readouterr()
+    train.run(config, str(tmp_path))
+    assert capsys.readouterr().out.count("finished before, skipped") == len(config.chain)

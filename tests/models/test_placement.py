@@ -1,0 +1,99 @@
+"""Where parameters live: the rule, and that a split step is the whole step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from configs import rfm_ddt, rfm_dit
+from dinosae_jax.jobs import collectives, train_flow
+from dinosae_jax.models import placement
+from dinosae_jax.train import compile, rfm_step, sharding
+
+CLEAN = {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "stacked", "fsdp", "axis"),
+    [
+        ((28, 1152, 3456), True, 8, 2),  # the largest
+        ((28, 1152, 3456), True, 128, 2),
+        ((28, 3072, 1152), True, 256, 1),  # 1152 = 2^7 * 9
+        ((2, 2048, 10922), True, 16, 1),  # 10922 = 2 * 43 * 127
+        ((1001, 1152), False, 16, 1),
+        ((28, 1152, 1152), True, 28, None),  # never the depth
+        ((28, 6912), True, 8, None),  # under 1 MiB
+        ((28, 1152, 3456), True, 1, None),
+    ],
+)
+def test_the_rule(shape, stacked, fsdp, axis):
+    expected = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "fsdp")
+    assert placement.rule(shape, 4, stacked, fsdp) == expected
+
+
+@pytest.mark.parametrize("fsdp", [2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("flow", [rfm_dit, rfm_ddt])
+def test_no_large_leaf_of_the_full_networks_is_copied(flow, fsdp):
+    config = flow.get_config()
+    config.dtype = "float32"
+    stage = train_flow.make_stage(config)
+    draw = functools.partial(rfm_step.init, stage.dit)
+    shapes = jax.eval_shape(draw, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        axes = placement.rule(leaf.shape, 4, placement.is_stacked(path), fsdp)
+        assert axes or leaf.size * 4 < 1 << 20, (path, leaf.shape)
+
+
+def test_a_large_leaf_that_cannot_be_split_is_refused():
+    mesh = sharding.make_mesh(8, jax.devices()[:8])
+    leaf = {"head": {"kernel": jax.ShapeDtypeStruct((1001, 1001), jnp.float32)}}
+    with pytest.raises(ValueError, match=r"mesh.fsdp.*got 8 for head/kernel \[1001, 1001\]"):
+        sharding.shardings(leaf, mesh)
+
+
+def test_without_a_mesh_nothing_happens():
+    tree = {"kernel": jnp.ones((512, 1024))}
+    assert placement.gather_block(tree, 4) is tree
+    assert placement.gather_rest(tree) is tree
+    assert placement.spread(tree["kernel"]) is tree["kernel"]
+
+
+@pytest.mark.parametrize("flow", [rfm_dit, rfm_ddt])
+def test_a_split_step_is_the_whole_step(flow, monkeypatch):
+    monkeypatch.setattr(placement, "SMALLEST_SHARDED_BYTES", 1 << 10)
+    config = flow.get_config("tiny")
+    config.dtype, config.batch_size = "float32", 16
+    two = flow is rfm_ddt
+    sizes = {"hidden_size": 64, "depth": 2, "num_heads": 2}
+    config.model.dit.update({k: (v, v) if two else v for k, v in sizes.items()})
+    config.model.dit.remat = "dots"
+    stage = train_flow.make_stage(config)
+    drawn = jax.device_get(
+        compile.jit_once(functools.partial(rfm_step.init, stage.dit))(jax.random.PRNGKey(0))
+    )
+    random = np.random.default_rng(0)
+    batch = {
+        "latent": random.normal(size=(16, 16, 64)).astype(np.float32),
+        "label": np.arange(16, dtype=np.int32) % 10,
+    }
+    after = {}
+    for fsdp in (1, 4):
+        mesh = sharding.make_mesh(fsdp, jax.devices()[:8])
+        create = functools.partial(rfm_step.create_state, stage, seed=0)
+        places = sharding.shardings(jax.eval_shape(create, {"dit": drawn}), mesh)
+        state = compile.jit_once(create, out_shardings=places)({"dit": drawn})
+        arguments = (state, {}, sharding.put_batch(batch, mesh), rfm_step.numbers(config))
+        compiled = rfm_step.compile_step(stage, mesh).lower(*arguments).compile()
+        kinds = set(collectives.census(compiled.as_text()))
+        # XLA:CPU makes no reduce-scatter: it sums and slices.
+        assert kinds <= CLEAN and ("all-gather" in kinds) == (fsdp > 1), kinds
+        after[fsdp] = jax.device_get(compiled(*arguments))
+    assert after[4].metrics["loss"].total == pytest.approx(after[1].metrics["loss"].total, 1e-6)
+    # Sums are taken in another order; Adam's first step is the sign of the gradient times the
+    # rate, so gradients that are nothing but rounding may differ by it: the moments are compared.
+    ours, theirs = (jax.tree.leaves(after[n].opt["dit"].mu) for n in (4, 1))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(), 1e-3))

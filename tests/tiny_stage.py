@@ -1,0 +1,75 @@
+"""A stage's workdir of the smallest autoencoder, as training leaves it, without any training."""
+
+import numpy as np
+
+from configs import sae_stage1
+from dinosae_jax.eval import pictures
+from dinosae_jax.jobs import train, train_autoencoder
+from dinosae_jax.train import checkpoint, sharding
+
+SMALLEST = {
+    "model.stem.embed_dim": 32,
+    "model.stem.widths": (8, 8, 16),
+    "model.vit.embed_dim": 32,
+    "model.vit.depth": 1,
+    "model.vit.num_heads": 2,
+    "model.vit.ffn_hidden": 64,
+    "model.vit.num_storage_tokens": 2,
+    "model.decoder.latent_channels": 32,
+    "model.decoder.width_list": (8, 8, 16, 16, 32),
+    "model.decoder.depth_list": (0, 1, 1, 1, 1),
+    "data.image_size": 32,
+}
+TINIEST = {
+    "steps": 1,
+    "batch_size": 8,
+    "eval.batch_size": 8,
+    "eval.images": 8,
+    "data.threads": 0,
+    **SMALLEST,
+}
+
+
+def images(count, height, width, seed=0):
+    """Smooth random pictures, uint8 [count,height,width,3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, height // 8, width // 8, 3))
+    return coarse.repeat(8, axis=1).repeat(8, axis=2).astype(np.uint8)
+
+
+def write_images(folder):
+    """Three pictures for training and three for evaluation, a folder of one class each."""
+    for split in ("train", "val"):
+        place = folder / split / "one"
+        place.mkdir(parents=True)
+        for number, picture in enumerate(images(3, 40, 48)):
+            pictures.write_png(place / f"{number}.png", picture)
+
+
+def prepare(folder):
+    """(prepared stage, mesh) of `folder`/stage on pictures in `folder`/data."""
+    write_images(folder / "data")
+    config = sae_stage1.get_config("tiny")
+    config.update_from_flattened_dict(TINIEST)
+    config.data.source = f"folder:{folder / 'data'}"
+    config = train.resolve(config)
+    mesh = sharding.make_mesh()
+    workdir = folder / "stage"
+    workdir.mkdir()
+    return train_autoencoder.prepare(config, workdir, mesh), mesh
+
+
+def write(folder):
+    """The workdir of a stage at step 0, with a checkpoint and its frozen networks."""
+    prepared, _ = prepare(folder)
+    with checkpoint.open_manager(folder / "stage", keep=1) as manager:
+        state = prepared.restore(manager)
+        checkpoint.save(manager, state, prepared.record)
+        checkpoint.wait(manager)
+    return folder / "stage"
+
+
+def model():
+    """Model config of the smallest autoencoder."""
+    config = sae_stage1.get_config("tiny")
+    config.update_from_flattened_dict(TINIEST)
+    return config.model.to_dict()

@@ -1,0 +1,229 @@
+"""The autoencoder's step: gradient paths, accumulation, guards, devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dinosae_jax.losses import adversarial
+from dinosae_jax.train import gan, sae_step, sharding
+
+GAN = {"losses__gan": 0.5, "optimizer__learning_rate": 5e-4}  # the rate of stages 2-4, tiny
+DECODER_ONLY = {"trainable": ("decoder",), "losses__cosine": 0.0, "init_from": "x"}
+NOISY = {**DECODER_ONLY, "latent_noise__tau": 0.8}
+STAGES = {"1": {}, "2": GAN, "3": {**DECODER_ONLY, **GAN}, "4": {**NOISY, **GAN}}
+
+
+def step_of(stage):
+    return jax.jit(functools.partial(sae_step.train_step, stage))
+
+
+def leaves_equal(a, b):
+    return [
+        bool(np.array_equal(x, y, equal_nan=True))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def after_one(make_config, make_run):
+    """Name of a stage -> (state before, state after one step, stage)."""
+
+    @functools.cache
+    def run(name):
+        stage, state, frozen, values, batch = make_run(make_config(**STAGES[name]))
+        return state, step_of(stage)(state, frozen, batch, values), stage
+
+    return run
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_exactly_the_stages_roles_change(after_one, name):
+    before, after, stage = after_one(name)
+    expected = {*stage.trainable} | ({"disc_heads"} if stage.critics else set())
+    assert set(after.params) == expected
+    for role in expected:
+        assert not all(leaves_equal(before.params[role], after.params[role])), role
+    assert set(after.ema) == set(stage.trainable)
+    assert int(after.step) == 1
+    assert int(after.skipped) == 0
+    assert all(np.isfinite(float(mean.compute())) for mean in after.metrics.values())
+
+
+def test_the_alignment_reaches_the_stem_through_the_frozen_vit(make_config, make_run):
+    def gradients(**changes):
+        stage, state, frozen, values, batch = make_run(make_config(**changes))
+        one = functools.partial(sae_step.gradients, stage, state, frozen, values)
+        return jax.jit(one)(batch["image"], jnp.arange(8)).params
+
+    with_cosine, without = gradients(losses__cosine=0.5), gradients(losses__cosine=0.0)
+    assert not all(leaves_equal(with_cosine["stem"], without["stem"]))
+    assert all(
+        np.allclose(a, b, rtol=1e-4, atol=1e-7)
+        for a, b in zip(
+            jax.tree.leaves(with_cosine["decoder"]),
+            jax.tree.leaves(without["decoder"]),
+            strict=True,
+        )
+    )
+
+
+def test_gradients_are_those_of_the_plain_loss(make_config, make_run):
+    """The two-part pull-back equals jax.grad of the weighted sum of the terms."""
+    from dinosae_jax.losses import alignment, reconstruction
+    from dinosae_jax.models import autoencoder
+
+    stage, state, frozen, values, batch = make_run(make_config())
+    image = batch["image"].astype(np.float32) / 255.0
+
+    def loss(params):
+        variables = {**frozen, **sae_step.merge(params, state.extra)}
+        code = autoencoder.encode(stage.modules, variables, image)
+        teacher = autoencoder.teach(stage.modules, variables, image)
+        picture = autoencoder.decode(stage.modules, variables, code.tokens, code.grid)
+        return reconstruction.l1(picture, image) + 0.5 * alignment.cosine(
+            code.tokens, teacher.tokens
+        )
+
+    expected = jax.jit(jax.grad(loss))(state.params)
+    one = functools.partial(sae_step.gradients, stage, state, frozen, values)
+    found = jax.jit(one)(batch["image"], jnp.arange(8)).params
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), found, expected
+    )
+
+
+@pytest.mark.parametrize("name", ["1", "4"])
+def test_accumulation_equals_the_large_batch(make_config, make_run, after_one, name):
+    changes = {**STAGES[name], "accumulation": 4}
+    stage, state, frozen, values, batch = make_run(make_config(**changes))
+    after = step_of(stage)(state, frozen, batch, values)
+    _, expected, _ = after_one(name)
+    # The GAN's adaptive weight is a ratio of norms of the (micro-)batch, hence only close.
+    tolerance = 1e-4 if name == "1" else 0.2
+    for metric in ("loss", "psnr", "l1"):
+        ours, theirs = (float(s.metrics[metric].compute()) for s in (after, expected))
+        assert ours == pytest.approx(theirs, rel=tolerance)
+    # AdamW's first step is the sign of the gradient: compare the moments.
+    ours, theirs = (jax.tree.leaves(s.opt["generator"].mu) for s in (after, expected))
+    if name == "1":
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["1", "2"])
+def test_a_step_that_is_not_finite_changes_nothing(make_config, make_run, name):
+    stage, state, frozen, values, batch = make_run(make_config(**STAGES[name]))
+    values["losses"]["l1"] = jnp.float32(jnp.nan)
+    step = step_of(stage)
+    after = step(step(state, frozen, batch, values), frozen, batch, values)
+    for field in ("params", "opt", "ema", "extra", "metrics"):
+        assert all(leaves_equal(getattr(state, field), getattr(after, field))), field
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 2, 2)
+    values["losses"]["l1"] = jnp.float32(1.0)
+    recovered = step(after, frozen, batch, values)
+    assert (int(recovered.skipped), int(recovered.skipped_in_a_row)) == (2, 0)
+    assert not all(leaves_equal(after.params, recovered.params))
+
+
+def test_the_discriminator_waits_for_its_start(make_config, make_run):
+    config = make_config(**GAN, gan__start=2, gan__disc_start=1)
+    stage, state, frozen, values, batch = make_run(config)
+    step = step_of(stage)
+    first = step(state, frozen, batch, values)
+    assert all(leaves_equal(state.params["disc_heads"], first.params["disc_heads"]))
+    assert all(leaves_equal(state.extra["disc_heads"], first.extra["disc_heads"]))
+    second = step(first, frozen, batch, values)
+    assert not all(leaves_equal(first.params["disc_heads"], second.params["disc_heads"]))
+    # Before gan.start the generator is trained by its other losses alone.
+    loss = float(first.metrics["l1"].compute()) + 0.5 * float(first.metrics["cosine"].compute())
+    assert float(first.metrics["loss"].compute()) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["1", "2", "4"])
+def test_one_and_eight_devices_agree(make_config, make_run, monkeypatch, name):
+    # Where a difference of 1e-7 crosses a boundary of the 8-bit rounding, a pixel of a fake
+    # changes by 1/255; the sums themselves are compared without that step.
+    monkeypatch.setattr(adversarial, "quantise", lambda fakes: jnp.clip(fakes, 0.0, 1.0))
+    stage, state, frozen, values, batch = make_run(make_config(**STAGES[name]))
+    curves = []
+    for devices in (1, 8):
+        mesh = sharding.make_mesh(1, jax.devices()[:devices])
+        place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
+        step = sae_step.compile_step.__wrapped__(stage, mesh)  # not the cache: see quantise
+        current, fixed = place(jax.tree.map(np.asarray, (state, frozen)))
+        on_devices = sharding.put_batch(batch, mesh)
+        for _ in range(3):
+            current = step(current, fixed, on_devices, values)
+        curves.append({n: float(m.compute()) for n, m in current.metrics.items()})
+    for metric, value in curves[0].items():
+        # AdamW's first steps are as long for a gradient near 0 as for any other.
+        rel, scale = (2e-5, 1e-6) if metric in gan.METRICS else (1e-5, 1e-7)
+        assert curves[1][metric] == pytest.approx(value, rel=rel, abs=scale), metric
+
+
+def test_latent_noise_is_per_image_and_ramps(make_config, make_run):
+    state = make_run(make_config(**NOISY))[1]
+    tokens = jnp.zeros((6, 40, 32))
+    noise = {"tau": jnp.float32(0.8), "tau_end": jnp.float32(1.2), "ramp_steps": jnp.float32(10)}
+
+    def draw(step, index):
+        return sae_step.add_latent_noise(
+            tokens[: len(index)], state.replace(step=jnp.int32(step)), noise, jnp.array(index)
+        )
+
+    first = draw(0, [0, 1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(first[2:4], draw(0, [2, 3]))  # the place decides, not the batch
+    sigma = np.std(first, axis=(1, 2))
+    assert np.all(sigma < 0.8 * 1.1)
+    assert len(np.unique(sigma.round(4))) == 6
+    late, later = draw(10, range(6)), draw(20, range(6))
+    ratio = np.std(late, axis=(1, 2)).max()
+    assert ratio > 0.0
+    assert not np.array_equal(late, later)
+    flat = {**noise, "ramp_steps": jnp.float32(0)}
+    constant = sae_step.add_latent_noise(
+        tokens, state.replace(step=jnp.int32(5)), flat, jnp.arange(6)
+    )
+    ramped = sae_step.add_latent_noise(
+        tokens, state.replace(step=jnp.int32(5)), noise, jnp.arange(6)
+    )
+    np.testing.assert_allclose(ramped, constant * (1.0 / 0.8), rtol=1e-5)
+
+
+def test_the_state_is_donated_and_nothing_recompiles(make_config, make_run):
+    stage, state, frozen, values, batch = make_run(make_config())
+    mesh = sharding.make_mesh(1, jax.devices()[:1])
+    place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
+    state, frozen = place(jax.tree.map(np.asarray, (state, frozen)))
+    on_devices = sharding.put_batch(batch, mesh)
+    step = sae_step.compile_step(stage, mesh)
+    memory = step.lower(state, frozen, on_devices, values).compile().memory_analysis()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes == size
+    for _ in range(3):
+        state = step(state, frozen, on_devices, values)
+    assert step._cache_size() == 1
+
+
+def temporary_bytes(make_config, make_run, depth, **changes):
+    config = make_config(model__vit__depth=depth, model__vit__scan_layers=False, **changes)
+    stage, state, frozen, values, batch = make_run(config)
+    compiled = step_of(stage).lower(state, frozen, batch, values).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_frozen_encoder_keeps_no_activations(make_config, make_run):
+    """Twelve more blocks cost memory where gradients pass through the ViT, and only there."""
+    growth = {}
+    for name in ("1", "3"):
+        changes = {**STAGES[name], "losses__gan": 0.0}
+        shallow, deep = (
+            temporary_bytes(make_config, make_run, depth, **changes) for depth in (1, 13)
+        )
+        growth[name] = (deep - shallow) / 12
+    tokens = 8 * (1 + 2 + 4) * 32 * 4  # one residual stream: batch, tokens, width, bytes
+    assert growth["1"] > 4 * tokens
+    assert growth["3"] < tokens

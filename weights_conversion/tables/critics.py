@@ -1,0 +1,99 @@
+"""The networks of the losses and metrics: DINO discriminator, LPIPS, FID Inception."""
+
+from typing import Any
+
+from weights_conversion.rules import Layout, Row, Shape
+from weights_conversion.tables.keys import UnknownLayoutError, count, has, shape_of
+
+Shapes = dict[str, Shape]
+
+# lpips' slices of VGG16, by torchvision's index in `features`.
+SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+SLICE_STARTS = (0, 4, 9, 16, 23)
+
+
+def discriminator_layout(shapes: Shapes) -> Layout:
+    """RAE's heads (`heads.*`), DINO v1's backbone, or the two in one state dict."""
+    config: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
+    if "cls_token" in shapes:
+        patch, width = _patch_and_width(shapes)
+        depth = count(shapes, r"blocks\.(\d+)\.")
+        config["dino"] = {
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": max(width // 64, 1),
+            "key_depths": [(k + 1) * depth // 4 - 1 for k in range(4)] if depth >= 4 else [0],
+            "mlp_ratio": shape_of(shapes, "blocks.0.mlp.fc1.weight", "DINO")[0] / width,
+        }
+        rows |= {"dino": "", "dino/blocks": "blocks.{i}"}
+    if has(shapes, r"^heads\."):
+        kernel = shape_of(shapes, "heads.0.1.fn.0.weight_orig", "discriminator")
+        config["disc_heads"] = {
+            "num_heads": count(shapes, r"heads\.(\d+)\."),
+            "channels": kernel[0],
+            "kernel_size": kernel[2],
+        }
+        rows |= _head_rows(config["disc_heads"]["num_heads"])
+    if not config:
+        raise UnknownLayoutError(
+            f"there are neither discriminator heads (heads.*) nor a DINO backbone (cls_token) "
+            f"among the {len(shapes)} keys; check --kind and --container"
+        )
+    # RAE reads the trunk's blocks and never its final norm.
+    return Layout("rae", config, rows, buffers=(r"norm\.(weight|bias)",))
+
+
+def _patch_and_width(shapes: Shapes) -> tuple[int, int]:
+    kernel = shape_of(shapes, "patch_embed.proj.weight", "DINO")
+    return kernel[-1], kernel[0]
+
+
+def _head_rows(heads: int) -> dict[str, Row]:
+    """Spectral norm's leaves; the rest follows the naming rule."""
+    rows: dict[str, Row] = {"disc_heads": ""}
+    names = {"kernel": "weight_orig", "u": "weight_u", "v": "weight_v"}
+    for i in range(heads):
+        convs = {
+            f"heads_{i}_0_0": f"heads.{i}.0.0",
+            f"heads_{i}_1/fn_0": f"heads.{i}.1.fn.0",
+            f"heads_{i}_2": f"heads.{i}.2",
+        }
+        for ours, theirs in convs.items():
+            rows |= {f"disc_heads/{ours}/{k}": f"{theirs}.{v}" for k, v in names.items()}
+    return rows
+
+
+def lpips_layout(shapes: Shapes) -> Layout:
+    """VGG16 of torchvision, the LPIPS heads, both, or an `lpips.LPIPS` module."""
+    rows: dict[str, Row] = {"lpips": ""}
+    for number, indices in enumerate(SLICES):
+        local = f"net.slice5.{28 - SLICE_STARTS[4]}.weight" in shapes
+        start = SLICE_STARTS[number] if local else 0
+        for index in indices if has(shapes, r"^net\.slice") else ():
+            rows[f"lpips/features_{index}"] = f"net.slice{number + 1}.{index - start}"
+    trunk = [f"lpips/features_{i}" for indices in SLICES for i in indices]
+    heads = [f"lpips/lin{i}" for i in range(len(SLICES))]
+    has_trunk, has_heads = has(shapes, r"^(features|net)\."), has(shapes, r"^lin\d\.")
+    if not has_trunk and not has_heads:
+        raise UnknownLayoutError(
+            f"there is neither VGG16 (features.*) nor LPIPS heads (lin*) among the {len(shapes)} "
+            "keys; check --kind and --container"
+        )
+    return Layout(
+        "lpips_module" if has(shapes, r"^net\.slice") else "torchvision",
+        {"lpips": {}},
+        rows,
+        # Layers that LPIPS does not use; constants; the second names that a list of modules gives.
+        buffers=(r"classifier\..*", r"scaling_layer\..*", r"lins\..*"),
+        optional=(*(() if has_trunk else trunk), *(() if has_heads else heads)),
+    )
+
+
+def inception_layout(shapes: Shapes) -> Layout:
+    """The FID Inception of pytorch-fid and torch-fidelity."""
+    shape_of(shapes, "Conv2d_1a_3x3.conv.weight", "FID Inception")
+    leaves = {"mean": "running_mean", "var": "running_var"}
+    buffers = (r".*\.num_batches_tracked",)
+    return Layout("torch", {"inception": {}}, {"inception": ""}, leaves, False, buffers)
