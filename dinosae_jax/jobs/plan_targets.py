@@ -57,8 +57,10 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 228, 85_029_158_912, 3.35e12, 50),
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 164, 85_097_971_712, 2.039e12, 40),
 }
-# Without these libtpu asks a metadata server who we are, or waits for another process's lock.
+# Without these libtpu asks a metadata server who we are, waits for another process's lock, or
+# overflows the 64 KiB of stack that its threads have, which ends the process.
 LIBTPU_ENVIRONMENT = {
+    "LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=16777216",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
