@@ -1,5 +1,7 @@
 """Samplers against recorded trajectories, their orders, and a field whose samples are known."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,69 @@ def test_recorded_ends_on_the_exact_field(load, x64, method):
         x0 = integrate(velocity, x1, times, method, radius, plain_end=method == "dpm2m")
         expected = recorded[f"final_{RECORDED_NAMES[method]}_N{steps}"]
         np.testing.assert_allclose(x0, expected, rtol=0, atol=1e-8)
+
+
+def runge_kutta_projected(slope, x, t, h):
+    """The 3/8 rule in the ambient space, every stage projected."""
+    radius = sphere.norm(x)
+    k1 = slope(x, t)
+    k2 = slope(sphere.project(x + h * k1 / 3, radius), t + h / 3)
+    k3 = slope(sphere.project(x + h * (k2 - k1 / 3), radius), t + 2 * h / 3)
+    k4 = slope(sphere.project(x + h * (k1 - k2 + k3), radius), t + h)
+    return x + h / 8 * (k1 + 3 * (k2 + k3) + k4)
+
+
+def runge_kutta_normal_coordinates(slope, x, t, h):
+    """The classical rule in normal coordinates at x (RKMK4)."""
+
+    def pulled_back(w, at):
+        y = sphere.exponential(x, w)
+        v = sphere.transport(y, x, slope(y, at))
+        squared = sphere.dot(w, w)
+        along = sphere.dot(v, w) / jnp.where(squared > 0, squared, 1) * w
+        across = (v - along) / sphere.sinc(jnp.sqrt(squared) / sphere.norm(x))
+        return along + across
+
+    k1 = slope(x, t)
+    k2 = pulled_back(h / 2 * k1, t + h / 2)
+    k3 = pulled_back(h / 2 * k2, t + h / 2)
+    k4 = pulled_back(h * k3, t + h)
+    return sphere.exponential(x, h / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("rk4_proj", runge_kutta_projected), ("rkmk4", runge_kutta_normal_coordinates)],
+)
+def test_recorded_fourth_order_trajectories(load, x64, name, step):
+    """Methods that are not offered: they hold the geometry that those of `SAMPLERS` are made of."""
+    recorded = load("smooth_field")
+    field, radius = smooth(recorded), float(recorded["R"])
+    slope = lambda x, t: sphere.tangent(x, field(x, t))  # noqa: E731
+    advance = jax.jit(lambda x, t, h: sphere.project(step(slope, x, t, h), radius))
+    for steps in (4, 10, 50):
+        times = recorded[f"grid_N{steps}"]
+        states = [jnp.asarray(recorded["x_init"])]
+        for start, end in itertools.pairwise(times):
+            states.append(advance(states[-1], start, end - start))
+        expected = recorded[f"traj_{name}_N{steps}"]
+        np.testing.assert_allclose(states[-len(expected) :], expected, rtol=0, atol=1e-10)
+    error = float(sphere.angle(states[-1], recorded["reference_t0"]).max())
+    assert error < 1e-6  # 50 steps; those of second order are at 1e-4
+
+
+def test_recorded_solution_of_the_exact_field(load, x64):
+    recorded = load("empirical_rfm_field")
+    velocity = jax.jit(to_points(recorded["field_Y"], recorded["field_w"]))
+    end, solution = float(recorded["reference_t_end"]), jnp.asarray(recorded["reference"])
+    expected = recorded["v_at_ref_t_end"]
+    np.testing.assert_allclose(velocity(solution, end), expected, rtol=0, atol=1e-8)
+    times = np.geomspace(1.0, end, 801)
+    x1, radius = jnp.asarray(recorded["x_init"]), float(recorded["R"])
+    x0 = integrate(velocity, x1, times, "dpm2m", radius)
+    assert float(sphere.angle(x0, solution).max()) < 1e-5
+    angles = sphere.angle(x0[:, None], recorded["field_Y"][None]).max(-1)
+    np.testing.assert_array_equal(np.argmin(angles, axis=1), recorded["nearest_data_index"])
 
 
 def test_recorded_fields_at_the_start(load, x64):

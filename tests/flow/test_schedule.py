@@ -45,9 +45,10 @@ def test_recorded_training_times(load, dimension, name, options):
     assert np.all(error <= np.where((u >= 0.01) & (u <= 0.99), 1e-5, 5e-4)), error.max()
 
 
-def test_lightningdit_grid_is_the_same_shift_in_reversed_time(load):
-    recorded = load("schedules")["lightningdit_grid_num250_shift0.3"]
-    ours = schedule.shift_time(1 - np.linspace(0, 1, 250), 1 / 0.3)
+@pytest.mark.parametrize(("count", "name", "shift"), [(50, "0.0", 1.0), (250, "0.3", 1 / 0.3)])
+def test_lightningdit_grid_is_the_same_shift_in_reversed_time(load, count, name, shift):
+    recorded = load("schedules")[f"lightningdit_grid_num{count}_shift{name}"]
+    ours = schedule.shift_time(1 - np.linspace(0, 1, count), shift)
     np.testing.assert_allclose(1 - recorded, ours, rtol=0, atol=1e-6)
 
 

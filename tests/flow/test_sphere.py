@@ -62,9 +62,11 @@ def test_recorded_transport(load, x64, name, radius):
     assert_close(carried, radius * case["ref_pt"], radius * allowed)
 
 
-@pytest.mark.parametrize("name", RECORDINGS[:2])
+@pytest.mark.parametrize("name", RECORDINGS)
 def test_recorded_other_library(load, x64, name):
     case = load(name)
+    if "meta_log" not in case:
+        pytest.skip("the other library's values in 1024 dimensions are in the complete recordings")
     angle = case["angle"]
     exact = (angle > 1e-6) & (angle < np.pi - 1e-5)
     chord = (angle >= 1e-7) & (angle <= 1e-6)
@@ -82,7 +84,7 @@ def test_recorded_other_library(load, x64, name):
     for key, value in ours.items():
         assert_close(value[exact], case[key][exact], 1e-9)
         # below arccos's resolution the other library's distance is zero or a multiple of 1e-8
-        if key != "meta_dist":
+        if key != "meta_dist" and chord.any():
             assert_close(value[chord], case[key][chord], 1e-10)
 
 
