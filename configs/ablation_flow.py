@@ -4,15 +4,19 @@ Arms with equal steps and network: {raw, projected} latents on linear paths, raw
 trigonometric path, and the geodesic on the sphere (raw latents have no geodesic: they do not lie on
 one sphere). All share one tiny autoencoder, trained here around a random ViT whose last affine part
 is drawn at random, so that token norms differ. Data: random 64-pixel crops of the ten embedded
-photographs, a class each; what is learned is their distribution.
+photographs at a short side of 72, a class each: little enough that tiny flows draw them, and the
+distribution of the crops is what they are compared by. (At 112 they draw palettes.) One trained
+flow is then sampled by every method, and decoded at radii from half to twice the measured norm.
 
-Frechet and kernel distance are between features of samples and of fresh crops: the mean patch
-token of that autoencoder's encoder, of the decoded pictures. It is a fixed space, not a pretrained
-one, and its numbers compare with nothing but one another.
+Frechet and kernel distance are between features of samples and of fresh crops. With
+`weights.inception` the features are FID's. Without it they are the mean patch token of the decoded
+pictures by that autoencoder's own encoder: a fixed space, not a pretrained one, whose numbers
+compare with nothing but one another.
 
     python -m dinosae_jax.main --config=configs/ablation_flow.py --workdir=runs/ablation_flow
 
-Writes tables.md, scores.json, ablation_flow.png. Variants: tiny (a few steps of one arm, one seed).
+Writes tables.md, scores.json, ablation_flow.png. More seeds or settings are added to what is there;
+other numbers of steps or samples need another workdir. Variants: tiny (two steps of one arm).
 """
 
 import ml_collections
@@ -50,14 +54,12 @@ VARIANTS = {
 def get_config(argument=None):
     """The flow's ablation; variants: tiny."""
     autoencoder = sae_stage1.get_config("tiny")
-    autoencoder.steps, autoencoder.batch_size = 500, 16
-    autoencoder.eval.every, autoencoder.checkpoint.every = 500, 250
+    autoencoder.steps, autoencoder.data.source = 800, "photos/72"
+    autoencoder.eval.every, autoencoder.checkpoint.every = 800, 200
     base = rfm_dit.get_config("tiny")
-    base.steps, base.batch_size, base.ema = 400, 32, 0.98
-    base.data.source = "photos/112"
-    base.model.dit.update({"hidden_size": 96, "depth": 2, "num_heads": 3})
+    base.steps, base.batch_size = 550, 32
     base.eval.samples = 0  # samples of all arms are measured at the end
-    base.log_every, base.eval.every, base.checkpoint.every = 50, 400, 400
+    base.log_every, base.eval.every, base.checkpoint.every = 50, 550, 550
     base.random_frozen_ok = ()
     for stage in (autoencoder, base):
         stage.optimizer.schedule, stage.optimizer.final_learning_rate = "cosine", 1e-4
@@ -74,6 +76,7 @@ def get_config(argument=None):
             reference=1000,
             kernel_subsets=50,
             kernel_subset_size=100,
+            weights=dict(inception=""),  # of FID's network; empty: the encoder's own features
             sweep=dict(
                 arm="projected, geodesic",
                 samplers=SAMPLERS,

@@ -56,8 +56,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 raise ValueError(f"order names the arm {arm!r}{nearest(arm, config.arms)}")
         validate(config.base)  # each arm is checked when its changes are applied
         if "autoencoder" in config:
-            validate(config.autoencoder)
-            _require_member("sweep.arm", config.sweep.arm, config.order)
+            _validate_comparison(config)
         return
     if "chain" in config:
         for name in config.chain:
@@ -85,6 +84,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _validate_flow(config)
     else:
         _validate_autoencoder(config)
+
+
+def _validate_comparison(config: ml_collections.ConfigDict) -> None:
+    """Checks what a comparison of flows samples and measures when all of them are trained."""
+    validate(config.autoencoder)
+    sweep = config.sweep
+    _require_member("sweep.arm", sweep.arm, config.order)
+    for sampler in sweep.samplers:
+        validate_sampling({"sampler": sampler})
+    for steps in (*sweep.steps, sweep.radius_steps):
+        validate_sampling({"steps": steps})
+    for radius in sweep.radii:
+        validate_sampling({"decode_radius": radius})
+    fewest = min(config.samples, config.reference)
+    if not 2 <= config.kernel_subset_size <= fewest:
+        raise ValueError(
+            "kernel_subset_size must lie between 2 and the fewer of samples and reference, "
+            f"{fewest}; got {config.kernel_subset_size}; change one of them"
+        )
 
 
 def _validate_run(config: ml_collections.ConfigDict) -> None:

@@ -1,9 +1,9 @@
 """What an ablation of flows adds to one of autoencoders: a common encoder, samples, sweeps.
 
 The arms' losses have different targets and cannot be compared, so that samples of every arm are
-measured: Frechet and kernel distance in the feature space of the one autoencoder that all arms
-share. Then one trained flow a seed is sampled by every method at several step counts, and decoded
-at several radii. Every number is kept in scores.json as soon as it is known.
+measured: Frechet and kernel distance in one feature space, Inception's or that of the autoencoder
+that all arms share. Then one trained flow a seed is sampled by every method at several step counts,
+and decoded at several radii. Every number is kept in scores.json as soon as it is known.
 """
 
 from __future__ import annotations
@@ -12,24 +12,27 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 
-from dinosae_jax.autoencoder import ROLES, Autoencoder, random_source
+from dinosae_jax import config as config_lib
+from dinosae_jax import weights
+from dinosae_jax.autoencoder import ROLES, Autoencoder, map_batches, random_source
 from dinosae_jax.data import images
 from dinosae_jax.eval import curves, features, frechet, kernel_distance, pictures
 from dinosae_jax.generator import Generator
-from dinosae_jax.jobs import measure, train, train_flow
+from dinosae_jax.jobs import measure, train
 from dinosae_jax.train import initialise, logging, sharding, stopping
 
 METRICS = ("frechet", "kernel")
 TITLES = {"frechet": "Frechet distance", "kernel": "kernel distance x 1000"}
 AFFINE_SPREAD = 0.5
 REFERENCE_SEED = 1_000_003  # other crops than those of any training seed
+GROWING = ("order", "seeds", "sweep", "compile_cache")  # fields whose change leaves scores valid
 Score = dict[str, float]
 
 
@@ -73,69 +76,190 @@ def compare(
       The tables, Markdown.
 
     Raises:
+      ValueError: where the folder holds scores of another comparison.
       stopping.Interrupted: after a signal, with every score saved.
     """
-    measured = Scores(folder / "scores.json", _judge(config, folder))
-    for key, arm, seed, given in settings(config):
+    autoencoder = Autoencoder.load(folder / "autoencoder", "float32", batch_size=config.samples)
+    network = open_network(config, autoencoder)
+    measured = Scores(folder / "scores.json", recipe_of(config, network), Judge(config, network))
+    crops = measured.judge.crops
+    measured.add("real crops", lambda: crops)
+    scaled = crops / np.float32(255)
+    measured.add(
+        "reconstructed crops", lambda: pictures.as_picture(autoencoder.reconstruct(scaled))
+    )
+    for setting in settings(config):
         if stopped := stop.agreed():
-            raise stopping.Interrupted(f"{config.name} stopped before {key}", stopped)
-        measured.add(key, functools.partial(_draw, config, folder, arm, seed, given))
-    text = "\n".join(tables(config, measured.scores))
+            raise stopping.Interrupted(f"{config.name} stopped before {setting.key}", stopped)
+        measured.add(setting.key, functools.partial(_draw, config, folder, setting))
+    text = "\n".join([*describe(config, network), "", *tables(config, measured.scores)])
     if jax.process_index() == 0:
-        (folder / "tables.md").write_text(text)
+        (folder / "tables.md").write_text(text + "\n")
         _write_pictures(config, folder, measured.scores)
     logging.report(text)
     return text
 
 
-def settings(config: ml_collections.ConfigDict) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
-    """(key of its score, arm, seed, sampling values) of everything that is sampled."""
+class Setting(NamedTuple):
+    """What one score is of: a trained arm, and how it is sampled."""
+
+    arm: str
+    seed: int
+    sampler: str
+    steps: int
+    radius: float  # that the decoder is given, as a multiple of the measured norm
+
+    @property
+    def key(self) -> str:
+        """Its name in scores.json."""
+        return f"{self.arm}, seed {self.seed}, {self.sampler} {self.steps}, radius x {self.radius}"
+
+
+def arm_setting(config: ml_collections.ConfigDict, arm: str, seed: int) -> Setting:
+    """An arm by its own sampler."""
+    return Setting(arm, seed, config.base.sampling.sampler, config.base.sampling.steps, 1.0)
+
+
+def sampler_setting(
+    config: ml_collections.ConfigDict, sampler: str, steps: int, seed: int
+) -> Setting:
+    """The swept arm by one sampler."""
+    return Setting(config.sweep.arm, seed, sampler, steps, 1.0)
+
+
+def radius_setting(config: ml_collections.ConfigDict, radius: float, seed: int) -> Setting:
+    """The swept arm at one decode radius."""
+    own = arm_setting(config, config.sweep.arm, seed)
+    return own._replace(steps=config.sweep.radius_steps, radius=float(radius))
+
+
+def settings(config: ml_collections.ConfigDict) -> list[Setting]:
+    """Everything that is sampled, each once."""
     sweep, seeds = config.sweep, tuple(config.seeds)
-    for arm, seed in itertools.product(config.order, seeds):
-        yield f"arm/{arm}/{seed}", arm, seed, {}
-    for sampler, steps, seed in itertools.product(sweep.samplers, sweep.steps, seeds):
-        yield f"{sampler}/{steps}/{seed}", sweep.arm, seed, {"sampler": sampler, "steps": steps}
-    for factor, seed in itertools.product(sweep.radii, seeds):
-        given = {"steps": sweep.radius_steps, "decode_radius": factor}
-        yield f"radius/{factor}/{seed}", sweep.arm, seed, given
+    samplings = itertools.product(sweep.samplers, sweep.steps, seeds)
+    found = [arm_setting(config, *each) for each in itertools.product(config.order, seeds)]
+    found += [sampler_setting(config, *each) for each in samplings]
+    found += [radius_setting(config, *each) for each in itertools.product(sweep.radii, seeds)]
+    return list(dict.fromkeys(found))
+
+
+def open_network(
+    config: ml_collections.ConfigDict, autoencoder: Autoencoder
+) -> features.FeatureNetwork:
+    """FID's Inception where its weights are given, otherwise the encoder that all arms share."""
+    mesh = autoencoder.mesh
+    if config.weights.inception:
+        converted = weights.load(config.weights.inception, ("inception",))
+        digest = converted.metadata["files"][0]["sha256"]
+        return features.inception(converted.variables["inception"], digest, mesh=mesh)
+    digest = measure.weights_sha256(autoencoder.variables, ("stem", "vit"))
+    return features.encoder(autoencoder.modules, autoencoder.variables, digest, mesh)
+
+
+def recipe_of(
+    config: ml_collections.ConfigDict, network: features.FeatureNetwork
+) -> dict[str, Any]:
+    """What all scores of a file have in common: training, features, numbers of images."""
+    kept = {name: value for name, value in config.to_dict().items() if name not in GROWING}
+    return json.loads(json.dumps({**kept, "features": [network.name, network.sha256]}))
+
+
+def describe(config: ml_collections.ConfigDict, network: features.FeatureNetwork) -> list[str]:
+    """A sentence on the feature space, which stands above the tables."""
+    tap = network.metrics["frechet"][1]
+    return [
+        f"Features: {network.name} ({tap}), {config.samples} samples against {config.reference} "
+        f"crops of {config.base.data.source}; {config.base.steps} steps of "
+        f"{config.base.batch_size}; mean ± deviation of {len(config.seeds)} seed(s)."
+    ]
+
+
+class Judge:
+    """Compares images uint8 [b,h,w,3] with fresh crops of the training images.
+
+    Attributes:
+      crops: as many other crops as there are samples, uint8.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, network: features.FeatureNetwork):
+        """Draws the crops and computes the reference's features."""
+        self.config, self.network = config, network
+        self.tap = network.metrics["frechet"][1]
+        self.mesh = sharding.make_mesh()
+        source = images.open_source(config.base.data, "train")
+        found = images.train_batches(
+            source, config.base.data, batch_size=config.samples, seed=REFERENCE_SEED
+        )
+        self.crops = next(found)["image"]
+        count = -(-config.reference // config.samples)
+        drawn = np.concatenate([next(found)["image"] for _ in range(count)])
+        self.reference = self.embed(drawn[: config.reference])
+
+    def embed(self, pixels: np.ndarray) -> np.ndarray:
+        """Features [b,d]."""
+        one = functools.partial(self.network, taps=(self.tap,))
+        return map_batches(one, pixels, self.config.samples, self.mesh)[self.tap]
+
+    def __call__(self, pixels: np.ndarray) -> Score:
+        """The distances of `METRICS`."""
+        found, config = self.embed(pixels), self.config
+        kernel, _ = kernel_distance.kernel_distance(
+            found,
+            self.reference,
+            config.kernel_subsets,
+            min(config.samples, config.kernel_subset_size),
+        )
+        distance = frechet.frechet_distance_of_few(found, self.reference)
+        return {"frechet": distance, "kernel": 1e3 * kernel}
 
 
 class Scores:
-    """Scores by key, kept in a file."""
+    """Scores by key, kept in a file with the recipe that they share."""
 
-    def __init__(self, path: pathlib.Path, judge: Callable[[np.ndarray | str], Score]):
-        self.path, self.judge = path, judge
-        self.scores: dict[str, Score] = json.loads(path.read_text()) if path.exists() else {}
-        for name in ("real crops", "reconstructed crops"):
-            self.add(name, functools.partial(str, name))
+    def __init__(
+        self, path: pathlib.Path, recipe: dict[str, Any], judge: Callable[[np.ndarray], Score]
+    ):
+        """Reads what the file holds.
 
-    def add(self, key: str, make: Callable[[], np.ndarray | str]) -> None:
+        Raises:
+          ValueError: where it holds scores of another recipe.
+        """
+        self.path, self.recipe, self.judge = path, recipe, judge
+        self.scores: dict[str, Score] = {}
+        if not path.exists():
+            return
+        saved = json.loads(path.read_text())
+        if lines := config_lib.differences(recipe, saved["recipe"]):
+            raise ValueError(
+                f"{path} holds scores of another comparison ({'; '.join(lines[:5])}); use another "
+                "--workdir or delete that file"
+            )
+        self.scores = saved["scores"]
+
+    def add(self, key: str, make: Callable[[], np.ndarray]) -> None:
         """Judges what `make` makes, unless that was done before."""
         if key in self.scores:
             return
         self.scores[key] = score = self.judge(make())
         if jax.process_index() == 0:
-            logging.write_json(self.path, self.scores)
+            logging.write_json(self.path, {"recipe": self.recipe, "scores": self.scores})
         logging.report(f"{key}: " + "  ".join(f"{name} {score[name]:.4g}" for name in METRICS))
 
 
-def _draw(
-    config: ml_collections.ConfigDict,
-    folder: pathlib.Path,
-    arm: str,
-    seed: int,
-    given: dict[str, Any],
-) -> np.ndarray:
-    """Balanced samples uint8 [b,h,w,3] of a trained arm; a decode radius is given as a factor."""
-    generator = _generator(folder / arm / f"seed{seed}")
-    if "decode_radius" in given:
-        measured = generator.convention.decode_radius
-        assert measured is not None
-        given = {**given, "decode_radius": given["decode_radius"] * measured}
-    labels = np.arange(config.samples) % generator.num_classes
-    shown = min(generator.num_classes, train_flow.SHOWN_CLASSES) * train_flow.SHOWN_EACH
-    key = jax.random.PRNGKey(seed)  # batches of the size that the run compiled for its own samples
-    return pictures.as_picture(generator.sample(labels, key=key, batch_size=shown, **given))
+def _draw(config: ml_collections.ConfigDict, folder: pathlib.Path, setting: Setting) -> np.ndarray:
+    """Samples of a setting, uint8 [b,h,w,3], balanced over the classes."""
+    generator = _generator(folder / setting.arm / f"seed{setting.seed}")
+    measured = generator.convention.decode_radius
+    assert measured is not None
+    drawn = generator.sample(
+        np.arange(config.samples) % generator.num_classes,
+        key=jax.random.PRNGKey(setting.seed),
+        sampler=setting.sampler,
+        steps=setting.steps,
+        decode_radius=setting.radius * measured,
+        batch_size=config.samples,
+    )
+    return pictures.as_picture(drawn)
 
 
 @functools.lru_cache(maxsize=2)
@@ -143,68 +267,17 @@ def _generator(workdir: pathlib.Path) -> Generator:
     return Generator.load(workdir)
 
 
-def _judge(
-    config: ml_collections.ConfigDict, folder: pathlib.Path
-) -> Callable[[np.ndarray | str], Score]:
-    """A function that compares images uint8 [b,h,w,3] with fresh crops of the training images.
-
-    'real crops' and 'reconstructed crops' stand for as many other crops, as they are and through
-    the autoencoder: what a perfect flow would reach.
-    """
-    autoencoder = Autoencoder.load(folder / "autoencoder", "float32", batch_size=config.samples)
-    network = features.encoder(
-        autoencoder.modules,
-        autoencoder.variables,
-        measure.weights_sha256(autoencoder.variables, ("stem", "vit")),
-        autoencoder.mesh,
-    )
-    recipe = network.recipe(features.ENCODER_TAP, resolution=config.base.data.image_size)
-    place = sharding.batch_sharding(autoencoder.mesh)
-
-    def embed(pixels: np.ndarray) -> np.ndarray:
-        batch = jax.device_put(pixels, place)
-        return sharding.gather(network(batch, (features.ENCODER_TAP,))[features.ENCODER_TAP])
-
-    source = images.open_source(config.base.data, "train")
-    crops = images.train_batches(
-        source, config.base.data, batch_size=config.samples, seed=REFERENCE_SEED
-    )
-    real = next(crops)["image"]
-    reference = np.concatenate(
-        [embed(next(crops)["image"]) for _ in range(-(-config.reference // config.samples))]
-    )
-    moments = frechet.statistics(reference, recipe)
-
-    def judge(pixels: np.ndarray | str) -> Score:
-        if isinstance(pixels, str):
-            named = real
-            if pixels == "reconstructed crops":
-                named = pictures.as_picture(autoencoder.reconstruct(real / np.float32(255)))
-            pixels = named
-        found = embed(pixels)
-        kernel, _ = kernel_distance.kernel_distance(
-            found, reference, config.kernel_subsets, min(config.samples, config.kernel_subset_size)
-        )
-        return {
-            "frechet": frechet.frechet_distance(frechet.statistics(found, recipe), moments),
-            "kernel": 1e3 * kernel,
-        }
-
-    return judge
-
-
 def tables(config: ml_collections.ConfigDict, scores: dict[str, Score]) -> list[str]:
     """The lines of three Markdown tables: arms, samplers by steps, decode radii."""
-    seeds = tuple(config.seeds)
 
-    def cell(prefix: str, metric: str) -> str:
-        values = [scores[f"{prefix}/{seed}"][metric] for seed in seeds]
+    def cell(metric: str, setting: Callable[..., Setting], *given: Any) -> str:
+        values = [scores[setting(config, *given, seed).key][metric] for seed in config.seeds]
         spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
         return f"{np.mean(values):.3g}{spread}"
 
     lines = [f"| arm | {' | '.join(TITLES.values())} |", "|---|---|---|"]
     for arm in config.order:
-        lines.append(f"| {arm} | {' | '.join(cell(f'arm/{arm}', name) for name in METRICS)} |")
+        lines.append(f"| {arm} | {' | '.join(cell(name, arm_setting, arm) for name in METRICS)} |")
     for name in ("reconstructed crops", "real crops"):
         lines.append(
             f"| {name} | {' | '.join(f'{scores[name][metric]:.3g}' for metric in METRICS)} |"
@@ -213,13 +286,13 @@ def tables(config: ml_collections.ConfigDict, scores: dict[str, Score]) -> list[
     lines += ["", f"| sampler | {' | '.join(f'{count} steps' for count in steps)} |"]
     lines.append("|---" * (len(steps) + 1) + "|")
     for sampler in config.sweep.samplers:
-        cells = [cell(f"{sampler}/{count}", "frechet") for count in steps]
+        cells = [cell("frechet", sampler_setting, sampler, count) for count in steps]
         lines.append(f"| {sampler} | {' | '.join(cells)} |")
     radii = tuple(config.sweep.radii)
     lines += ["", f"| decode radius | {' | '.join(f'x {factor:g}' for factor in radii)} |"]
     lines.append("|---" * (len(radii) + 1) + "|")
     for metric, title in TITLES.items():
-        cells = [cell(f"radius/{factor}", metric) for factor in radii]
+        cells = [cell(metric, radius_setting, factor) for factor in radii]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
@@ -228,21 +301,26 @@ def _write_pictures(
     config: ml_collections.ConfigDict, folder: pathlib.Path, scores: dict[str, Score]
 ) -> None:
     """ablation_flow.png: the sweeps as curves, and below them samples of each arm by class."""
-    seeds, sweep = tuple(config.seeds), config.sweep
+    sweep = config.sweep
+    steps, radii = tuple(sweep.steps), tuple(sweep.radii)
 
-    def runs(prefix: str, places: tuple[float, ...]) -> list[list[float]]:
-        return [[scores[f"{prefix}/{x}/{seed}"]["frechet"] for x in places] for seed in seeds]
+    def runs(setting: Callable[[Any, int], Setting], places: tuple[float, ...]) -> list[list]:
+        return [
+            [scores[setting(place, seed).key]["frechet"] for place in places]
+            for seed in config.seeds
+        ]
 
     panels = {
         "Frechet distance over steps": {
-            name: (tuple(sweep.steps), runs(name, tuple(sweep.steps))) for name in sweep.samplers
+            name: (steps, runs(functools.partial(sampler_setting, config, name), steps))
+            for name in sweep.samplers
         },
         "Frechet distance over decode radius / measured": {
-            sweep.arm: (tuple(sweep.radii), runs("radius", tuple(sweep.radii)))
+            sweep.arm: (radii, runs(functools.partial(radius_setting, config), radii))
         },
     }
     plot = pictures.decode_png(curves.sweeps_png(panels))
-    drawn = (folder / arm / f"seed{seeds[0]}" / "samples.png" for arm in config.order)
+    drawn = (folder / arm / f"seed{config.seeds[0]}" / "samples.png" for arm in config.order)
     grids = [
         pictures.captioned(pictures.decode_png(path.read_bytes()), arm)
         for arm, path in zip(config.order, drawn, strict=True)

@@ -10,7 +10,7 @@ import pytest
 
 from configs import ablation_flow as ablation_config
 from dinosae_jax import rules
-from dinosae_jax.eval import curves, pictures
+from dinosae_jax.eval import curves, features, pictures
 from dinosae_jax.jobs import ablation, ablation_flow, train
 from dinosae_jax.train import initialise, stopping
 
@@ -26,20 +26,34 @@ def test_arms_differ_in_their_path_alone():
     assert set(config.sweep.samplers) == set(rules.SAMPLERS)
 
 
-def test_everything_is_sampled_with_every_seed():
+def test_everything_is_sampled_once_with_every_seed():
     config = ablation_config.get_config()
-    found = list(ablation_flow.settings(config))
-    assert len(found) == len({key for key, *_ in found}) == 3 * (4 + 6 * 4 + 7)
-    assert collections.Counter(seed for _, _, seed, _ in found) == {0: 35, 1: 35, 2: 35}
-    radii = [given["decode_radius"] for *_, given in found if "decode_radius" in given]
+    found = ablation_flow.settings(config)
+    # The arm of the sweeps by its own sampler, and at its own radius, stands in two tables.
+    assert len(found) == len({setting.key for setting in found}) == 3 * (4 + 6 * 4 + 7 - 2)
+    assert collections.Counter(setting.seed for setting in found) == {0: 33, 1: 33, 2: 33}
+    radii = [setting.radius for setting in found]
     assert (min(radii), max(radii)) == (0.5, 2.0)
+    assert {setting.steps for setting in found} == {5, 10, 25, 50}
 
 
-def test_an_arm_of_the_sweeps_that_is_not_run_is_refused():
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("sweep.arm", "raw, linear", r"sweep\.arm"),
+        ("sweep.samplers", ("dpm2",), "did you mean 'dpm2m'"),
+        ("sweep.steps", (10, 0), "at least 1 step"),
+        ("sweep.radii", (1.0, 0.0), "decode_radius must be above zero"),
+        ("kernel_subset_size", 41, "fewer of samples and reference, 40; got 41"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_training(field, value, message):
     config = ablation_config.get_config("tiny")
-    config.sweep.arm = "raw, linear"
-    with pytest.raises(ValueError, match=r"sweep\.arm"):
+    rules.validate(config)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=message) as error:
         rules.validate(config)
+    assert "\n" not in str(error.value)
 
 
 def test_the_autoencoder_starts_from_norms_that_differ(tmp_path, monkeypatch):
@@ -57,10 +71,10 @@ def test_the_autoencoder_starts_from_norms_that_differ(tmp_path, monkeypatch):
 
 def test_tables_are_means_and_deviations_over_seeds():
     config = ablation_config.get_config()
-    keys = [key for key, *_ in ablation_flow.settings(config)]
-    scores = {key: {"frechet": 1.0 + int(key[-1]), "kernel": 5.0} for key in keys}
-    scores |= {name: {"frechet": 0.5, "kernel": 0.1} for name in ("real crops",)}
-    scores |= {name: {"frechet": 0.7, "kernel": 0.2} for name in ("reconstructed crops",)}
+    found = ablation_flow.settings(config)
+    scores = {each.key: {"frechet": 1.0 + each.seed, "kernel": 5.0} for each in found}
+    scores |= {"real crops": {"frechet": 0.5, "kernel": 0.1}}
+    scores |= {"reconstructed crops": {"frechet": 0.7, "kernel": 0.2}}
     lines = ablation_flow.tables(config, scores)
     assert "| raw, trigonometric | 2 ± 1 | 5 ± 0 |" in lines
     assert "| real crops | 0.5 | 0.1 |" in lines
@@ -69,18 +83,31 @@ def test_tables_are_means_and_deviations_over_seeds():
     assert "| Frechet distance | 2 ± 1" in "\n".join(lines)
 
 
-def test_scores_are_kept(tmp_path):
+def test_scores_are_kept_and_those_of_another_comparison_refused(tmp_path):
     judged = []
 
     def judge(pixels):
         judged.append(pixels)
         return {"frechet": 1.0, "kernel": 2.0}
 
+    path = tmp_path / "scores.json"
     for _ in range(2):
-        scores = ablation_flow.Scores(tmp_path / "scores.json", judge)
-        scores.add("arm/x/0", lambda: np.zeros(3))
-    assert len(judged) == 3  # real and reconstructed crops, and the one that was added
-    assert set(scores.scores) == {"real crops", "reconstructed crops", "arm/x/0"}
+        scores = ablation_flow.Scores(path, {"samples": 200}, judge)
+        scores.add("an arm", lambda: np.zeros(3))
+    assert len(judged) == 1
+    assert set(scores.scores) == {"an arm"}
+    with pytest.raises(ValueError, match="another comparison \\(samples: 100 here, 200 there\\)"):
+        ablation_flow.Scores(path, {"samples": 100}, judge)
+
+
+def test_more_seeds_are_the_same_comparison_and_more_steps_another():
+    network = features.FeatureNetwork("net", "sha", "", {}, {}, lambda variables, x: {})
+    config = ablation_config.get_config()
+    recipe = ablation_flow.recipe_of(config, network)
+    config.seeds, config.sweep.steps = (0, 1, 2, 3), (100,)
+    assert ablation_flow.recipe_of(config, network) == recipe
+    config.base.steps += 1
+    assert ablation_flow.recipe_of(config, network) != recipe
 
 
 def test_the_sweeps_are_drawn():
