@@ -81,10 +81,10 @@ def compare(
     """
     autoencoder = Autoencoder.load(folder / "autoencoder", "float32", batch_size=config.samples)
     network = open_network(config, autoencoder)
-    measured = Scores(folder / "scores.json", recipe_of(config, network), Judge(config, network))
-    crops = measured.judge.crops
-    measured.add("real crops", lambda: crops)
-    scaled = crops / np.float32(255)
+    judge = Judge(config, network)
+    measured = Scores(folder / "scores.json", recipe_of(config, network), judge)
+    measured.add("real crops", lambda: judge.crops)
+    scaled = judge.crops / np.float32(255)
     measured.add(
         "reconstructed crops", lambda: pictures.as_picture(autoencoder.reconstruct(scaled))
     )
