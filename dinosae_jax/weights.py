@@ -51,7 +51,7 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
     """Reads conversion.json.
 
     Raises:
-      ValueError: There is none, or it is of a newer version.
+      ValueError: There is none, or it is damaged or of another version.
     """
     path = Path(directory) / METADATA_FILE
     if not path.is_file():
@@ -59,7 +59,10 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
             f"{directory} holds no converted weights ({METADATA_FILE} is missing): make them with "
             "python -m weights_conversion.convert --kind=K --input=FILE --output=DIR"
         )
-    metadata = json.loads(path.read_text())
+    try:
+        metadata = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: convert the weights again") from None
     if metadata.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {metadata.get('format_version')}, this code reads "

@@ -13,6 +13,7 @@ from weights_conversion.stored import RefusedFileError, StoredTensor, short
 
 PREFERRED = ("ema", "model", "state_dict")
 WRAPPERS = ("module.", "_orig_mod.", "ema.", "model.", "state_dict.", "backbone.", "dino_model.")
+MAX_KEY_LENGTH = 1000
 
 # sha256 prefixes of published files. torch hub puts them into the file's name.
 KNOWN_FILES = {
@@ -64,9 +65,10 @@ def read(path: str | Path, container: str | None = None) -> StateDict:
         raise RefusedFileError(f"there is no file {path}: give a .safetensors or .pth file")
     flat = path.suffix == ".safetensors"
     saved = _nested(read_safetensors(path)[0]) if flat else read_pth(path)
-    found = dict(_state_dicts(saved, "", 3))
+    found = dict(_state_dicts(saved, "", 3, set()))
     name = _choose(path, found, container)
     tensors = {k: v for k, v in found[name].items() if isinstance(v, StoredTensor)}
+    _check_keys(path, tensors)
     others = [k for k in found if k != name and not name.startswith(f"{k}.")]
     skipped = {f"{name}.{k}".strip(".") for k in found[name] if k not in tensors}
     left = [f"{k} (state dict)" for k in others] + sorted(skipped - set(others) - {""})
@@ -89,15 +91,26 @@ def _nested(tensors: dict[str, StoredTensor]) -> dict[str, Any]:
     return nested
 
 
-def _state_dicts(value: Any, path: str, depth: int):
-    """Every dictionary that holds tensors, by its dotted path."""
-    if not isinstance(value, dict) or not depth:
+def _check_keys(path: Path, tensors: Mapping[Any, StoredTensor]) -> None:
+    """Keys stand in messages and in conversion.json, so they must be printable lines."""
+    for key in tensors:
+        if not isinstance(key, str) or not key.isprintable() or len(key) > MAX_KEY_LENGTH:
+            raise RefusedFileError(
+                f"{short(path.name)} has a tensor named {short(repr(key))}; names are printable "
+                f"strings of at most {MAX_KEY_LENGTH} characters: rename it"
+            )
+
+
+def _state_dicts(value: Any, path: str, depth: int, seen: set[int]):
+    """Every dictionary that holds tensors, by its dotted path, each once."""
+    if not isinstance(value, dict) or not depth or id(value) in seen:
         return
+    seen.add(id(value))  # a hostile file may hold one dictionary under thousands of names
     if any(isinstance(item, StoredTensor) for item in value.values()):
         yield path, value
     for key, item in value.items():
         if isinstance(key, str):
-            yield from _state_dicts(item, f"{path}.{key}".strip("."), depth - 1)
+            yield from _state_dicts(item, f"{path}.{key}".strip("."), depth - 1, seen)
 
 
 def _choose(path: Path, found: Mapping[str, Any], container: str | None) -> str:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from dinosae_jax.weights import FORMAT_VERSION, METADATA_FILE, WEIGHTS_FOLDER
 from weights_conversion import containers, modules, rules, tables
-from weights_conversion.tables import dinov3
 
+PERIODS = "vit/params/rope_embed/periods"
 FILES_KINDS = [kind for kind in tables.KINDS if kind not in ("dinosae_stem", "dinosae_decoder")]
 
 
@@ -54,14 +55,9 @@ def convert_file(
     files = [_describe(path, state) for path, state in sources]
     tensors = _merge(sources)
     layout = tables.plan(kind, {k: tuple(t.shape) for k, t in tensors.items()}, overrides)
-    if round_periods_to_bf16:
-        if layout.derive is not dinov3.derived:
-            raise ValueError(
-                f"--round_periods_to_bf16 is for DINOv3 files without RoPE periods, the layout "
-                f"here is {layout.name!r}: leave it out"
-            )
-        layout = dataclasses.replace(layout, derive=dinov3.rounded)
     converted = rules.convert(tensors, layout, modules.shapes(layout.config))
+    if round_periods_to_bf16:
+        _round_periods(converted, layout.name)
     metadata = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -80,6 +76,17 @@ def convert_file(
     }
     _write(output, converted.arrays, metadata)
     return metadata
+
+
+def _round_periods(converted: rules.Converted, layout: str) -> None:
+    """Rounds RoPE periods to bfloat16 in place, where the file does not store them."""
+    if PERIODS not in converted.derived:
+        raise ValueError(
+            f"--round_periods_to_bf16 is for DINOv3 files without RoPE periods, the layout here is "
+            f"{layout!r}: leave it out"
+        )
+    rounded = converted.arrays[PERIODS].astype(ml_dtypes.bfloat16)
+    converted.arrays[PERIODS] = rounded.astype(np.float32)
 
 
 def _describe(path: Path, state: containers.StateDict) -> dict[str, Any]:
@@ -172,6 +179,19 @@ def _report(metadata: dict[str, Any], output: str) -> None:
     print(f"wrote {output}")
 
 
+def _overrides(text: str) -> dict[str, Any]:
+    """Parses --config."""
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise argparse.ArgumentTypeError(
+            f'it is JSON such as {{"vit": {{"num_heads": 4}}}}, got {text!r}: write it so'
+        )
+    return config
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="weights_conversion.convert", description=__doc__)
@@ -179,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", required=True, help="file, or files joined by commas")
     parser.add_argument("--output", required=True, help="directory to write")
     parser.add_argument("--container", help="such as model; the default is ema, model, state_dict")
-    parser.add_argument("--config", type=json.loads, help='JSON, such as {"vit": {"num_heads": 4}}')
+    parser.add_argument("--config", type=_overrides, help='JSON, such as {"vit": {"num_heads": 4}}')
     parser.add_argument("--round_periods_to_bf16", action="store_true")
     args = parser.parse_args(argv)
     try:
@@ -191,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.config,
             args.round_periods_to_bf16,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     _report(metadata, args.output)

@@ -1,5 +1,6 @@
 """The modules behind each role, and the shapes of their variables."""
 
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from dinosae_jax.models.inception import InceptionFID
 from dinosae_jax.models.lpips import LPIPS
 from dinosae_jax.models.stem import ConvStem
 from dinosae_jax.models.vit import VisionTransformer
+from weights_conversion.stored import short
 
 Config = dict[str, Any]
 
@@ -43,11 +45,20 @@ def shapes(config: dict[str, Config]) -> dict[str, tuple[int, ...]]:
 
     Returns:
       `role/collection/path` -> shape.
+
+    Raises:
+      ValueError: A module cannot be built from its keyword arguments.
     """
     found = {}
     for role, kwargs in config.items():
-        module = build(role, kwargs)
-        tree = jax.eval_shape(lambda m=module, r=role: m.init(jax.random.key(0), *_inputs(r, m)))
+        try:
+            module = build(role, kwargs)
+            variables = functools.partial(module.init, jax.random.key(0), *_inputs(role, module))
+            tree = jax.eval_shape(variables)
+        except (TypeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"no {role} can be built from {short(kwargs, 400)}: {short(error)}; check --config"
+            ) from None
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found["/".join([role, *(key.key for key in path)])] = leaf.shape
     return found

@@ -18,11 +18,17 @@ import ml_dtypes
 import numpy as np
 
 from weights_conversion.pickle_machine import Function, interpret
-from weights_conversion.stored import RefusedFileError, StoredTensor, short, span
+from weights_conversion.stored import (
+    MAX_ELEMENTS,
+    RefusedFileError,
+    StoredTensor,
+    is_absurd,
+    short,
+    span,
+)
 
 MAX_MEMBERS = 65_535
 MAX_PICKLE_BYTES = 1 << 24
-MAX_DIMENSIONS = 16
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -134,8 +140,7 @@ def _tensor(path: Path, arguments: tuple[Any, ...]) -> StoredTensor:
         numbers = [offset, *shape, *strides]
     if any(type(number) is not int for number in numbers) or len(shape) != len(strides):
         raise RefusedFileError("a tensor's offset, shape or strides are not whole numbers")
-    largest = max(math.prod(max(size, 1) for size in shape), *numbers)
-    if min(numbers) < 0 or len(shape) > MAX_DIMENSIONS or largest > 2**48:
+    if min(numbers) < 0 or max(numbers) > MAX_ELEMENTS or is_absurd(shape):
         raise RefusedFileError(
             f"a tensor has a negative or absurd offset {short(offset)}, shape {short(shape)} "
             f"or strides {short(strides)}"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dinosae_jax.models import reference_guidance as guidance
+from dinosae_jax.models.ddt import DiTDH
 from dinosae_jax.models.decoder import Decoder
 from dinosae_jax.models.vit import VisionTransformer, ViTOutput
 from weights_conversion.golden import Golden, nchw, nhwc
@@ -154,7 +155,8 @@ def transformer(modules: Modules, variables: Variables, golden: Golden) -> Outpu
         if name.startswith("cfg_"):
             found[name] = nchw(_guided(name, inputs, models["dit"]))
         elif name.startswith("autoguidance_") and "guide" in models:
-            found[name] = nchw(_autoguided(name, golden, models))
+            interval = isinstance(modules["dit"], DiTDH)
+            found[name] = nchw(_autoguided(name, golden, models, interval))
     return found
 
 
@@ -175,13 +177,18 @@ def _guided(name: str, inputs: dict[str, np.ndarray], model: Callable) -> jax.Ar
         # Inside the list guidance is off, or has another scale if that is above 1.
         inner = numbers[-1] if "_intervalcfg_" in name else 1.0
         return guidance.rae_lightningdit_cfg(*arguments, pairs, max(inner, 1.0))
-    return guidance.ditdh_cfg(*arguments, pairs[0])
+    return guidance.ditdh_cfg(*arguments, *pairs[:1])
 
 
-def _autoguided(name: str, golden: Golden, models: dict[str, Callable]) -> jax.Array:
+def _autoguided(
+    name: str, golden: Golden, models: dict[str, Callable], interval: bool
+) -> jax.Array:
+    """Autoguidance of DiT^DH, which has an interval, or of RAE's LightningDiT."""
     scale = golden.config["autoguidance_scale"]
     arguments = models["dit"], models["guide"], *_guided_inputs(golden.inputs), scale
-    return guidance.ditdh_autoguidance(*arguments, _numbers(name)[1][0])
+    if not interval:
+        return guidance.rae_lightningdit_autoguidance(*arguments)
+    return guidance.ditdh_autoguidance(*arguments, *_numbers(name)[1][:1])
 
 
 def _guided_inputs(inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -38,7 +38,8 @@ class Layout:
         are joined along the last axis; a part that is None does not exist and is zero.
       leaves: The layout's name of a leaf where it is not ours (see `LEAVES`).
       digits: Whether `name_3` of ours is `name.3` there.
-      buffers: Regular expressions of keys that the model does not read; they are kept as stored.
+      buffers: Patterns of keys that the model does not read and that are kept as stored -> the
+        shape that they must have, or None.
       optional: Paths below which leaves may be absent from a file.
       derive: Gives the value of a leaf that the layout never stores, from its path and shape.
     """
@@ -48,7 +49,7 @@ class Layout:
     rows: Mapping[str, Row]
     leaves: Mapping[str, str] = dataclasses.field(default_factory=dict)
     digits: bool = True
-    buffers: tuple[str, ...] = ()
+    buffers: Mapping[str, Shape | None] = dataclasses.field(default_factory=dict)
     optional: tuple[str, ...] = ()
     derive: Callable[[str, Shape], np.ndarray | None] = lambda path, shape: None
 
@@ -99,7 +100,9 @@ def source_names(layout: Layout, path: str) -> tuple[str | None, ...]:
         if row is not None:
             break
     else:
-        raise KeyError(f"table {layout.name!r} has no row for {path!r}")
+        raise MismatchError(
+            f"the layout {layout.name!r} has no row for {path!r}: check what --config says"
+        )
     if isinstance(row, tuple):
         return row
     rest = parts[length:]
@@ -166,31 +169,63 @@ def convert(tensors: Mapping[str, Any], layout: Layout, expected: Mapping[str, S
     derived: dict[str, np.ndarray] = {}
     missing: list[str] = []
     absent: list[str] = []
-    for target, shape in expected.items():
-        role, _, rest = target.split("/", 2)
-        path = f"{role}/{rest}"
-        wanted = list(_wanted(layout, path, target, shape))
+    wanted_by_target = {t: list(_wanted(layout, t, shape)) for t, shape in expected.items()}
+    left_out = _left_out(layout, wanted_by_target, tensors)
+    for target, wanted in wanted_by_target.items():
         found = [entry for entry in wanted if entry.key in tensors]
-        value = None if found else _derived(layout, path, shape)
+        value = None if found else _derived(layout, _path(target), expected[target])
         if value is not None:
             derived[target] = value
-        elif not found and any((path + "/").startswith(p + "/") for p in layout.optional):
+        elif _path(target).startswith(left_out):
             absent.append(target)
         else:
             missing += [entry.key for entry in wanted if entry.key not in tensors]
             leaves[target] = [_described(entry, tensors[entry.key]) for entry in found]
             taken.update((entry.key, entry) for entry in leaves[target])
-    for key, tensor in tensors.items():
-        if key not in taken and any(re.fullmatch(pattern, key) for pattern in layout.buffers):
-            taken[key] = Entry(key, str(tensor.dtype), tuple(tensor.shape), f"buffers/{key}")
-    unexpected = [key for key in tensors if key not in taken]
     misshapen = [line for t, found in leaves.items() for line in _misshapen(found, expected[t])]
+    buffers = _buffers(layout, {key: tensors[key] for key in tensors if key not in taken})
+    misshapen += [
+        f"{key} {list(entry.shape)}: such a buffer has {list(right)}"
+        for key, (entry, right) in buffers.items()
+        if right is not None and entry.shape != right
+    ]
+    taken |= {key: entry for key, (entry, _) in buffers.items()}
+    unexpected = [key for key in tensors if key not in taken]
     _raise(layout, missing, unexpected, misshapen)
     arrays = {t: _assemble(found, tensors, expected[t]) for t, found in leaves.items()}
-    buffers = [taken[key] for key in tensors if taken[key].target.startswith("buffers/")]
-    arrays |= {entry.target: np.asarray(tensors[entry.key]) for entry in buffers}
+    arrays |= {entry.target: np.asarray(tensors[key]) for key, (entry, _) in buffers.items()}
     entries = [taken[key] for key in tensors]
     return Converted(arrays | derived, entries, list(derived), absent)
+
+
+def _buffers(layout: Layout, rest: Mapping[str, Any]) -> dict[str, tuple[Entry, Shape | None]]:
+    """Of the tensors that no leaf takes, those that are kept as stored, and their right shapes."""
+    found = {}
+    for key, tensor in rest.items():
+        pattern = next((p for p in layout.buffers if re.fullmatch(p, key)), None)
+        if pattern is not None:
+            entry = Entry(key, str(tensor.dtype), tuple(tensor.shape), f"buffers/{key}")
+            found[key] = entry, layout.buffers[pattern]
+    return found
+
+
+def _left_out(
+    layout: Layout, wanted: Mapping[str, list[Entry]], tensors: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The optional parts of which a file has nothing."""
+    present = {
+        f"{_path(target)}/"
+        for target, entries in wanted.items()
+        if any(entry.key in tensors for entry in entries)
+    }
+    parts = [f"{part}/" for part in layout.optional]
+    return tuple(part for part in parts if not any(path.startswith(part) for path in present))
+
+
+def _path(target: str) -> str:
+    """`role/collection/module/leaf` without its collection, as rows name it."""
+    role, _, rest = target.split("/", 2)
+    return f"{role}/{rest}"
 
 
 def _derived(layout: Layout, path: str, shape: Shape) -> np.ndarray | None:
@@ -198,8 +233,8 @@ def _derived(layout: Layout, path: str, shape: Shape) -> np.ndarray | None:
     return np.zeros(shape, np.float32) if 0 in shape else layout.derive(path, shape)
 
 
-def _wanted(layout: Layout, path: str, target: str, shape: Shape) -> Iterable[Entry]:
-    names = source_names(layout, path)
+def _wanted(layout: Layout, target: str, shape: Shape) -> Iterable[Entry]:
+    names = source_names(layout, _path(target))
     for which, name in enumerate(names):
         if name is None:
             continue

@@ -13,7 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from weights_conversion.stored import RefusedFileError, StoredTensor, row_major_strides, short
+from weights_conversion.stored import (
+    RefusedFileError,
+    StoredTensor,
+    is_absurd,
+    row_major_strides,
+    short,
+)
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {
@@ -63,6 +69,8 @@ def _read(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if not isinstance(header, dict):
         raise RefusedFileError("the header is not a dictionary")
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise RefusedFileError("the header's metadata is not a dictionary")
     start = 8 + length
     found = [_entry(path, start, key, entry) for key, entry in header.items()]
     position = start
@@ -81,10 +89,14 @@ def _entry(path: Path, start: int, key: str, entry: Any) -> tuple[str, StoredTen
         numbers = [begin, end, *shape]
     except (KeyError, TypeError, ValueError):
         raise RefusedFileError(f"the header's entry of {short(key)} is damaged") from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise RefusedFileError(f"{short(key)} has dtype {short(dtype)}, which is not supported")
     whole = all(type(number) is int and number >= 0 for number in numbers)
-    if not whole or math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+    if (
+        not whole
+        or is_absurd(tuple(shape))
+        or math.prod(shape) * DTYPES[dtype].itemsize != (end - begin)
+    ):
         raise RefusedFileError(f"the shape of {short(key)} does not fit its bytes")
     strides = row_major_strides(tuple(shape))
     tensor = StoredTensor(path, start + begin, DTYPES[dtype], tuple(shape), strides)

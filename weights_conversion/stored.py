@@ -1,10 +1,14 @@
 """Tensors that lie in a file until they are asked for, and the refusal of a file."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+MAX_DIMENSIONS = 16
+MAX_ELEMENTS = 2**48
 
 
 class RefusedFileError(ValueError):
@@ -55,6 +59,12 @@ def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def is_absurd(shape: tuple[int, ...]) -> bool:
+    """Whether numpy could not even describe it; an axis of 0 does not excuse the others."""
+    elements = math.prod(max(size, 1) for size in shape)
+    return len(shape) > MAX_DIMENSIONS or elements > MAX_ELEMENTS
 
 
 def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

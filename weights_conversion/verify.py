@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from dinosae_jax import weights
-from weights_conversion import modules, recorded_config, rules, tables
+from weights_conversion import containers, modules, recorded_config, rules, tables
 from weights_conversion.convert import nest
 from weights_conversion.golden import Golden, read_golden
 from weights_conversion.replay import REPLAYS
@@ -30,7 +30,7 @@ def variables_of(
 
     Args:
       kind: A key of `tables.KINDS`.
-      tensors: Key -> array.
+      tensors: Key -> array; prefixes of training scripts such as `module.` are stripped.
       overrides: Role -> keyword arguments that are known beside the keys.
 
     Returns:
@@ -39,6 +39,7 @@ def variables_of(
     Raises:
       ValueError: The keys or shapes do not fit the kind and the configuration.
     """
+    tensors, _ = containers.unwrap(tensors)
     layout = tables.plan(kind, {k: v.shape for k, v in tensors.items()}, overrides)
     shapes = modules.shapes(layout.config)
     arrays = rules.convert(tensors, layout, shapes).arrays
@@ -108,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines, good = verify(args.kind, read_golden(args.golden, args.reference))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyError as error:
+        print(f"error: the recording lacks {error}, which its outputs need", file=sys.stderr)
         return 1
     print("\n".join(lines))
     failed = sum(line.startswith("FAIL") for line in lines)

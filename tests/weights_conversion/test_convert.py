@@ -191,6 +191,24 @@ def test_containers_are_named_when_none_is_preferred(tmp_path):
     assert containers.read(path, "teacher").prefix == "teacher."
 
 
+@pytest.mark.parametrize(
+    "value", [{0: np.ones(2, "f4")}, {"a\nb": np.ones(2, "f4")}, {"k" * 1001: np.ones(2, "f4")}]
+)
+def test_names_that_are_no_printable_strings_are_refused(tmp_path, value):
+    path = write_torch(tmp_path / "a.pth", value)
+    with pytest.raises(RefusedFileError, match="has a tensor named") as caught:
+        containers.read(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_dictionary_under_many_names_is_visited_once(tmp_path):
+    # In itself 3000 times: looking three levels deep without a memory would take 3000^3 steps.
+    names = b"".join(b"X\x04\x00\x00\x00%04dh\x00" % i for i in range(3000))
+    path = write_torch(tmp_path / "a.pth", {}, pickle=b"\x80\x02}q\x00(" + names + b"u.")
+    with pytest.raises(RefusedFileError, match="no tensors"):
+        containers.read(path)
+
+
 def test_discriminator_from_two_files(tmp_path, data_dir):
     recording = np.load(data_dir / "metrics_models" / "disc_tiny.npz")
     parts = [
@@ -305,11 +323,19 @@ def test_bad_commands_say_what_is_wrong_in_a_line(tmp_path, data_dir, capsys):
         (["--kind=dinov3", f"--input={source}", f"--output={source}"], "is a file"),
         (["--kind=dinov3", f"--input={source}", out, "--container=ema"], "no container 'ema'"),
         (["--kind=dinov3", f"--input={source}", out, "--round_periods_to_bf16"], "leave it out"),
-        (
-            ["--kind=dinov3", f"--input={source},{source}", out],
-            "repeats 37 keys" if False else "repeats",
-        ),
+        (["--kind=dinov3", f"--input={source},{source}", out], "repeats 38 keys"),
         (["--kind=dinov3", f"--input={source}", out, '--config={"dit": {}}'], "roles vit"),
+        (["--kind=dinov3", f"--input={source}", out, '--config={"vit": 3}'], "is a dictionary"),
+        *(
+            (["--kind=dinov3", f"--input={source}", out, f'--config={{"vit": {fields}}}'], says)
+            for fields, says in [
+                ('{"head": 1}', "no vit can be built from"),
+                ('{"num_heads": 0}', "check --config"),
+                ('{"embed_dim": "wide"}', "check --config"),
+                ('{"ffn_layer": "relu"}', "ffn_layer is 'mlp' or 'swiglu'"),
+            ]
+        ),
+        (["--kind=dinov3", f"--input={source}", f"--output={source}/x/y"], "Not a directory"),
     ]
     for arguments, says in cases:
         assert convert.main(arguments) == 1, arguments
@@ -341,6 +367,7 @@ def test_a_name_that_claims_a_hash_is_checked(tmp_path, data_dir):
         ((9).to_bytes(8, "little") + b"[1, 2, 3]", "not a dictionary"),
         ((3).to_bytes(8, "little") + b"{{{", "not JSON"),
         ((9).to_bytes(8, "little") + b'{"a": {}}', "damaged"),
+        ((20).to_bytes(8, "little") + b'{"__metadata__": []}', "metadata is not a dictionary"),
     ],
 )
 def test_damaged_safetensors_are_refused(tmp_path, data, says):
@@ -358,6 +385,9 @@ def test_damaged_safetensors_are_refused(tmp_path, data, says):
         ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "overlap or leave gaps"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "longer than its tensors"),
         ({"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}, "F99"),
+        ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "not supported"),
+        ({"dtype": "F32", "shape": [2, *[1] * 99], "data_offsets": [0, 8]}, "does not fit"),
+        ({"dtype": "F32", "shape": [0, 2**70], "data_offsets": [0, 0]}, "does not fit"),
     ],
 )
 def test_safetensors_windows_are_checked(tmp_path, entry, says):

@@ -24,7 +24,7 @@ TABLE = Layout(
         "vit/blocks/qkv/bias": ("blocks.{i+1}.q_bias", None, "blocks.{i+1}.v_bias"),
         "vit/stages_0": "stages.7",
     },
-    buffers=(r".*\.mask",),
+    buffers={r".*\.mask": ()},
     optional=("vit/patch",),
     derive=lambda path, shape: np.ones(shape) if path == "vit/periods" else None,
 )
@@ -109,7 +109,7 @@ def test_empty_leaves_need_no_tensor():
 
 
 def test_a_leaf_without_a_row_is_an_error():
-    with pytest.raises(KeyError, match="no row"):
+    with pytest.raises(MismatchError, match="no row"):
         source_names(TABLE, "dit/blocks/kernel")
 
 

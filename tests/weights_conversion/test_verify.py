@@ -8,6 +8,7 @@ import pytest
 from tests.weights_conversion import layouts
 from weights_conversion import verify
 from weights_conversion.golden import read_golden
+from weights_conversion.safetensors_file import read_safetensors, write_safetensors
 
 CASES = [
     ("dinov3", "autoencoder/c_dinov3_mlp"),
@@ -80,6 +81,22 @@ def test_hugging_face_and_timm_agree_with_facebook(data_dir):
     for state in (layouts.hugging_face(weights, newer=True), layouts.timm(weights, qkvb=True)):
         recording = dataclasses.replace(golden, weights=state, outputs=only, inputs=inputs)
         assert verify.verify("dinov3", recording)[1]
+
+
+def test_prefixes_of_training_scripts_are_known(data_dir):
+    golden = read_golden(data_dir / "autoencoder" / "f_dcae_original.safetensors")
+    weights = {f"module.{key}": value for key, value in golden.weights.items()}
+    assert verify.verify("dcae_decoder", dataclasses.replace(golden, weights=weights))[1]
+
+
+def test_a_recording_without_what_its_outputs_need_is_an_error(tmp_path, data_dir, capsys):
+    name = "generation_models/orig_lightningdit/qk1_sw0_ro0_rm1_ws1.safetensors"
+    tensors, metadata = read_safetensors(data_dir / name)
+    kept = {key: tensor for key, tensor in tensors.items() if key != "inputs/cfg_scale"}
+    entries = [(k, str(v.dtype), v.shape, lambda v=v: np.asarray(v)) for k, v in kept.items()]
+    write_safetensors(tmp_path / "a.safetensors", entries, metadata)
+    assert verify.main(["--kind=lightningdit", f"--golden={tmp_path / 'a.safetensors'}"]) == 1
+    assert "the recording lacks 'cfg_scale'" in capsys.readouterr().err
 
 
 def test_a_twin_gives_the_inputs(tmp_path, data_dir, capsys):

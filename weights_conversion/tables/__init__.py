@@ -47,6 +47,11 @@ def plan(kind: str, shapes: Shapes, overrides: dict[str, dict[str, Any]] | None 
             raise UnknownLayoutError(
                 f"the configuration may name the roles {', '.join(config)}, got {role!r}: change it"
             )
+        if not isinstance(kwargs, dict):
+            raise UnknownLayoutError(
+                f"the configuration of {role} is a dictionary, got {kwargs!r}: write it as "
+                f'{{"{role}": {{"field": value}}}}'
+            )
         config[role] |= kwargs
     if kind == "rae_ditdh":
         return dit.ditdh_table(config)

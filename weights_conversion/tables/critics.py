@@ -3,7 +3,7 @@
 from typing import Any
 
 from weights_conversion.rules import Layout, Row, Shape
-from weights_conversion.tables.keys import UnknownLayoutError, count, has, shape_of
+from weights_conversion.tables.keys import UnknownLayoutError, count, has, measure
 
 Shapes = dict[str, Shape]
 
@@ -16,24 +16,16 @@ def discriminator_layout(shapes: Shapes) -> Layout:
     """RAE's heads (`heads.*`), DINO v1's backbone, or the two in one state dict."""
     config: dict[str, dict[str, Any]] = {}
     rows: dict[str, Row] = {}
-    if "cls_token" in shapes:
-        patch, width = _patch_and_width(shapes)
-        depth = count(shapes, r"blocks\.(\d+)\.")
-        config["dino"] = {
-            "patch_size": patch,
-            "embed_dim": width,
-            "depth": depth,
-            "num_heads": max(width // 64, 1),
-            "key_depths": [(k + 1) * depth // 4 - 1 for k in range(4)] if depth >= 4 else [0],
-            "mlp_ratio": shape_of(shapes, "blocks.0.mlp.fc1.weight", "DINO")[0] / width,
-        }
+    if has(shapes, r"^(cls_token|pos_embed|patch_embed\.|blocks\.)"):
+        config["dino"] = _trunk(shapes)
         rows |= {"dino": "", "dino/blocks": "blocks.{i}"}
     if has(shapes, r"^heads\."):
-        kernel = shape_of(shapes, "heads.0.1.fn.0.weight_orig", "discriminator")
+        kernel, kind = r"heads\.\d+\.1\.fn\.0\.weight_orig", "discriminator"
+        channels = {kernel: "n--", r"heads\.\d+\.1\.fn\.0\.bias": "n"}
         config["disc_heads"] = {
             "num_heads": count(shapes, r"heads\.(\d+)\."),
-            "channels": kernel[0],
-            "kernel_size": kernel[2],
+            "channels": measure(shapes, kind, channels),
+            "kernel_size": measure(shapes, kind, {kernel: "--n"}),
         }
         rows |= _head_rows(config["disc_heads"]["num_heads"])
     if not config:
@@ -42,12 +34,26 @@ def discriminator_layout(shapes: Shapes) -> Layout:
             f"among the {len(shapes)} keys; check --kind and --container"
         )
     # RAE reads the trunk's blocks and never its final norm.
-    return Layout("rae", config, rows, buffers=(r"norm\.(weight|bias)",))
+    return Layout("rae", config, rows, buffers={r"norm\.(weight|bias)": None})
 
 
-def _patch_and_width(shapes: Shapes) -> tuple[int, int]:
-    kernel = shape_of(shapes, "patch_embed.proj.weight", "DINO")
-    return kernel[-1], kernel[0]
+def _trunk(shapes: Shapes) -> dict[str, Any]:
+    kind = "DINO"
+    width = measure(shapes, kind, {"cls_token": "--n", "pos_embed": "--n"})
+    depth = count(shapes, r"blocks\.(\d+)\.")
+    hidden = {
+        r"blocks\.\d+\.mlp\.fc1\.weight": "n-",
+        r"blocks\.\d+\.mlp\.fc1\.bias": "n",
+        r"blocks\.\d+\.mlp\.fc2\.weight": "-n",
+    }
+    return {
+        "patch_size": measure(shapes, kind, {r"patch_embed\.proj\.weight": "---n"}, 16),
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": max(width // 64, 1),
+        "key_depths": [(k + 1) * depth // 4 - 1 for k in range(4)] if depth >= 4 else [0],
+        "mlp_ratio": measure(shapes, kind, hidden, 4 * width) / width,
+    }
 
 
 def _head_rows(heads: int) -> dict[str, Row]:
@@ -86,14 +92,18 @@ def lpips_layout(shapes: Shapes) -> Layout:
         {"lpips": {}},
         rows,
         # Layers that LPIPS does not use; constants; the second names that a list of modules gives.
-        buffers=(r"classifier\..*", r"scaling_layer\..*", r"lins\..*"),
+        buffers=dict.fromkeys((r"classifier\..*", r"scaling_layer\..*", r"lins\..*")),
         optional=(*(() if has_trunk else trunk), *(() if has_heads else heads)),
     )
 
 
 def inception_layout(shapes: Shapes) -> Layout:
     """The FID Inception of pytorch-fid and torch-fidelity."""
-    shape_of(shapes, "Conv2d_1a_3x3.conv.weight", "FID Inception")
+    if not has(shapes, r"^Mixed_\d[a-z]\."):
+        raise UnknownLayoutError(
+            f"this is no FID Inception state dict: there is no Mixed_* among the {len(shapes)} "
+            "keys; check --kind and --container"
+        )
     leaves = {"mean": "running_mean", "var": "running_var"}
-    buffers = (r".*\.num_batches_tracked",)
+    buffers = {r".*\.num_batches_tracked": ()}
     return Layout("torch", {"inception": {}}, {"inception": ""}, leaves, False, buffers)

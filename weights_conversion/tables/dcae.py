@@ -6,11 +6,10 @@ fused weight, not queries, keys and values, so they are joined again.
 """
 
 import re
-from typing import Any
 
 from weights_conversion.rules import Layout, Row, Shape
 from weights_conversion.tables.dinosae import COUNTERS, infer_decoder
-from weights_conversion.tables.keys import count, shape_of
+from weights_conversion.tables.keys import count, has
 
 Shapes = dict[str, Shape]
 ENCODER = r"encoder\..*"
@@ -37,14 +36,17 @@ def layout(shapes: Shapes) -> Layout:
     """Reads layout and configuration off the keys."""
     prefix = "decoder." if any(key.startswith("decoder.") for key in shapes) else ""
     own = {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)}
-    if "conv_in.weight" in own:
+    if has(own, r"^(conv_in|up_blocks|conv_out)\."):
         return _diffusers(own, prefix)
     last = _last_stage(own, r"stages\.(\d+)\.")
     config = infer_decoder(_reversed(own, "stages", last))
     rows: dict[str, Row] = {"decoder": prefix.rstrip(".")}
     rows |= {f"decoder/stages_{k}": f"{prefix}stages.{last - k}" for k in range(last + 1)}
-    buffers = (ENCODER, re.escape(prefix) + COUNTERS)
-    return Layout("efficientvit", {"decoder": config}, rows, buffers=buffers)
+    return Layout("efficientvit", {"decoder": config}, rows, buffers=_buffers(prefix))
+
+
+def _buffers(prefix: str) -> dict[str, Shape | None]:
+    return {ENCODER: None, re.escape(prefix) + COUNTERS: ()}
 
 
 def _last_stage(own: Shapes, pattern: str) -> int:
@@ -78,8 +80,7 @@ def _diffusers(own: Shapes, prefix: str) -> Layout:
         stage = f"{prefix}up_blocks.{last - k}"
         for i in range(count(own, rf"up_blocks\.{last - k}\.(\d+)\.")):
             rows |= _diffusers_block(f"decoder/stages_{k}/op_list_{i}", f"{stage}.{i}")
-    buffers = (ENCODER, re.escape(prefix) + COUNTERS)
-    return Layout("diffusers", {"decoder": config}, rows, buffers=buffers)
+    return Layout("diffusers", {"decoder": config}, rows, buffers=_buffers(prefix))
 
 
 def _diffusers_block(ours: str, theirs: str) -> dict[str, Row]:
@@ -105,9 +106,16 @@ def _official_names(own: Shapes, last: int) -> Shapes:
             module, names.get(module, module)
         )
         module = module.replace("aggreg_0_", "aggreg.0.")
-        found[f"{stage}.op_list.{index}.{module}.{leaf}"] = shape
-    found["project_in.main.conv.weight"] = shape_of(own, "conv_in.weight", "AutoencoderDC")
-    last_names = {"conv_out.weight": "conv.weight", "conv_out.conv.weight": "conv.conv.weight"}
-    rest: dict[str, Any] = {f"project_out.op_list.2.{v}": own.get(k) for k, v in last_names.items()}
-    rest["project_out.op_list.0.weight"] = own.get("norm_out.weight")
-    return found | {key: shape for key, shape in rest.items() if shape is not None}
+        # diffusers has matrices where the others have convolutions of one pixel.
+        found[f"{stage}.op_list.{index}.{module}.{leaf}"] = shape + (1, 1) * (len(shape) == 2)
+    ends = {
+        "conv_in": "project_in.main.conv",
+        "conv_out": "project_out.op_list.2.conv",
+        "conv_out.conv": "project_out.op_list.2.conv.conv",
+        "norm_out": "project_out.op_list.0",
+    }
+    for theirs, official in ends.items():
+        for leaf in ("weight", "bias"):
+            if f"{theirs}.{leaf}" in own:
+                found[f"{official}.{leaf}"] = own[f"{theirs}.{leaf}"]
+    return found

@@ -4,19 +4,17 @@ Facts: facebookresearch/dinov3 state dicts; transformers DINOv3ViTModel (publish
 `layer.i`, newer versions save `model.layer.i`); timm vit_*_dinov3 and vit_*_dinov3_qkvb.
 """
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from weights_conversion.rules import Layout, Row, Shape
-from weights_conversion.tables.keys import count, shape_of
+from weights_conversion.tables.keys import count, has, measure
 
 Shapes = dict[str, Shape]
 
-# Kept as stored, and not read by the model: the key bias's mask is applied when weights are
-# loaded, the norm of local crops is for training alone.
-FACEBOOK_BUFFERS = (r"blocks\.\d+\.attn\.qkv\.bias_mask", r"local_cls_norm\.(weight|bias)")
+PUBLISHED_STORAGE_TOKENS = 4
 
 TIMM: dict[str, Row] = {
     "vit": "",
@@ -33,9 +31,9 @@ TIMM: dict[str, Row] = {
 
 def layout(shapes: Shapes) -> Layout:
     """Reads layout and configuration off the keys."""
-    if any(key.startswith("embeddings.") for key in shapes):
+    if has(shapes, r"^embeddings\."):
         return _hugging_face(shapes)
-    if "reg_token" in shapes or "blocks.0.gamma_1" in shapes:
+    if "reg_token" in shapes or has(shapes, r"^blocks\.\d+\.gamma_[12]$"):
         return _timm(shapes)
     return facebook(shapes)
 
@@ -51,73 +49,110 @@ def facebook(shapes: Shapes, prefix: str = "", patch_embed: str | None = None) -
     Returns:
       The layout.
     """
-    own = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
-    blocks = f"{prefix}blocks.{{i}}"
-    return Layout(
-        name="facebook",
-        config={"vit": _facebook_config(own, shapes, patch_embed)},
-        rows={
-            "vit": prefix.rstrip("."),
-            "vit/blocks": blocks,
-            "vit/patch_embed": f"{prefix}patch_embed" if patch_embed is None else patch_embed,
-        },
-        buffers=tuple(prefix.replace(".", r"\.") + key for key in FACEBOOK_BUFFERS),
-    )
+    own = {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)}
+    patch_embed = f"{prefix}patch_embed" if patch_embed is None else patch_embed
+    kernel = {re.escape(patch_embed) + r"\.proj\.weight": "---n"}
+    config = _config(own, "DINOv3", FACEBOOK_KEYS) | {
+        "patch_size": measure(shapes, "DINOv3", kernel, 16),
+    }
+    period_count = measure(own, "DINOv3", {r"rope_embed\.periods": "n"}, config["embed_dim"])
+    if config["embed_dim"] % (4 * period_count) == 0:
+        config["num_heads"] = config["embed_dim"] // (4 * period_count)
+    # Not read by the model: the key bias's mask is applied when weights are loaded, the norm of
+    # local crops is for training alone.
+    before = re.escape(prefix)
+    buffers: dict[str, Shape | None] = {
+        before + r"blocks\.\d+\.attn\.qkv\.bias_mask": (3 * config["embed_dim"],),
+        before + r"local_cls_norm\.(weight|bias)": (config["embed_dim"],),
+    }
+    rows: dict[str, Row] = {
+        "vit": prefix.rstrip("."),
+        "vit/blocks": f"{prefix}blocks.{{i}}",
+        "vit/patch_embed": patch_embed,
+    }
+    return Layout("facebook", {"vit": config}, rows, buffers=buffers)
 
 
-def _facebook_config(own: Shapes, shapes: Shapes, patch_embed: str | None) -> dict[str, Any]:
-    ffn = "mlp.w1" if "blocks.0.mlp.w1.weight" in own else "mlp.fc1"
-    width = shape_of(own, "cls_token", "DINOv3")[-1]
-    patch = shapes.get(f"{patch_embed or 'patch_embed'}.proj.weight", (0, 0, 16, 16))
-    periods = own.get("rope_embed.periods")
+class _Keys(NamedTuple):
+    """Where a layout tells the configuration: patterns for `measure` and `has`."""
+
+    block: str
+    width: dict[str, str]
+    gate: str
+    hidden: dict[str, str]
+    query_bias: str
+    storage: str
+
+
+FACEBOOK_KEYS = _Keys(
+    block=r"blocks\.(\d+)\.",
+    width={"cls_token": "--n", "mask_token": "-n", r"norm\.(weight|bias)": "n"},
+    gate=r"mlp\.w[123]\.",
+    hidden={
+        r"blocks\.\d+\.mlp\.(fc1|w1|w2)\.weight": "n-",
+        r"blocks\.\d+\.mlp\.(fc1|w1|w2)\.bias": "n",
+        r"blocks\.\d+\.mlp\.(fc2|w3)\.weight": "-n",
+    },
+    query_bias=r"attn\.qkv\.bias$",
+    storage="storage_tokens",
+)
+TIMM_KEYS = _Keys(
+    block=r"blocks\.(\d+)\.",
+    width={"cls_token": "--n", "reg_token": "--n", r"norm\.(weight|bias)": "n"},
+    gate=r"mlp\.fc1_[gx]\.",
+    hidden={
+        r"blocks\.\d+\.mlp\.fc1(_[gx])?\.weight": "n-",
+        r"blocks\.\d+\.mlp\.fc1(_[gx])?\.bias": "n",
+        r"blocks\.\d+\.mlp\.fc2\.weight": "-n",
+    },
+    query_bias=r"attn\.[qv]_bias$",
+    storage="reg_token",
+)
+HUGGING_FACE_KEYS = _Keys(
+    block=r"(?:model\.)?layer\.(\d+)\.",
+    width={r"embeddings\.(cls|mask)_token": "--n", r"norm\.(weight|bias)": "n"},
+    gate=r"mlp\.gate_proj\.",
+    hidden={
+        r".*\.mlp\.(up|gate)_proj\.weight": "n-",
+        r".*\.mlp\.(up|gate)_proj\.bias": "n",
+        r".*\.mlp\.down_proj\.weight": "-n",
+    },
+    query_bias=r"attention\.[qv]_proj\.bias$",
+    storage="embeddings.register_tokens",
+)
+
+
+def _config(shapes: Shapes, kind: str, keys: _Keys) -> dict[str, Any]:
+    width = measure(shapes, kind, keys.width)
+    storage = shapes.get(keys.storage, ())
     return {
         "embed_dim": width,
-        "depth": count(own, r"blocks\.(\d+)\."),
-        "num_heads": width // (4 * periods[0]) if periods else _heads(width),
-        "ffn_hidden": shape_of(own, f"blocks.0.{ffn}.weight", "DINOv3")[0],
-        "ffn_layer": "swiglu" if ffn == "mlp.w1" else "mlp",
-        "qkv_bias": "blocks.0.attn.qkv.bias" in own,
-        "num_storage_tokens": own.get("storage_tokens", (1, 0))[1],
-        "patch_size": patch[-1],
+        "depth": count(shapes, keys.block),
+        "num_heads": _heads(width),
+        "ffn_hidden": measure(shapes, kind, keys.hidden, 4 * width),
+        "ffn_layer": "swiglu" if has(shapes, keys.gate) else "mlp",
+        "qkv_bias": has(shapes, keys.query_bias),
+        # A file without any is more likely to have lost them than to be a model without.
+        "num_storage_tokens": storage[1] if len(storage) == 3 else PUBLISHED_STORAGE_TOKENS,
     }
 
 
 def _timm(shapes: Shapes) -> Layout:
-    width = shape_of(shapes, "cls_token", "timm DINOv3")[-1]
-    gated = "blocks.0.mlp.fc1_g.weight" in shapes
-    first = "blocks.0.mlp.fc1_g.weight" if gated else "blocks.0.mlp.fc1.weight"
-    config = {
-        "embed_dim": width,
-        "depth": count(shapes, r"blocks\.(\d+)\."),
-        "num_heads": _heads(width),
-        "ffn_hidden": shape_of(shapes, first, "timm DINOv3")[0],
-        "ffn_layer": "swiglu" if gated else "mlp",
-        "qkv_bias": "blocks.0.attn.q_bias" in shapes,
-        "num_storage_tokens": shapes.get("reg_token", (1, 0))[1],
-        "patch_size": shape_of(shapes, "patch_embed.proj.weight", "timm DINOv3")[-1],
-    }
-    return Layout("timm", {"vit": config}, TIMM, derive=derived)
+    kind = "timm DINOv3"
+    patch = measure(shapes, kind, {r"patch_embed\.proj\.weight": "---n"}, 16)
+    config = _config(shapes, kind, TIMM_KEYS) | {"patch_size": patch}
+    return Layout("timm", {"vit": config}, TIMM, derive=_timm_derived)
 
 
 def _hugging_face(shapes: Shapes) -> Layout:
-    newer = any(key.startswith("model.layer.") for key in shapes)
+    kind = "Hugging Face DINOv3"
+    newer = has(shapes, r"^model\.layer\.")
+    patch = measure(shapes, kind, {r"embeddings\.patch_embeddings\.weight": "---n"}, 16)
+    config = _config(shapes, kind, HUGGING_FACE_KEYS) | {"patch_size": patch}
     block = "model.layer.{i}" if newer else "layer.{i}"
-    first = block.format(i=0)
-    gated = f"{first}.mlp.gate_proj.weight" in shapes
-    width = shape_of(shapes, "embeddings.cls_token", "Hugging Face DINOv3")[-1]
-    config = {
-        "embed_dim": width,
-        "depth": count(shapes, r"(?:model\.)?layer\.(\d+)\."),
-        "num_heads": _heads(width),
-        "ffn_hidden": shape_of(shapes, f"{first}.mlp.up_proj.weight", "Hugging Face DINOv3")[0],
-        "ffn_layer": "swiglu" if gated else "mlp",
-        "qkv_bias": f"{first}.attention.q_proj.bias" in shapes,
-        "num_storage_tokens": shapes.get("embeddings.register_tokens", (1, 0))[1],
-        "patch_size": shape_of(shapes, "embeddings.patch_embeddings.weight", "DINOv3")[-1],
-    }
-    rows = _hugging_face_rows(block, f"{first}.attention.k_proj.bias" in shapes)
+    rows = _hugging_face_rows(block, has(shapes, r"attention\.k_proj\.bias$"))
     name = "huggingface_model_layer" if newer else "huggingface"
-    return Layout(name, {"vit": config}, rows, derive=derived)
+    return Layout(name, {"vit": config}, rows, derive=_derived)
 
 
 def _hugging_face_rows(block: str, key_bias: bool) -> dict[str, Row]:
@@ -147,20 +182,18 @@ def _hugging_face_rows(block: str, key_bias: bool) -> dict[str, Row]:
     }
 
 
-def derived(path: str, shape: Shape) -> np.ndarray | None:
-    """What Hugging Face and timm do not store: float32 RoPE periods; timm has no mask token."""
-    if path == "vit/rope_embed/periods":
-        exponents = np.arange(shape[0], dtype=np.float64) / shape[0]
-        return (100.0**exponents).astype(np.float32)
-    return np.zeros(shape, np.float32) if path == "vit/mask_token" else None
+def _derived(path: str, shape: Shape) -> np.ndarray | None:
+    """What Hugging Face and timm do not store: the RoPE periods, here in float32."""
+    if path != "vit/rope_embed/periods":
+        return None
+    exponents = np.arange(shape[0], dtype=np.float64) / shape[0]
+    return (100.0**exponents).astype(np.float32)
 
 
-def rounded(path: str, shape: Shape) -> np.ndarray | None:
-    """`derived`, with the periods rounded to bfloat16 as in facebook's released files."""
-    value = derived(path, shape)
-    if value is None or path != "vit/rope_embed/periods":
-        return value
-    return value.astype(ml_dtypes.bfloat16).astype(np.float32)
+def _timm_derived(path: str, shape: Shape) -> np.ndarray | None:
+    """The same for timm, which has no mask token either."""
+    zeros = np.zeros(shape, np.float32)
+    return zeros if path == "vit/mask_token" else _derived(path, shape)
 
 
 def _heads(width: int) -> int:
