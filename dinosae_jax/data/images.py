@@ -1,9 +1,9 @@
 """Image sources and the batches of training and evaluation.
 
 A batch depends on (seed, step) alone: the order of each epoch is a permutation drawn from the
-seed, crops and flips are drawn from (seed, position in the global order), and a process takes its
-contiguous slice of each global batch. So nothing about the position has to be saved, and the
-global batches are the same on any number of processes, threads and workers.
+seed, crops and flips are drawn from (seed, position in the global order), and a process reads its
+own rows of each global batch. So nothing about the position has to be saved, and the global batches
+are the same on any number of processes, threads and workers.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from dinosae_jax.data import crops
-from dinosae_jax.data.order import Share, crop_generator, training_index
+from dinosae_jax.data.order import Share, crop_generator, share_of, training_index
 from dinosae_jax.data.records import Records
 from dinosae_jax.data.sources import open_records
 
@@ -227,8 +227,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless training batches, from the one that step `start_step` uses.
 
@@ -239,17 +238,16 @@ def train_batches(
         batch_size: of all processes together.
         seed: 0 <= seed < 2^32.
         start_step: the number of batches that come before.
-        process_index: which contiguous slice of each global batch is this process's.
-        process_count: into how many slices a global batch is cut.
+        rows: int64 [b], ascending: which of a batch's rows this process reads; None for all.
 
     Returns:
         An iterator over {'image': uint8 [b,s,s,3], 'label': int32 [b], 'index': int64 [b]}, b the
         batch of this process.
 
     Raises:
-        ValueError: the batch cannot be divided, or (while iterating) too many unreadable images.
+        ValueError: no rows, or (while iterating) too many unreadable images.
     """
-    share = Share(batch_size, process_index, process_count)
+    share = share_of(batch_size, rows)
     example = _TrainExample(source, recipe_of(data_config), share, seed)
     counters = grain.MapDataset.range(start_step * share.local, sys.maxsize)
     return _batches(counters.map(example), data_config, share.local)
@@ -260,8 +258,7 @@ def eval_batches(
     data_config: Mapping[str, Any],
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over a source in its order, by ADM's centre crop.
 
@@ -271,7 +268,7 @@ def eval_batches(
     Returns:
         An iterator like that of `train_batches`, with 'mask': bool [b] besides.
     """
-    share = Share(batch_size, process_index, process_count)
+    share = share_of(batch_size, rows)
     example = _EvalExample(source, recipe_of(data_config), share)
     steps = -(-len(source) // batch_size)
     counters = grain.MapDataset.range(steps * share.local)

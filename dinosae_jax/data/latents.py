@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 
 from dinosae_jax.data import latent_format
 from dinosae_jax.data.manifest import MANIFEST, check_shards, read_manifest
-from dinosae_jax.data.order import Share, crop_generator, draw_flip, training_index
+from dinosae_jax.data.order import (
+    Share,
+    crop_generator,
+    draw_flip,
+    share_of,
+    training_index,
+)
 from dinosae_jax.data.records import fingerprint_of
 
 HASHED_BYTES = 4 * 2**30  # caches up to this size are hashed whole when they are opened
@@ -154,9 +160,9 @@ class _EvalBatch:
 
     def __call__(self, step: int) -> dict[str, NDArray]:
         share = self.rows.share
-        first = share.position(int(step) * share.local)
-        inside = range(min(share.local, len(self.rows.source) - first))
-        batch = self.rows.fill([(row, first + row, False) for row in inside])
+        places = [share.position(int(step) * share.local + row) for row in range(share.local)]
+        inside = [(row, place) for row, place in enumerate(places) if place < len(self.rows.source)]
+        batch = self.rows.fill([(row, place, False) for row, place in inside])
         return batch | {"mask": batch["index"] >= 0}
 
 
@@ -167,8 +173,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, NDArray]]:
     """Endless training batches, from the one that step `start_step` uses.
 
@@ -178,17 +183,16 @@ def train_batches(
         batch_size: of all processes together.
         seed: 0 <= seed < 2^32.
         start_step: the number of batches that come before.
-        process_index: which contiguous slice of each global batch is this process's.
-        process_count: into how many slices a global batch is cut.
+        rows: int64 [b], ascending: which of a batch's rows this process reads; None for all.
 
     Returns:
         An iterator over {'label': int32 [b], 'index': int64 [b]} and the fields of the cache's
         format: 'latent' bfloat16 [b,n,d], or 'direction' int8 [b,n,d] and 'norm' float16 [b,n].
 
     Raises:
-        ValueError: the batch cannot be divided, or (while iterating) a damaged record.
+        ValueError: no rows, or (while iterating) a damaged record.
     """
-    share = Share(batch_size, process_index, process_count)
+    share = share_of(batch_size, rows)
     threads = int(data_config["threads"])
     batch = _TrainBatch(_rows(source, share, threads), seed, bool(data_config["flip"]))
     return _ahead(grain.MapDataset.range(start_step, sys.maxsize).map(batch), threads)
@@ -199,8 +203,7 @@ def eval_batches(
     data_config: Mapping[str, Any],
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, NDArray]]:
     """One pass over a source in its order, without flips.
 
@@ -210,7 +213,7 @@ def eval_batches(
     Returns:
         An iterator like that of `train_batches`, with 'mask': bool [b] besides.
     """
-    share = Share(batch_size, process_index, process_count)
+    share = share_of(batch_size, rows)
     threads = int(data_config["threads"])
     batch = _EvalBatch(_rows(source, share, threads))
     return _ahead(grain.MapDataset.range(-(-len(source) // batch_size)).map(batch), threads)

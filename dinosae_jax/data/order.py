@@ -1,7 +1,7 @@
 """Which example stands at which place of training: a function of the seed alone.
 
 The order of each epoch is a permutation drawn from the seed, draws for one example follow its
-place in the global order, and a process takes its contiguous slice of each global batch.
+place in the global order, and a process reads the rows of each global batch that are its own.
 """
 
 import dataclasses
@@ -14,33 +14,40 @@ _ORDER_STREAM, _CROP_STREAM = 0, 1  # keep the draws of one seed apart
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The contiguous slice of each global batch that one process works on.
+    """The rows of each global batch that one process reads.
 
-    Raises:
-        ValueError: the batch cannot be divided.
+    Attributes:
+        batch_size: of all processes together.
+        rows: int64 [b], ascending.
     """
 
     batch_size: int
-    process_index: int
-    process_count: int
-
-    def __post_init__(self) -> None:
-        """Check that the batch can be divided."""
-        if self.batch_size < 1 or self.batch_size % self.process_count:
-            raise ValueError(
-                f"The batch size must be a positive multiple of the {self.process_count} "
-                f"processes; got {self.batch_size}."
-            )
+    rows: np.ndarray
 
     @property
     def local(self) -> int:
         """Examples of a global batch that are this process's."""
-        return self.batch_size // self.process_count
+        return len(self.rows)
 
     def position(self, counter: int) -> int:
         """The place in the global order of this process's counter-th example."""
         step, slot = divmod(counter, self.local)
-        return step * self.batch_size + self.process_index * self.local + slot
+        return step * self.batch_size + int(self.rows[slot])
+
+
+def share_of(batch_size: int, rows: np.ndarray | None) -> Share:
+    """The share of a process that reads some rows of each batch, or all of them (None).
+
+    Raises:
+        ValueError: there are no rows, or they are not rows of the batch.
+    """
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size:
+        raise ValueError(
+            f"A process reads at least one of the {batch_size} rows of a batch; got "
+            f"{rows[:8].tolist()}: give a larger batch."
+        )
+    return Share(batch_size, rows)
 
 
 @functools.lru_cache(maxsize=4)

@@ -245,7 +245,7 @@ def extract(
 
 
 def place(batches: Iterable[Batch], mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
-    """Moves this process's slices of global batches onto its devices.
+    """Moves this process's rows of global batches onto its devices.
 
     Args:
       batches: image, index and mask; the size of a global batch is a multiple of the devices.
@@ -272,18 +272,14 @@ def one_behind(items: Iterator[Any]) -> Iterator[Any]:
         yield previous
 
 
-def archive_batches(
-    archive: Archive, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """This process's slices of the images of an .npz in order, the last batch filled with black."""
-    local = batch_size // process_count
-    mine = slice(process_index * local, (process_index + 1) * local)
+def archive_batches(archive: Archive, batch_size: int, rows: NDArray[np.int64]) -> Iterator[Batch]:
+    """Rows of the batches of an .npz in its order, the last batch filled with black."""
     for number, images in enumerate(archive.batches(batch_size)):
         filled = np.zeros((batch_size, *images.shape[1:]), np.uint8)
         filled[: len(images)] = images
         index = number * batch_size + np.arange(batch_size)
         mask = np.arange(batch_size) < len(images)
-        yield {"image": filled[mine], "index": index[mine], "mask": mask[mine]}
+        yield {"image": filled[rows], "index": index[rows], "mask": mask[rows]}
 
 
 @functools.lru_cache

@@ -19,7 +19,7 @@ from dinosae_jax.data import images
 from dinosae_jax.eval import archive_npz, distances, features, frechet, results
 from dinosae_jax.eval.recipe import Recipe, check_comparable
 from dinosae_jax.jobs import measure, parts, sample
-from dinosae_jax.train import initialise, logging
+from dinosae_jax.train import initialise, logging, sharding
 
 KEPT_REFERENCE = 10_000  # images of a data set whose features Precision/Recall and KID see, as ADM
 
@@ -114,7 +114,7 @@ def archive_batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """An archive's images on the devices, with progress."""
     size = parts.device_multiple(config.batch_size, mesh)
-    found = features.archive_batches(archive, size, jax.process_index(), jax.process_count())
+    found = features.archive_batches(archive, size, sharding.local_rows(mesh, size))
     return features.place(measure.progress(config.name, found, archive.shape[0], size), mesh)
 
 

@@ -82,7 +82,7 @@ class SampleDistance:
     def reference(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Features [n,d] and labels [n] of the first images of training, in whole batches."""
         fields = parts.fields_of(self.source)
-        found = parts.training_batches(self.source, self.config, fields, self.size)
+        found = parts.training_batches(self.source, self.config, self.mesh, fields, self.size)
         count = -(-self.config.eval.samples // self.size)
         placed = [sharding.put_batch(next(found), self.mesh) for _ in range(count)]
         rows = [self._of_training(batch) for batch in placed]
@@ -111,9 +111,8 @@ class SampleDistance:
             batch_size=self.size,
         )
         pixels = np.asarray(image_quality.to_uint8(jnp.asarray(drawn), "round"))
-        local = self.size // jax.process_count()
-        mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
-        return self._features(sharding.put_batch({"image": pixels[mine]}, self.mesh)["image"])
+        mine = pixels[sharding.local_rows(self.mesh, self.size)]
+        return self._features(sharding.put_batch({"image": mine}, self.mesh)["image"])
 
     def _of_training(self, batch: Tree) -> NDArray[np.float32]:
         if "image" in batch:

@@ -18,7 +18,7 @@ from dinosae_jax import config as config_lib
 from dinosae_jax.autoencoder import Autoencoder, random_source
 from dinosae_jax.data import images
 from dinosae_jax.jobs import parts
-from dinosae_jax.train import checkpoint, initialise, logging
+from dinosae_jax.train import checkpoint, initialise, logging, sharding
 
 REPORT_EVERY = 30.0  # seconds between two progress lines
 
@@ -54,18 +54,13 @@ def dataset_batches(
     mesh: jax.sharding.Mesh,
     limit: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's slices of the first `limit` images in ADM's centre crop; see `eval_batches`.
+    """This process's rows of the first `limit` images in ADM's centre crop; see `eval_batches`.
 
     Images beyond the limit have mask False.
     """
     size = parts.device_multiple(config.batch_size, mesh)
-    found = images.eval_batches(
-        source,
-        config.data,
-        batch_size=size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    rows = sharding.local_rows(mesh, size)
+    found = images.eval_batches(source, config.data, batch_size=size, rows=rows)
     for batch, _ in zip(found, range(-(-limit // size)), strict=False):
         yield {**batch, "mask": batch["mask"] & (batch["index"] < limit)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -150,19 +151,19 @@ def reader(source: Source) -> Any:
 def training_batches(
     source: Source,
     config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
     fields: tuple[str, ...],
     batch_size: int,
     start: int = 0,
 ) -> Batches:
-    """This process's slices of the global training batches, from step `start` on."""
+    """This process's rows of the global training batches, from step `start` on."""
     found = reader(source).train_batches(
         source,
         config.data,
         batch_size=batch_size,
         seed=config.seed,
         start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.local_rows(mesh, batch_size),
     )
     return ({name: batch[name] for name in fields} for batch in found)
 
@@ -172,17 +173,12 @@ def evaluation_batches(
     config: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
 ) -> Batches:
-    """Batches of at most eval.images images, padded to a multiple of the devices."""
+    """This process's rows of batches of at most eval.images images, padded to all devices."""
     size = device_multiple(config.eval.batch_size, mesh)
     limit = -(-config.eval.images // size)
-    found = reader(source).eval_batches(
-        source,
-        config.data,
-        batch_size=size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return (batch for batch, _ in zip(found, range(limit), strict=False))
+    rows = sharding.local_rows(mesh, size)
+    found = reader(source).eval_batches(source, config.data, batch_size=size, rows=rows)
+    return itertools.islice(found, limit)
 
 
 def device_multiple(count: int, mesh: jax.sharding.Mesh) -> int:

@@ -106,7 +106,8 @@ def training_features(
     extract: Callable[[jax.Array], jax.Array],
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Features and labels of augmented images, without end, on the devices."""
-    found = parts.training_batches(source, config, ("image", "label"), config.batch_size)
+    fields = ("image", "label")
+    found = parts.training_batches(source, config, mesh, fields, config.batch_size)
     placed = (sharding.put_batch(batch, mesh) for batch in found)
     running = ((extract(batch["image"]), batch["label"]) for batch in placed)
     for rows, labels in features.one_behind(running):

@@ -97,7 +97,7 @@ def prepare(
         flops_per_image=step_flops.train_flops(config),
     )
     batches = functools.partial(
-        parts.training_batches, train_source, config, ("image",), config.batch_size
+        parts.training_batches, train_source, config, mesh, ("image",), config.batch_size
     )
 
     def finish(state: state_lib.TrainState) -> None:

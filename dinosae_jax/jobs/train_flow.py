@@ -149,6 +149,7 @@ def prepare(
         parts.training_batches,
         train_source,
         config,
+        mesh,
         parts.fields_of(train_source),
         config.batch_size,
     )
@@ -261,7 +262,7 @@ def token_norms(
 
     size = parts.device_multiple(config.eval.batch_size, mesh)
     count = -(-min(MEASURED_IMAGES, len(source)) // size)
-    batches = parts.training_batches(source, config, ("image",), size)
+    batches = parts.training_batches(source, config, mesh, ("image",), size)
     found = [
         sharding.gather(moments(frozen, sharding.put_batch(batch, mesh)["image"]))
         for batch, _ in zip(batches, range(count), strict=False)

@@ -54,7 +54,7 @@ def run(
     Args:
       task: the stage.
       state: on the mesh; donated.
-      batches: this process's slices of the global batches, from `state.step` on.
+      batches: this process's rows of the global batches, from `state.step` on.
       config: steps, batch_size, log_every, eval, checkpoint, skip_limit, profile_steps, name.
       workdir: of this stage.
       manager: of its checkpoints.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
 from dinosae_jax.models import placement
 
@@ -72,8 +73,22 @@ def shardings(shapes: Tree, mesh: Mesh) -> Tree:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> NDArray[np.int64]:
+    """The rows of a global batch that this process's devices hold, ascending int64 [b].
+
+    A mesh follows the wires of a pod (jax.make_mesh), so they need not lie side by side: on a
+    v5e:4x4 the first of four hosts holds the devices 0, 1, 6 and 15 of sixteen.
+
+    Raises:
+      ValueError: where the batch does not divide over the devices.
+    """
+    check_batch(batch_size, 1, mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[rows] for rows in held]))
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Moves this process's slice of a global batch onto its devices."""
+    """Moves this process's rows of a global batch, those of `local_rows`, onto its devices."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value)

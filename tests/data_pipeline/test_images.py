@@ -39,12 +39,14 @@ def assert_same(batches, others):
             np.testing.assert_array_equal(batch[name], other[name])
 
 
-def join(parts):
-    """The global batches whose contiguous slices the parts hold."""
-    return [
+def join(parts, rows=None):
+    """The global batches whose rows (contiguous slices where None) the parts hold."""
+    joined = [
         {name: np.concatenate([part[name] for part in step]) for name in step[0]}
         for step in zip(*parts, strict=True)
     ]
+    order = slice(None) if rows is None else np.argsort(np.concatenate(rows))
+    return [{name: batch[name][order] for name in batch} for batch in joined]
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +85,14 @@ def test_batches_depend_on_seed_and_step_alone(source, config, reference):
     assert not np.array_equal(other["image"], reference[0]["image"])
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_together_read_the_single_process_batches(source, config, reference, count):
-    parts = [
-        take(7, source, config, batch_size=8, process_index=i, process_count=count)
-        for i in range(count)
-    ]
-    assert_same(join(parts), reference)
+@pytest.mark.parametrize(
+    "rows",
+    [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 1, 6, 7], [2, 3, 4, 5]]],
+    ids=["two", "four", "around a ring"],
+)
+def test_processes_together_read_the_single_process_batches(source, config, reference, rows):
+    parts = [take(7, source, config, batch_size=8, rows=np.array(mine)) for mine in rows]
+    assert_same(join(parts, rows), reference)
 
 
 def test_another_batch_size_reads_the_same_examples(source, config, reference):
@@ -134,17 +137,11 @@ def test_evaluation_reads_every_tile_once_and_pads(config):
     np.testing.assert_array_equal(index[mask], np.arange(23))
     pictures = np.concatenate([batch["image"] for batch in batches])
     np.testing.assert_array_equal(pictures[11], evaluation[11]["image"])  # tiles as they are
+    rows = [np.array([0, 1, 2, 8, 9]), np.arange(3, 8)]
     parts = [
-        list(
-            images.eval_batches(evaluation, config, batch_size=10, process_index=i, process_count=2)
-        )
-        for i in range(2)
+        list(images.eval_batches(evaluation, config, batch_size=10, rows=mine)) for mine in rows
     ]
-    joined = [
-        {name: np.concatenate([a[name], b[name]]) for name in a}
-        for a, b in zip(*parts, strict=True)
-    ]
-    assert_same(joined, batches)
+    assert_same(join(parts, rows), batches)
 
 
 @pytest.fixture
@@ -222,8 +219,8 @@ def test_wrong_recipes_are_refused(folder, changes, message):
         images.open_source(folder_config(folder, **changes), "train")
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused(source, config):
-    with pytest.raises(ValueError, match="multiple of the 3 processes; got 8"):
-        images.train_batches(source, config, batch_size=8, seed=0, process_count=3)
-    with pytest.raises(ValueError, match="got 0"):
+def test_rows_that_are_not_of_the_batch_are_refused(source, config):
+    with pytest.raises(ValueError, match=r"one of the 8 rows of a batch; got \[7, 8\]"):
+        images.train_batches(source, config, batch_size=8, seed=0, rows=np.array([7, 8]))
+    with pytest.raises(ValueError, match=r"got \[\]"):
         images.train_batches(source, config, batch_size=0, seed=0)

@@ -44,7 +44,8 @@ def collector_for(network, keep=None):
 
 def run(network, archive, devices, batch_size, keep=None):
     mesh = sharding.make_mesh(1, jax.devices()[:devices])
-    placed = features.place(features.archive_batches(archive, batch_size), mesh)
+    rows = sharding.local_rows(mesh, batch_size)
+    placed = features.place(features.archive_batches(archive, batch_size, rows), mesh)
     return features.extract(network, placed, collector_for(network, keep))
 
 
@@ -67,7 +68,8 @@ def test_neither_batches_nor_devices_change_features(network, archive, monkeypat
 
 
 def test_the_order_of_hosts_does_not_matter(network, archive):
-    halves = [list(features.archive_batches(archive, 8, host, 2)) for host in (0, 1)]
+    rows = (np.array([0, 1, 6, 7]), np.arange(2, 6))
+    halves = [list(features.archive_batches(archive, 8, mine)) for mine in rows]
     (whole,) = archive.batches(21)
     sets = []
     for order in ((0, 1), (1, 0)):

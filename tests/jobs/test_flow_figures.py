@@ -32,7 +32,8 @@ def test_the_number_is_kid_of_samples_and_training_images(config, flow_workdir):
     distance, generator, variables = distance_on(config, flow_workdir, 1)
     value = distance(generator)[flow_figures.KID]
     source = images.open_source(config.data, "train")
-    batch = next(parts.training_batches(source, config, ("image", "label"), 12))
+    found = parts.training_batches(source, config, distance.mesh, ("image", "label"), 12)
+    batch = next(found)
     drawn = generator.sample(batch["label"], key=jax.random.PRNGKey(config.seed))
     pixels = [np.floor(255 * drawn + 0.5) / np.float32(255), batch["image"] / np.float32(255)]
     modules = train_flow.make_stage(config).modules

@@ -11,7 +11,7 @@ from configs import hae_dit, rfm_ddt, rfm_dit
 from dinosae_jax import rules
 from dinosae_jax.flow import matching, samplers, schedule
 from dinosae_jax.jobs import parts, train, train_flow
-from dinosae_jax.train import checkpoint, initialise
+from dinosae_jax.train import checkpoint, initialise, sharding
 from tests.jobs.small_flow import small_flow
 
 
@@ -135,7 +135,8 @@ def test_rules_between_fields(field, value, message):
 def test_batches_hold_images_and_labels():
     config = small_flow()
     source = train_flow.images.open_source(config.data, "train")
-    batch = next(parts.training_batches(source, config, ("image", "label"), 8))
+    mesh = sharding.make_mesh()
+    batch = next(parts.training_batches(source, config, mesh, ("image", "label"), 8))
     assert {name: value.shape for name, value in batch.items()} == {
         "image": (8, 64, 64, 3),
         "label": (8,),
