@@ -1,4 +1,4 @@
-"""The start of every job: one call that works alone, on SLURM, on TPU pods and on Kubernetes."""
+"""The start of every job: one call that works alone, by hand, on SLURM, TPU pods and Kubernetes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-# Variables by which a cluster, or a person, says that there are several processes.
+# Variables by which a person, or a cluster, says that there are several processes.
 MANUAL = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_ID")
-CLUSTERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "JOB_COMPLETION_INDEX")
+COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")  # names joined by commas
 
 
 def start(compile_cache: str = "") -> None:
@@ -23,7 +24,8 @@ def start(compile_cache: str = "") -> None:
       compile_cache: folder for compiled programs, empty for none.
 
     Raises:
-      ValueError: where only some of the variables for a start by hand are set.
+      ValueError: for a start by hand that is incomplete or wrong, a cluster that JAX does not know,
+        and processes that do not find each other.
     """
     spare_threads()
     if compile_cache:
@@ -31,20 +33,17 @@ def start(compile_cache: str = "") -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
     # Its C++ handler would swallow SIGTERM, and `stopping` decides for all jobs; see there.
     jax.config.update("jax_enable_preemption_service", False)
-    given = [name for name in MANUAL if os.environ.get(name)]
-    if given and len(given) < len(MANUAL):
-        missing = sorted(set(MANUAL) - set(given))
+    said = [f"{name}={os.environ[name]}" for name in (*COUNTS, *HOSTS) if _several(name)]
+    try:
+        if any(os.environ.get(name) for name in MANUAL):
+            _join_by_hand()
+        elif said or _on_tpu_vm():
+            _join_cluster(said)
+    except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"a start by hand needs all of {', '.join(MANUAL)}; missing {', '.join(missing)}"
-        )
-    if given:
-        jax.distributed.initialize(
-            coordinator_address=os.environ[MANUAL[0]],
-            num_processes=int(os.environ[MANUAL[1]]),
-            process_id=int(os.environ[MANUAL[2]]),
-        )
-    elif any(_several(os.environ.get(name, "")) for name in CLUSTERS):
-        jax.distributed.initialize()
+            f"the processes did not find each other ({str(error).splitlines()[0]}); start all of "
+            "them within 300 s, and let them reach the first one's port"
+        ) from error
     if jax.distributed.is_initialized():
         # While all are here: gloo gives a first meeting 30 s, and compilations take turns.
         multihost_utils.sync_global_devices("start")
@@ -76,6 +75,48 @@ def abandon(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _several(value: str) -> bool:
+def _join_by_hand() -> None:
+    address, count, index = (os.environ.get(name, "") for name in MANUAL)
+    missing = sorted(name for name in MANUAL if not os.environ.get(name))
+    if missing:
+        raise ValueError(
+            f"a start by hand needs all of {', '.join(MANUAL)}; missing {', '.join(missing)}"
+        )
+    numbers = count.isdecimal() and index.isdecimal() and int(index) < int(count)
+    if not numbers or not re.fullmatch(r".+:\d+", address):
+        raise ValueError(
+            f"a start by hand needs {MANUAL[0]}=HOST:PORT of the first process, the number of "
+            f"processes, and an index from 0 below it; got {address}, {count} and {index}"
+        )
+    # Nothing else is looked for: under SLURM jax would take one GPU alone.
+    jax.distributed.initialize(
+        coordinator_address=address,
+        num_processes=int(count),
+        process_id=int(index),
+        cluster_detection_method="deactivate",
+    )
+
+
+def _join_cluster(said: list[str]) -> None:
+    """Lets JAX find the others; `said` are the variables that speak of them, if any do."""
+    try:
+        jax.distributed.initialize()
+    except (ValueError, OSError) as error:
+        if not said and jax.process_count() == 1:
+            return  # chips without the metadata of a slice
+        raise ValueError(
+            f"{' '.join(said) or 'the TPU'} speaks of several processes, but JAX finds no way to "
+            f"join them ({error}); start each with srun or mpirun, set {', '.join(MANUAL)} for "
+            "each, or unset that variable to run alone"
+        ) from error
+
+
+def _on_tpu_vm() -> bool:
+    """Whether JAX uses the chips of a Cloud TPU VM; its metadata server alone knows its hosts."""
+    return "tpu" in (jax.config.jax_platforms or "") and "TPU_SKIP_MDS_QUERY" not in os.environ
+
+
+def _several(name: str) -> bool:
     """Whether a cluster's variable speaks of more than one process."""
-    return "," in value or (value.isdigit() and int(value) > 1)
+    value = os.environ.get(name, "")
+    return "," in value or (value.isdecimal() and int(value) > 1)
