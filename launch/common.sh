@@ -89,6 +89,7 @@ parse() {
 parse_entry() {
   local word config=''
   WORKDIR=''
+  refuse_secrets "${ENTRY_ARGS[@]}" # before quotes could change their looks
   for word in "${ENTRY_ARGS[@]}"; do
     case $word in
       --config=?*) config=$word ;;

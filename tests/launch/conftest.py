@@ -7,7 +7,8 @@ import sys
 import pytest
 
 FAKES = ("gcloud", "kubectl", "xpk", "sbatch", "scancel", "scontrol", "sky", "tail")
-CANARIES = {"WANDB_API_KEY": "canary-4f1c9a7e-wandb", "HF_TOKEN": "hf_canary8d2b6c"}
+# The second one looks different where it is quoted for a shell or in JSON.
+CANARIES = {"WANDB_API_KEY": "canary-4f1c9a7e-wandb", "HF_TOKEN": """hf_canary'8d"2b6c"""}
 RECORDER = """#!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" >"$RECORD/$EPOCHREALTIME.$$.argv"
 cat >"$RECORD/$EPOCHREALTIME.$$.stdin"
@@ -55,7 +56,7 @@ class Sandbox:
             timeout=60,
         )
         seen = done.stdout + done.stderr + str(self.calls()) + self.stdin()
-        assert not any(canary in seen for canary in CANARIES.values())
+        assert "canary" not in seen
         return done
 
     def start(self, *words: str | pathlib.Path, **variables: str) -> subprocess.Popen:
