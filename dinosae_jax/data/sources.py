@@ -120,20 +120,18 @@ def _open_folder(root: pathlib.Path) -> FileRecords:
     with os.scandir(root) as found:
         entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
     flat = [e.path for e in entries if e.is_file() and _is_image(e.name)]
+    folders = {e.name: sorted(_images_below(root / e.name)) for e in entries if e.is_dir()}
+    classes, inside = list(folders), list(folders.values())
+    if flat and any(inside):
+        name = next(name for name, images in folders.items() if images)
+        raise ValueError(
+            f"An image folder holds images or class folders; {root} holds both, "
+            f"{os.path.basename(flat[0])} and those in {name}: move one kind elsewhere."
+        )
     if flat:
-        classes, paths, labels = [root.name], flat, [0] * len(flat)
-    else:
-        classes = [e.name for e in entries if e.is_dir()]
-        paths, labels = [], []
-        for label, name in enumerate(classes):
-            inside = sorted(
-                os.path.join(folder, file)
-                for folder, _, files in os.walk(root / name)
-                for file in files
-                if _is_image(file)
-            )
-            paths += inside
-            labels += [label] * len(inside)
+        classes, inside = [root.name], [flat]
+    paths = [path for images in inside for path in images]
+    labels = [label for label, images in enumerate(inside) for _ in images]
     sizes = [os.path.getsize(path) for path in paths]
     names = [os.path.relpath(path, root) for path in paths]
     return FileRecords(
@@ -146,6 +144,11 @@ def _open_folder(root: pathlib.Path) -> FileRecords:
         label_names=tuple(classes),
         fingerprint=fingerprint_of([*classes, *zip(names, sizes, strict=True)]),
     )
+
+
+def _images_below(root: pathlib.Path) -> list[str]:
+    found = ((folder, file) for folder, _, files in os.walk(root) for file in files)
+    return [os.path.join(folder, file) for folder, file in found if _is_image(file)]
 
 
 def _open_tar(pattern: str, split: str) -> tuple[FileRecords, bool]:
@@ -195,7 +198,7 @@ def _tar_members(number: int, path: str) -> list[tuple[int, str, str, int, int]]
     return [
         (
             number,
-            os.path.basename(os.path.dirname(m.name)) or own_name,
+            _parent_name(m.name) or own_name,
             m.name,
             m.offset_data,
             m.size,
@@ -205,6 +208,7 @@ def _tar_members(number: int, path: str) -> list[tuple[int, str, str, int, int]]
 
 
 def _parent_name(member: str) -> str:
+    """The folder of a tar's member; empty for './1.png', which `tar -C FOLDER .` writes."""
     return os.path.basename(os.path.dirname(os.path.normpath(member)))
 
 

@@ -96,6 +96,15 @@ def test_tars_take_classes_from_folders_inside_or_from_their_names(tmp_path):
     assert list(contents(records).values()) == [(4, 0), (3, 0), (5, 1)]
 
 
+def test_tars_of_a_folder_packed_as_a_dot_are_classes_by_their_names(tmp_path):
+    """`tar -cf n01.tar -C n01 .`"""
+    write_tar(tmp_path / "n01.tar", {"./a.png": 1})
+    write_tar(tmp_path / "n02.tar", {"./b.png": 2, "./deep/../c.png": 3})
+    records = sources.open_records(f"tar:{tmp_path}/n0*.tar", "train")
+    assert records.label_names == ("n01", "n02")
+    assert list(contents(records).values()) == [(1, 0), (2, 1), (3, 1)]
+
+
 def test_tar_splits(tmp_path):
     write_tar(tmp_path / "train.tar", {"x/1.png": 1})
     write_tar(tmp_path / "val.tar", {"x/2.png": 2})
@@ -127,11 +136,13 @@ def test_wrong_sources_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "half" / "train").mkdir(parents=True)
+    write_tree(tmp_path / "mixed", {"stray.png": 1, "cat/1.png": 2})
     for source, split, message in [
         (f"folder:{tmp_path}/nowhere", "train", "must be readable; got .*nowhere"),
         (f"folder:{tmp_path}/file", "train", "must be readable; got .*file"),
         (f"folder:{tmp_path}/empty", "train", "holds none that end in"),
         (f"folder:{tmp_path}/half", "eval", "none of eval, val, validation, test"),
+        (f"folder:{tmp_path}/mixed", "train", "mixed holds both, stray.png and those in cat"),
         ("imagenet", "train", "'tfds:NAME'"),
         ("folder:", "train", "'tfds:NAME'"),
         ("photos/99", "train", "got photos/99"),
