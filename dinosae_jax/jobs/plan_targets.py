@@ -12,13 +12,14 @@ import jax
 
 from dinosae_jax import rules
 
-# Generation -> configuration of its chips; a v4 or v5p chip is one device ("megacore").
+# Generation -> configuration of its chips, a slice of it; a v4 or v5p chip is one device
+# ("megacore").
 GENERATIONS = {
-    "v4": "megacore",
-    "v5e": "default",
-    "v5p": "megacore",
-    "v6e": "default",
-    "tpu7x": "default",
+    "v4": ("megacore", "2x2x4"),
+    "v5e": ("default", "4x4"),
+    "v5p": ("megacore", "4x4x4"),
+    "v6e": ("default", "2x4"),
+    "tpu7x": ("default", "2x2x1"),
 }
 EXAMPLES = ("cpu:8", "h200:8", "v4:2x2x4", "v5e:4x4", "v5p:4x4x4", "v6e:2x4", "v6e:16x16")
 HOST_GPUS = 8
@@ -88,7 +89,7 @@ def devices_of(target: str) -> list[Any]:
             f"generation and its shape; got {target!r}"
             f"{rules.nearest(target, EXAMPLES)}"
         )
-    return _tpu_devices(target, GENERATIONS[kind])
+    return _tpu_devices(target, *GENERATIONS[kind])
 
 
 def compiler_options(target: str) -> dict[str, Any]:
@@ -111,7 +112,13 @@ def _cpu_devices(count: int) -> list[Any]:
     return devices[:count]
 
 
-def _tpu_devices(target: str, chip_config: str) -> list[Any]:
+def _tpu_devices(target: str, chip_config: str, example: str) -> list[Any]:
+    kind, _, shape = target.partition(":")
+    if shape.count("x") != example.count("x"):  # libtpu would take it
+        raise ValueError(
+            f"a slice of {kind} has {example.count('x') + 1} sides; got target={target}; "
+            f"{kind}:{example} is one that exists"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"target={target} needs the TPU compiler, and libtpu is not installed; "
@@ -119,7 +126,10 @@ def _tpu_devices(target: str, chip_config: str) -> list[Any]:
         )
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return _describe(target, target, "tpu", chip_config_name=chip_config)
+    options: dict[str, Any] = {"chip_config_name": chip_config}
+    if set(shape.split("x")) == {"1"}:  # a host of one chip
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    return _describe(target, target, "tpu", **options)
 
 
 def _gpu_devices(target: str, gpu: Gpu, count: int) -> list[Any]:
@@ -158,7 +168,7 @@ def gpu_text(gpu: Gpu) -> str:
     """
 
 
-def _describe(target: str, name: str, platform: str, **options: str) -> list[Any]:
+def _describe(target: str, name: str, platform: str, **options: Any) -> list[Any]:
     """Devices that need not be here, of a compiler that is."""
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")  # the compiler is used, never a device

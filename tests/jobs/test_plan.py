@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from configs import plan as plan_config
 from dinosae_jax import rules
 from dinosae_jax.jobs import collectives, plan, plan_targets
-from dinosae_jax.train import sharding, step_flops
+from dinosae_jax.train import hardware, sharding, step_flops
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 LEDGER = ROOT / "docs" / "ledger.json"
@@ -92,6 +92,47 @@ def test_census_of_a_compiled_loop():
 def test_unknown_targets_are_refused(target):
     with pytest.raises(ValueError, match=r"target is 'cpu:N'.* or a TPU generation.*known: cpu:8"):
         plan_targets.devices_of(target)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("v5e:4x4x4", "v5e has 2 sides; got target=v5e:4x4x4; v5e:4x4 is"),
+        ("v4:2x2", "v4 has 3 sides"),
+        ("tpu7x:2x2", "tpu7x has 3 sides"),
+    ],
+)
+def test_a_slice_has_the_sides_of_its_generation(target, message):
+    with pytest.raises(ValueError, match=message):
+        plan_targets.devices_of(target)
+
+
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [
+        ("v4:2x2x4", 16),
+        ("v5e:4x4", 16),
+        ("v5p:4x4x4", 64),
+        ("v6e:16x16", 256),
+        ("v6e:1x1", 1),
+        ("tpu7x:2x2x1", 8),
+    ],
+)
+def test_slices_that_exist(target, count):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("NOT CHECKED: the TPU compiler is missing; pip install -e '.[test,plan]'")
+    devices = plan_targets.devices_of(target)
+    assert len(devices) == count
+    assert hardware.find(devices[0])
+
+
+def test_the_hosts_of_a_slice_hold_rows_that_are_not_side_by_side():
+    """Why a process asks `sharding.local_rows` which rows of a batch are its own."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("NOT CHECKED: the TPU compiler is missing; pip install -e '.[test,plan]'")
+    mesh = sharding.make_mesh(1, plan_targets.devices_of("v5e:4x4"))
+    hosts = [device.process_index for device in mesh.devices.flat]
+    assert hosts != sorted(hosts)
 
 
 def test_too_few_cpu_devices():
