@@ -8,12 +8,15 @@ photographs at a short side of 72, a class each: little enough that tiny flows d
 distribution of the crops is what they are compared by. (At 112 they draw palettes.) One trained
 flow is then sampled by every method, and decoded at radii from half to twice the measured norm.
 
-Frechet and kernel distance are between features of samples and of fresh crops. With
-`weights.inception` the features are FID's. Without it they are the mean patch token of the decoded
-pictures by that autoencoder's own encoder: a fixed space, not a pretrained one, whose numbers
-compare with nothing but one another.
+Frechet and kernel distance are between features of samples and of fresh crops, in a space that the
+tables name. With `weights.inception` the features are FID's, with `weights.efficientnet` those of
+EfficientNet-Lite0, pretrained on ImageNet-1k (configs/evaluate.py says how to make the weights).
+Without both they are the mean patch token of the decoded pictures by that autoencoder's own
+encoder: a fixed space, not a pretrained one. The Frechet distance is biased by the number of
+samples, so that its numbers compare with one another and with the row 'real crops' alone.
 
-    python -m dinosae_jax.main --config=configs/ablation_flow.py --workdir=runs/ablation_flow
+    python -m dinosae_jax.main --config=configs/ablation_flow.py --workdir=runs/ablation_flow \
+        --config.weights.efficientnet=weights/efficientnet
 
 Writes tables.md, scores.json, ablation_flow.png. More seeds or settings are added to what is there;
 other numbers of steps or samples need another workdir. Variants: tiny (two steps of one arm).
@@ -76,7 +79,8 @@ def get_config(argument=None):
             reference=1000,
             kernel_subsets=50,
             kernel_subset_size=100,
-            weights=dict(inception=""),  # of FID's network; empty: the encoder's own features
+            # The first that is given makes the features; both empty: the encoder's own.
+            weights=dict(inception="", efficientnet=""),
             sweep=dict(
                 arm="projected, geodesic",
                 samplers=SAMPLERS,

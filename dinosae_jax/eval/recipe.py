@@ -16,11 +16,11 @@ class Recipe:
     """How features came about; the empty string and 0 mean that it is not known.
 
     Attributes:
-      network: feature network, e.g. 'inception_fid', 'dinov3_vitl16'.
+      network: feature network: 'inception_fid', 'efficientnet_lite0' or 'dinosae-encoder'.
       network_sha256: hash of its weights; published reference files do not state it.
       tap: which activation, e.g. 'pool3', 'spatial' (sFID's 2023), 'logits'.
       resize: 'tf1_bilinear' (ADM, torch-fidelity) or 'half_pixel_bilinear' (pytorch-fid) for
-        Inception; the crop for other networks.
+        Inception, the latter for EfficientNet; the crop for an encoder.
       resolution: side of the images in pixels before that resize.
       uint8_conversion: a name of `image_quality.UINT8_CONVERSIONS`, or 'stored' for images that
         were 8-bit on disk.

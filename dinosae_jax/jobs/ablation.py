@@ -18,7 +18,7 @@ import numpy as np
 
 from dinosae_jax import rules
 from dinosae_jax.eval import curves
-from dinosae_jax.jobs import ablation_flow, train
+from dinosae_jax.jobs import ablation_flow, measure, train
 from dinosae_jax.train import logging, stopping
 
 
@@ -35,6 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     of_flows = "flow" in config.base
     with stopping.StopRequest() as stop:
         if of_flows:
+            measure.pretrained_weights(config.weights)  # refused before anything is trained
             config = config.copy_and_resolve_references()
             config.base.init_from = ablation_flow.train_autoencoder(config, folder, stop)
         for arm in config.order:

@@ -1,7 +1,7 @@
 """What an ablation of flows adds to one of autoencoders: a common encoder, samples, sweeps.
 
 The arms' losses have different targets and cannot be compared, so that samples of every arm are
-measured: Frechet and kernel distance in one feature space, Inception's or that of the autoencoder
+measured: Frechet and kernel distance in one feature space, a pretrained one or that of the encoder
 that all arms share. Then one trained flow a seed is sampled by every method at several step counts,
 and decoded at several radii. Every number is kept in scores.json as soon as it is known.
 """
@@ -20,7 +20,6 @@ import ml_collections
 import numpy as np
 
 from dinosae_jax import config as config_lib
-from dinosae_jax import weights
 from dinosae_jax.autoencoder import ROLES, Autoencoder, map_batches, random_source
 from dinosae_jax.data import images
 from dinosae_jax.eval import curves, features, frechet, kernel_distance, pictures
@@ -29,10 +28,10 @@ from dinosae_jax.jobs import measure, train
 from dinosae_jax.train import initialise, logging, sharding, stopping
 
 METRICS = ("frechet", "kernel")
-TITLES = {"frechet": "Frechet distance", "kernel": "kernel distance x 1000"}
 AFFINE_SPREAD = 0.5
 REFERENCE_SEED = 1_000_003  # other crops than those of any training seed
-GROWING = ("order", "seeds", "sweep", "compile_cache")  # fields whose change leaves scores valid
+# Fields whose change leaves scores valid; what the weights give is in the features' hash.
+GROWING = ("order", "seeds", "sweep", "compile_cache", "weights")
 Score = dict[str, float]
 
 
@@ -80,7 +79,8 @@ def compare(
       stopping.Interrupted: after a signal, with every score saved.
     """
     autoencoder = Autoencoder.load(folder / "autoencoder", "float32", batch_size=config.samples)
-    network = open_network(config, autoencoder)
+    network = measure.feature_network(config.weights, autoencoder.mesh, lambda: autoencoder)
+    names = titles(network)
     judge = Judge(config, network)
     measured = Scores(folder / "scores.json", recipe_of(config, network), judge)
     measured.add("real crops", lambda: judge.crops)
@@ -92,10 +92,10 @@ def compare(
         if stopped := stop.agreed():
             raise stopping.Interrupted(f"{config.name} stopped before {setting.key}", stopped)
         measured.add(setting.key, functools.partial(_draw, config, folder, setting))
-    text = "\n".join([*describe(config, network), "", *tables(config, measured.scores)])
+    text = "\n".join([*describe(config, network), "", *tables(config, measured.scores, names)])
     if jax.process_index() == 0:
         (folder / "tables.md").write_text(text + "\n")
-        _write_pictures(config, folder, measured.scores)
+        _write_pictures(config, folder, measured.scores, names["frechet"])
     logging.report(text)
     return text
 
@@ -143,17 +143,10 @@ def settings(config: ml_collections.ConfigDict) -> list[Setting]:
     return list(dict.fromkeys(found))
 
 
-def open_network(
-    config: ml_collections.ConfigDict, autoencoder: Autoencoder
-) -> features.FeatureNetwork:
-    """FID's Inception where its weights are given, otherwise the encoder that all arms share."""
-    mesh = autoencoder.mesh
-    if config.weights.inception:
-        converted = weights.load(config.weights.inception, ("inception",))
-        digest = converted.metadata["files"][0]["sha256"]
-        return features.inception(converted.variables["inception"], digest, mesh=mesh)
-    digest = measure.weights_sha256(autoencoder.variables, ("stem", "vit"))
-    return features.encoder(autoencoder.modules, autoencoder.variables, digest, mesh)
+def titles(network: features.FeatureNetwork) -> dict[str, str]:
+    """Metric -> its name in tables and pictures, which says the feature space."""
+    names = {metric: network.metrics[metric][0] for metric in METRICS}
+    return {**names, "kernel": f"{names['kernel']} x 1000"}
 
 
 def recipe_of(
@@ -267,15 +260,23 @@ def _generator(workdir: pathlib.Path) -> Generator:
     return Generator.load(workdir)
 
 
-def tables(config: ml_collections.ConfigDict, scores: dict[str, Score]) -> list[str]:
-    """The lines of three Markdown tables: arms, samplers by steps, decode radii."""
+def tables(
+    config: ml_collections.ConfigDict, scores: dict[str, Score], names: dict[str, str]
+) -> list[str]:
+    """The lines of three Markdown tables: arms, samplers by steps, decode radii.
+
+    Args:
+      config: of the comparison.
+      scores: of all its settings.
+      names: of the metrics (`titles`).
+    """
 
     def cell(metric: str, setting: Callable[..., Setting], *given: Any) -> str:
         values = [scores[setting(config, *given, seed).key][metric] for seed in config.seeds]
         spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
         return f"{np.mean(values):.3g}{spread}"
 
-    lines = [f"| arm | {' | '.join(TITLES.values())} |", "|---|---|---|"]
+    lines = [f"| arm | {' | '.join(names.values())} |", "|---|---|---|"]
     for arm in config.order:
         lines.append(f"| {arm} | {' | '.join(cell(name, arm_setting, arm) for name in METRICS)} |")
     for name in ("reconstructed crops", "real crops"):
@@ -283,7 +284,8 @@ def tables(config: ml_collections.ConfigDict, scores: dict[str, Score]) -> list[
             f"| {name} | {' | '.join(f'{scores[name][metric]:.3g}' for metric in METRICS)} |"
         )
     steps = tuple(config.sweep.steps)
-    lines += ["", f"| sampler | {' | '.join(f'{count} steps' for count in steps)} |"]
+    counts = " | ".join(f"{count} steps" for count in steps)
+    lines += ["", f"| sampler, {names['frechet']} | {counts} |"]
     lines.append("|---" * (len(steps) + 1) + "|")
     for sampler in config.sweep.samplers:
         cells = [cell("frechet", sampler_setting, sampler, count) for count in steps]
@@ -291,16 +293,19 @@ def tables(config: ml_collections.ConfigDict, scores: dict[str, Score]) -> list[
     radii = tuple(config.sweep.radii)
     lines += ["", f"| decode radius | {' | '.join(f'x {factor:g}' for factor in radii)} |"]
     lines.append("|---" * (len(radii) + 1) + "|")
-    for metric, title in TITLES.items():
+    for metric, title in names.items():
         cells = [cell(metric, radius_setting, factor) for factor in radii]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
 
 def _write_pictures(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, scores: dict[str, Score]
+    config: ml_collections.ConfigDict, folder: pathlib.Path, scores: dict[str, Score], title: str
 ) -> None:
-    """ablation_flow.png: the sweeps as curves, and below them samples of each arm by class."""
+    """ablation_flow.png: the sweeps as curves of the Frechet distance, which is called `title`.
+
+    Below them are samples of each arm by class.
+    """
     sweep = config.sweep
     steps, radii = tuple(sweep.steps), tuple(sweep.radii)
 
@@ -311,11 +316,11 @@ def _write_pictures(
         ]
 
     panels = {
-        "Frechet distance over steps": {
+        f"{title} over steps": {
             name: (steps, runs(functools.partial(sampler_setting, config, name), steps))
             for name in sweep.samplers
         },
-        "Frechet distance over decode radius / measured": {
+        f"{title} over decode radius / measured": {
             sweep.arm: (radii, runs(functools.partial(radius_setting, config), radii))
         },
     }

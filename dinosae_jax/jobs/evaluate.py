@@ -8,6 +8,7 @@ that served as reference, which a later run takes as `reference`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from dinosae_jax import rules, weights
+from dinosae_jax import rules
+from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.eval import archive_npz, features, results
 from dinosae_jax.jobs import evaluate_autoencoder, evaluate_samples, measure
 from dinosae_jax.jobs.evaluate_samples import Subject, check_file
@@ -25,6 +27,10 @@ from dinosae_jax.train import initialise, logging, sharding
 CONVERT_INCEPTION = (
     "python -m weights_conversion.convert --kind=inception_fid "
     "--input=pt_inception-2015-12-05-6726825d.pth --output=weights/inception"
+)
+CONVERT_EFFICIENTNET = (
+    "python -m weights_conversion.convert --kind=efficientnet_lite0 "
+    "--input=efficientnet-lite0.pth --output=weights/efficientnet"
 )
 IMAGE_METRICS = ("psnr", "ssim", "lpips")
 SAMPLE_METRICS = (
@@ -90,32 +96,35 @@ def open_subject(config: ml_collections.ConfigDict) -> Subject:
 def open_network(
     config: ml_collections.ConfigDict, subject: Subject, mesh: jax.sharding.Mesh
 ) -> features.FeatureNetwork:
-    """FID's Inception where its weights are given, otherwise the encoder, with a word on it.
+    """The space that `measure.feature_network` chooses, with a word where it is the encoder's.
 
     Raises:
-      ValueError: where there is neither.
+      ValueError: where there is neither a pretrained network nor an encoder.
     """
-    if config.weights.inception:
-        converted = weights.load(config.weights.inception, ("inception",))
-        digest = converted.metadata["files"][0]["sha256"]
-        return features.inception(converted.variables["inception"], digest, config.resize, mesh)
+    open_encoder = functools.partial(_open_encoder, config, subject)
+    return measure.feature_network(config.weights, mesh, open_encoder, config.resize)
+
+
+def _open_encoder(config: ml_collections.ConfigDict, subject: Subject) -> Autoencoder:
     source = initialise.open_source(config.encoder) if config.encoder else subject.source
     if source is None:
         raise ValueError(
-            "features need a network; got samples without weights.inception and encoder; convert "
-            f"FID's Inception with `{CONVERT_INCEPTION}` and pass --config.weights.inception="
-            "weights/inception, or name an autoencoder in --config.encoder=..."
+            "features need a network; got samples without weights.inception, weights.efficientnet "
+            f"and encoder; convert FID's Inception with `{CONVERT_INCEPTION}` and pass "
+            "--config.weights.inception=weights/inception, or EfficientNet-Lite0 with "
+            f"`{CONVERT_EFFICIENTNET}` and pass --config.weights.efficientnet="
+            "weights/efficientnet, or name an autoencoder in --config.encoder=..."
         )
     logging.report(
         f"{config.name}: no FID-Inception weights, so there is no FID; distances are measured in "
         "the encoder's own features (FD encoder, KID encoder). To get FID: "
-        f"`{CONVERT_INCEPTION}`, then --config.weights.inception=weights/inception"
+        f"`{CONVERT_INCEPTION}`, then --config.weights.inception=weights/inception. To get "
+        f"pretrained features without a gated download: `{CONVERT_EFFICIENTNET}`, then "
+        "--config.weights.efficientnet=weights/efficientnet"
     )
-    autoencoder = subject.autoencoder
-    if config.encoder or not autoencoder:
-        autoencoder = measure.open_autoencoder(config, source)
-    digest = measure.weights_sha256(autoencoder.variables, ("stem", "vit"))
-    return features.encoder(autoencoder.modules, autoencoder.variables, digest, mesh)
+    if config.encoder or not subject.autoencoder:
+        return measure.open_autoencoder(config, source)
+    return subject.autoencoder
 
 
 def choose_metrics(

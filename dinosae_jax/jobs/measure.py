@@ -7,7 +7,7 @@ import json
 import pathlib
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,8 +15,10 @@ import ml_collections
 import numpy as np
 
 from dinosae_jax import config as config_lib
+from dinosae_jax import weights
 from dinosae_jax.autoencoder import Autoencoder, random_source
 from dinosae_jax.data import images
+from dinosae_jax.eval import features
 from dinosae_jax.jobs import parts
 from dinosae_jax.train import checkpoint, initialise, logging, sharding
 
@@ -37,6 +39,52 @@ def open_weights(config: ml_collections.ConfigDict) -> initialise.Source:
 def open_autoencoder(config: ml_collections.ConfigDict, source: initialise.Source) -> Autoencoder:
     """The autoencoder of a source; `batch_size` becomes a multiple of the devices."""
     return Autoencoder(source, config.dtype, batch_size=config.batch_size)
+
+
+def pretrained_weights(given: ml_collections.ConfigDict) -> tuple[str, weights.Weights] | None:
+    """Role and weights of the pretrained feature network that is given, FID's Inception first.
+
+    Args:
+      given: `config.weights`, with the folders `inception` and `efficientnet`, '' for none.
+
+    Raises:
+      ValueError: a folder holds no converted weights of its network.
+    """
+    for role in ("inception", "efficientnet"):
+        if given[role]:
+            return role, weights.load(given[role], (role,))
+    return None
+
+
+def feature_network(
+    given: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
+    open_encoder: Callable[[], Autoencoder],
+    resize: str = "tf1_bilinear",
+) -> features.FeatureNetwork:
+    """The space of the distances: the pretrained network that is given, or an encoder's own.
+
+    Args:
+      given: as of `pretrained_weights`.
+      mesh: where the network is copied to.
+      open_encoder: asked where no pretrained network is given.
+      resize: of Inception's input.
+
+    Raises:
+      ValueError: a folder holds no converted weights of its network, or unknown resize.
+    """
+    found = pretrained_weights(given)
+    if found is None:
+        autoencoder = open_encoder()
+        digest = weights_sha256(autoencoder.variables, ("stem", "vit"))
+        return features.encoder(autoencoder.modules, autoencoder.variables, digest, mesh)
+    role, converted = found
+    variables = converted.variables[role]
+    if role == "inception":
+        return features.inception(variables, converted.metadata["files"][0]["sha256"], resize, mesh)
+    # EfficientNet's file is saved anew before it is converted, so that its own hash tells nothing.
+    digest = weights_sha256(converted.variables, (role,))
+    return features.efficientnet(variables, digest, mesh)
 
 
 def require_teacher(autoencoder: Autoencoder) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from dinosae_jax.eval import archive_npz, distances, features, frechet, interpolation, results
 from dinosae_jax.models import autoencoder
+from dinosae_jax.models.efficientnet import EfficientNetLite0
 from dinosae_jax.models.inception import InceptionFID
 from dinosae_jax.train import sharding
 from tests import tiny_stage
@@ -118,6 +119,22 @@ def test_inception_gives_every_tap_under_its_recipe():
         frechet.check_comparable(archive_npz.ADM_RECIPE, recipe)
     with pytest.raises(ValueError, match="resize is one of"):
         features.inception({}, "", "bilinear")
+
+
+def test_efficientnet_says_its_name_and_is_never_called_fid():
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.uint8)
+    shapes = jax.eval_shape(EfficientNetLite0().init, jax.random.key(0), images)
+    network = features.efficientnet({}, "57934424")
+    taps = jax.eval_shape(network.apply, shapes, images)
+    assert network.metrics["frechet"] == ("FD EfficientNet-Lite0", "pool")
+    assert network.metrics["kernel"] == ("KID EfficientNet-Lite0", "pool")
+    assert taps["pool"].shape == (2, 1280)
+    recipe = network.recipe("pool", resolution=64)
+    assert (recipe.network, recipe.resize) == ("efficientnet_lite0", "half_pixel_bilinear")
+    assert (recipe.network_sha256, recipe.resolution) == ("57934424", 64)
+    assert all("FID" not in name for name, _ in network.metrics.values())
+    with pytest.raises(ValueError, match="got network 'efficientnet_lite0' and 'inception_fid'"):
+        frechet.check_comparable(recipe, archive_npz.ADM_RECIPE)
 
 
 def test_the_encoder_computes_in_float32_and_is_never_called_fid():

@@ -75,12 +75,15 @@ def test_tables_are_means_and_deviations_over_seeds():
     scores = {each.key: {"frechet": 1.0 + each.seed, "kernel": 5.0} for each in found}
     scores |= {"real crops": {"frechet": 0.5, "kernel": 0.1}}
     scores |= {"reconstructed crops": {"frechet": 0.7, "kernel": 0.2}}
-    lines = ablation_flow.tables(config, scores)
+    names = ablation_flow.titles(features.efficientnet({}, ""))
+    lines = ablation_flow.tables(config, scores, names)
+    assert lines[0] == "| arm | FD EfficientNet-Lite0 | KID EfficientNet-Lite0 x 1000 |"
     assert "| raw, trigonometric | 2 ± 1 | 5 ± 0 |" in lines
     assert "| real crops | 0.5 | 0.1 |" in lines
-    assert "| sampler | 5 steps | 10 steps | 25 steps | 50 steps |" in lines
+    head = "| sampler, FD EfficientNet-Lite0 | 5 steps | 10 steps | 25 steps | 50 steps |"
+    assert head in lines
     assert "| dpm2m | 2 ± 1 | 2 ± 1 | 2 ± 1 | 2 ± 1 |" in lines
-    assert "| Frechet distance | 2 ± 1" in "\n".join(lines)
+    assert "| FD EfficientNet-Lite0 | 2 ± 1" in "\n".join(lines)
 
 
 def test_scores_are_kept_and_those_of_another_comparison_refused(tmp_path):
@@ -108,6 +111,30 @@ def test_more_seeds_are_the_same_comparison_and_more_steps_another():
     assert ablation_flow.recipe_of(config, network) == recipe
     config.base.steps += 1
     assert ablation_flow.recipe_of(config, network) != recipe
+
+
+def test_scores_of_two_feature_spaces_are_not_mixed(tmp_path):
+    path, config = tmp_path / "scores.json", ablation_config.get_config()
+    empty = {"params": {}, "batch_stats": {}}
+    first, second = features.efficientnet(empty, "0123"), features.inception(empty, "6726")
+    judge = lambda pixels: {"frechet": 1.0, "kernel": 2.0}  # noqa: E731
+    measured = ablation_flow.Scores(path, ablation_flow.recipe_of(config, first), judge)
+    measured.add("real crops", lambda: np.zeros(3))
+    config.weights.efficientnet = "moved"  # the same weights in another folder
+    again = ablation_flow.Scores(path, ablation_flow.recipe_of(config, first), judge)
+    assert set(again.scores) == {"real crops"}
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"inception_fid.*efficientnet_lite0"):
+        ablation_flow.Scores(path, ablation_flow.recipe_of(config, second), judge)
+    assert path.read_text() == before
+
+
+def test_a_folder_without_weights_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_flow, "train_autoencoder", None)
+    config = ablation_config.get_config("tiny")
+    config.weights.efficientnet = str(tmp_path)
+    with pytest.raises(ValueError, match="holds no converted weights"):
+        ablation.run(config, str(tmp_path / "run"))
 
 
 def test_the_sweeps_are_drawn():

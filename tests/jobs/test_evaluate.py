@@ -14,7 +14,7 @@ from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder, random_source
 from dinosae_jax.data import images
 from dinosae_jax.eval import archive_npz, features, frechet, image_quality
-from dinosae_jax.jobs import evaluate, train, train_flow
+from dinosae_jax.jobs import evaluate, measure, train, train_flow
 from dinosae_jax.train import checkpoint, sharding
 from tests import tiny_stage
 
@@ -130,8 +130,8 @@ def with_inception(config, monkeypatch):
     )
     load = types.SimpleNamespace(load=lambda folder, roles: converted)
     inception = types.SimpleNamespace(**{**vars(features), "inception": fake_inception})
-    monkeypatch.setattr(evaluate, "weights", load)
-    monkeypatch.setattr(evaluate, "features", inception)
+    monkeypatch.setattr(measure, "weights", load)
+    monkeypatch.setattr(measure, "features", inception)
     return lambda **changes: config(weights__inception="somewhere", **changes)
 
 
@@ -191,7 +191,7 @@ def test_features_that_are_not_finite_are_one_clear_line(with_inception, tmp_pat
         apply = lambda v, x: {k: each / 0.0 for k, each in network.apply(v, x).items()}  # noqa: E731
         return dataclasses.replace(network, apply=apply)
 
-    monkeypatch.setattr(evaluate.features, "inception", broken)
+    monkeypatch.setattr(measure.features, "inception", broken)
     wanted = with_inception(random_frozen_ok=())
     wanted.samples = write_npz(tmp_path / "samples.npz", pixels_of(wanted, "eval"))
     with pytest.raises(ValueError, match="NaN or infinity in 14 of 14 rows") as caught:

@@ -96,3 +96,49 @@ def relative_error(actual, expected):
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+
+
+# EfficientNet-Lite0's blocks: input, kernel, stride, expansion, output.
+EFFICIENTNET_BLOCKS = (
+    (32, 3, 1, 1, 16),
+    (16, 3, 2, 6, 24), (24, 3, 1, 6, 24),
+    (24, 5, 2, 6, 40), (40, 5, 1, 6, 40),
+    (40, 3, 2, 6, 80), (80, 3, 1, 6, 80), (80, 3, 1, 6, 80),
+    (80, 5, 1, 6, 112), (112, 5, 1, 6, 112), (112, 5, 1, 6, 112),
+    (112, 5, 2, 6, 192), (192, 5, 1, 6, 192), (192, 5, 1, 6, 192), (192, 5, 1, 6, 192),
+    (192, 3, 1, 6, 320),
+)  # fmt: skip
+
+
+def efficientnet_state():
+    """A random state dict with the keys, shapes and dtypes of the published file, in its order."""
+    source = np.random.RandomState(0)
+    state = {}
+
+    def convolution(name, *shape):
+        gain = np.sqrt(2.0 / np.prod(shape[1:]))
+        state[f"{name}.weight"] = (gain * source.standard_normal(shape)).astype(np.float32)
+
+    def norm(name, width):
+        state[f"{name}.weight"] = (1.0 + 0.1 * source.standard_normal(width)).astype(np.float32)
+        for leaf in ("bias", "running_mean"):
+            state[f"{name}.{leaf}"] = (0.1 * source.standard_normal(width)).astype(np.float32)
+        state[f"{name}.running_var"] = source.uniform(0.8, 1.2, width).astype(np.float32)
+        state[f"{name}.num_batches_tracked"] = np.array(7)
+
+    convolution("_conv_stem", 32, 3, 3, 3)
+    norm("_bn0", 32)
+    for i, (narrow, kernel, _, expansion, channels) in enumerate(EFFICIENTNET_BLOCKS):
+        block, wide = f"_blocks.{i}", expansion * narrow
+        if expansion > 1:
+            convolution(f"{block}._expand_conv", wide, narrow, 1, 1)
+            norm(f"{block}._bn0", wide)
+        convolution(f"{block}._depthwise_conv", wide, 1, kernel, kernel)
+        norm(f"{block}._bn1", wide)
+        convolution(f"{block}._project_conv", channels, wide, 1, 1)
+        norm(f"{block}._bn2", channels)
+    convolution("_conv_head", 1280, 320, 1, 1)
+    norm("_bn1", 1280)
+    convolution("_fc", 1000, 1280)
+    state["_fc.bias"] = (0.05 * source.standard_normal(1000)).astype(np.float32)
+    return state

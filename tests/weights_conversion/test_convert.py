@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dinosae_jax import weights
+from tests.models.metrics_weights import efficientnet_state
 from tests.weights_conversion import layouts
 from tests.weights_conversion.layouts import save
 from tests.weights_conversion.torch_zip import write_torch
@@ -275,6 +276,30 @@ def test_inception(tmp_path, data_dir):
     assert_round_trip(tmp_path, "inception_fid", save(tmp_path / "a.safetensors", state), state)
     loaded = weights.load(tmp_path / "out").variables["inception"]
     assert loaded["batch_stats"]["Mixed_7c"]["branch_pool"]["bn"]["var"][0] == 3
+
+
+def test_efficientnet(tmp_path):
+    state = efficientnet_state()
+    source = write_torch(tmp_path / "a.pth", collections.OrderedDict(state))
+    metadata = assert_round_trip(tmp_path, "efficientnet_lite0", source, state)
+    assert sum(t["target"].startswith("buffers/") for t in metadata["tensors"]) == 49
+    loaded = weights.load(tmp_path / "out").variables["efficientnet"]
+    depthwise = loaded["params"]["_blocks_3"]["_depthwise_conv"]["kernel"]
+    expected = state["_blocks.3._depthwise_conv.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(depthwise, expected)
+    variance = loaded["batch_stats"]["_blocks_0"]["_bn1"]["var"]
+    np.testing.assert_array_equal(variance, state["_blocks.0._bn1.running_var"])
+
+
+def test_another_efficientnet_is_refused(tmp_path):
+    state = efficientnet_state()
+    state["_blocks.0._se_reduce.weight"] = np.ones((8, 32, 1, 1), np.float32)
+    del state["_blocks.15._bn2.running_mean"]
+    source = save(tmp_path / "a.safetensors", state)
+    with pytest.raises(MismatchError) as caught:
+        convert.convert_file("efficientnet_lite0", [source], tmp_path / "out")
+    assert "missing: _blocks.15._bn2.running_mean" in str(caught.value)
+    assert "unexpected: _blocks.0._se_reduce.weight" in str(caught.value)
 
 
 def test_wrong_keys_are_listed_and_nothing_is_written(tmp_path, data_dir):

@@ -22,6 +22,7 @@ KINDS: dict[str, Callable[[Shapes], Layout]] = {
     "dino_discriminator": critics.discriminator_layout,
     "lpips_vgg16": critics.lpips_layout,
     "inception_fid": critics.inception_layout,
+    "efficientnet_lite0": critics.efficientnet_layout,
 }
 """Each function reads the configuration off the keys and shapes of a state dict."""
 

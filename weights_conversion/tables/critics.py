@@ -1,4 +1,4 @@
-"""The networks of the losses and metrics: DINO discriminator, LPIPS, FID Inception."""
+"""The networks of the losses and metrics: DINO discriminator, LPIPS, Inception, EfficientNet."""
 
 from typing import Any
 
@@ -10,6 +10,9 @@ Shapes = dict[str, Shape]
 # lpips' slices of VGG16, by torchvision's index in `features`.
 SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 SLICE_STARTS = (0, 4, 9, 16, 23)
+
+STATISTICS = {"mean": "running_mean", "var": "running_var"}  # batch norm's
+BATCH_COUNTERS = {r".*\.num_batches_tracked": ()}
 
 
 def discriminator_layout(shapes: Shapes) -> Layout:
@@ -104,6 +107,16 @@ def inception_layout(shapes: Shapes) -> Layout:
             f"this is no FID Inception state dict: there is no Mixed_* among the {len(shapes)} "
             "keys; check --kind and --container"
         )
-    leaves = {"mean": "running_mean", "var": "running_var"}
-    buffers = {r".*\.num_batches_tracked": ()}
-    return Layout("torch", {"inception": {}}, {"inception": ""}, leaves, False, buffers)
+    rows = {"inception": ""}
+    return Layout("torch", {"inception": {}}, rows, STATISTICS, False, BATCH_COUNTERS)
+
+
+def efficientnet_layout(shapes: Shapes) -> Layout:
+    """EfficientNet-Lite0 in the keys of EfficientNet-PyTorch and its ports."""
+    if not has(shapes, r"^_blocks\.\d+\._depthwise_conv\."):
+        raise UnknownLayoutError(
+            "this is no EfficientNet state dict: there is no _blocks.N._depthwise_conv among the "
+            f"{len(shapes)} keys; check --kind and --container"
+        )
+    rows = {"efficientnet": ""}
+    return Layout("torch", {"efficientnet": {}}, rows, STATISTICS, True, BATCH_COUNTERS)
