@@ -230,6 +230,12 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords
             f"A tensorflow-datasets set needs the features image and label; {name} has "
             f"{', '.join(info.features)}."
         )
+    labels = getattr(info.features["label"], "names", None)
+    if labels is None:
+        raise ValueError(
+            f"The label of a tensorflow-datasets set must be a class; that of {name} is "
+            f"{type(info.features['label']).__name__}: take another set, or a folder tree."
+        )
     if not info.splits:
         raise ValueError(refusal + "is not prepared.")
     own = {key: [n for n in names if n in info.splits] for key, names in SPLIT_NAMES.items()}
@@ -240,10 +246,9 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords
         source = builder.as_data_source(split=chosen, decoders=decoders)
     except Exception as error:
         raise ValueError(refusal + f"cannot be read ({_first_line(error)}).") from error
-    labels = tuple(info.features["label"].names)
     title = f"{info.full_name}:{chosen}"
     parts = [title, len(source), info.splits[chosen].num_bytes, *labels]
-    return TfdsRecords(source, labels, fingerprint_of(parts), title), has_splits
+    return TfdsRecords(source, tuple(labels), fingerprint_of(parts), title), has_splits
 
 
 def _first_line(error: Exception) -> str:

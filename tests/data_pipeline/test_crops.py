@@ -73,6 +73,9 @@ def encode(picture, form, **options):
     return buffer.getvalue()
 
 
+@pytest.mark.skipif(
+    crops.simplejpeg is None, reason="NOT CHECKED: Pillow decodes; pip install -e '.[fast]'"
+)
 def test_jpeg_decoding_equals_pillow(rng):
     sizes = [(1, 1), (17, 9), (64, 48), (33, 70)]
     for mode, subsampling, size in itertools.product(["RGB", "L", "CMYK"], [0, 1, 2], sizes):

@@ -1,6 +1,7 @@
 import io
 import os
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -195,6 +196,15 @@ def test_a_tfds_set_without_images_is_refused(tmp_path):
 
     with tfds.testing.mock_data(num_examples=2), pytest.raises(ValueError, match="image and label"):
         sources.open_records("tfds:imdb_reviews", "train", data_dir=str(tmp_path))
+
+
+def test_a_tfds_set_whose_label_is_a_number_is_refused(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    features = {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.int64)}
+    builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
+    monkeypatch.setattr(tfds, "builder", lambda *_, **__: builder)
+    with pytest.raises(ValueError, match="must be a class; that of ages is Scalar"):
+        sources.open_records("tfds:ages", "train", data_dir=str(tmp_path))
 
 
 def test_reading_a_file_that_became_shorter_raises_oserror_on_decoding(tmp_path):
