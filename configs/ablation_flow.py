@@ -61,6 +61,7 @@ def get_config(argument=None):
     autoencoder.eval.every, autoencoder.checkpoint.every = 800, 200
     base = rfm_dit.get_config("tiny")
     base.steps, base.batch_size = 550, 32
+    base.data.crop, base.flow.time.shift = "random", 2.0
     base.eval.samples = 0  # samples of all arms are measured at the end
     base.log_every, base.eval.every, base.checkpoint.every = 50, 550, 550
     base.random_frozen_ok = ()

@@ -11,7 +11,7 @@ directions with a float16 norm a token: 0.67 TB). The manifest holds the mean to
 the decode radius, the encoder's hash, and the image recipe; a flow with others refuses the cache.
 Run again, it checks every shard and writes those that are missing or damaged. Variants: int8, tiny
 (the embedded photographs, and a random tiny autoencoder where init_from is empty; read it with
-`rfm_dit.py:tiny --config.data.crop=center --config.data.latents=DIR`).
+`rfm_dit.py:tiny --config.data.latents=DIR`).
 """
 
 from configs import sae_stage1
