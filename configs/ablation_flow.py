@@ -13,7 +13,9 @@ tables name. With `weights.inception` the features are FID's, with `weights.effi
 EfficientNet-Lite0, pretrained on ImageNet-1k (configs/evaluate.py says how to make the weights).
 Without both they are the mean patch token of the decoded pictures by that autoencoder's own
 encoder: a fixed space, not a pretrained one. The Frechet distance is biased by the number of
-samples, so that its numbers compare with one another and with the row 'real crops' alone.
+samples, so that its numbers compare with one another and with the row 'real crops' alone. Samples
+and crops are balanced over the classes, so that the kernel distance of equal distributions is a
+little below zero: that row has it.
 
     python -m dinosae_jax.main --config=configs/ablation_flow.py --workdir=runs/ablation_flow \
         --config.weights.efficientnet=weights/efficientnet

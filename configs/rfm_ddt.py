@@ -7,7 +7,7 @@ too, so the rate is constant here. The paper used 8 H100. Not run at full size.
     python -m dinosae_jax.main --config=configs/rfm_ddt.py --workdir=runs/flow_ddt \
         --config.init_from=runs/stage4
 
-Variants: s, b, l, xl (sizes), qknorm, f32, tiny.
+Variants: s, b, l, xl (sizes), rae (its 800 epochs, the rate falling after 40), qknorm, f32, tiny.
 """
 
 from configs import rfm_dit
@@ -19,6 +19,7 @@ VARIANTS = {
         name: {f"model.dit.{field}": (value, HEAD[field]) for field, value in size.items()}
         for name, size in rfm_dit.SIZES.items()
     },
+    "rae": rfm_dit.RAE,
     "qknorm": rfm_dit.VARIANTS["qknorm"],
     "f32": rfm_dit.VARIANTS["f32"],
     "tiny": {

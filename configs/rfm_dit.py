@@ -8,7 +8,7 @@ full size.
     python -m dinosae_jax.main --config=configs/rfm_dit.py --workdir=runs/flow \
         --config.init_from=runs/stage4
 
-Variants: s, b, l, xl (sizes), qknorm, f32, tiny.
+Variants: s, b, l, xl (sizes), rae (its EMA, clipping and 800-epoch schedule), qknorm, f32, tiny.
 """
 
 from configs import sae_base
@@ -19,6 +19,15 @@ SIZES = {
     "b": {"hidden_size": 768, "depth": 12, "num_heads": 12},
     "l": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
     "xl": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+# RAE's recipe for either network: constant for 40 epochs, then linear to a tenth at epoch 800.
+RAE = {
+    "ema": 0.9995,
+    "steps": config_lib.epochs(800, 1024),
+    "optimizer.clip_norm": 1.0,
+    "optimizer.schedule": "linear",
+    "optimizer.decay_start": config_lib.epochs(40, 1024),
+    "optimizer.final_learning_rate": 2e-5,
 }
 # On ten photographs at a small crop, with a random autoencoder where init_from is empty.
 TINY_RUN = {
@@ -49,6 +58,7 @@ VARIANTS = {
         name: {f"model.dit.{field}": value for field, value in size.items()}
         for name, size in SIZES.items()
     },
+    "rae": RAE,
     "qknorm": {"model.dit.use_qknorm": True},
     "f32": {"dtype": "float32"},
     "tiny": {

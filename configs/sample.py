@@ -6,7 +6,9 @@
         --config.init_from=runs/flow --config.sampling.steps=50
 
 `labels` is 'balanced', 'all', 'random' or numbers joined by commas (`--config.labels=3,3,207`);
-`count` cuts or repeats them. Variants: tiny (20 images; a random flow where init_from is empty).
+`count` cuts or repeats them. `--config.sampling.guidance=1.42` guides, away from the flow of
+`--config.weaker=runs/flow_small` where one is named (autoguidance), otherwise from no label.
+Variants: tiny (20 images; a random flow where init_from is empty).
 """
 
 from configs import rfm_dit

@@ -269,6 +269,7 @@ def sample_defaults() -> ml_collections.ConfigDict:
             seed=0,
             dtype="auto",
             init_from="",  # workdir, checkpoint or export of a flow
+            weaker="",  # of another one, for autoguidance instead of classifier-free guidance
             random_frozen_ok=(),
             random_flow=dict(),  # a flow config that is drawn at random where init_from is empty
             labels="balanced",  # balanced | all | random | label numbers joined by commas

@@ -9,6 +9,8 @@ the batch it is drawn in nor the number of devices changes it.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +48,7 @@ class Networks(NamedTuple):
     path: str
     radius: float
     shift: float
+    weaker: Any = None  # the transformer that guidance leads away from, see `Generator.guided_by`
 
 
 class Sampling(NamedTuple):
@@ -63,7 +66,7 @@ class Generator:
 
     Attributes:
       networks: static.
-      variables: roles dit and decoder, on the devices of `mesh`.
+      variables: roles dit and decoder, on the devices of `mesh`; also weaker after `guided_by`.
       convention: of the latents; its decode radius is measured.
       sampling: the flow's own sampler, steps, guidance and interval.
       label_names: names of the classes in the order of the labels.
@@ -150,25 +153,61 @@ class Generator:
             source.notes,
         )
 
+    def guided_by(self, weaker: Generator) -> Generator:
+        """A copy whose guidance leads away from a weaker flow instead of from no label.
+
+        Autoguidance (arXiv 2406.02507): both flows see the label, so that a null label is not
+        needed. RAE takes 1.42 with a small, briefly trained flow for its best FID.
+
+        Args:
+          weaker: smaller or trained for less, on the same latents and devices.
+
+        Raises:
+          ValueError: where the two flows differ in latents, path or classes.
+        """
+        latents = dataclasses.replace(weaker.convention, decode_radius=None)
+        self.convention.check_equal(latents, here="flow", there="weaker flow")
+        for name, ours, theirs in (
+            ("path", self.networks.path, weaker.networks.path),
+            ("number of classes", self.num_classes, weaker.num_classes),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"autoguidance needs two flows of one {name}; got {ours}, and {theirs} of the "
+                    "weaker one; name a flow that was trained on the same data"
+                )
+        guided = copy.copy(self)
+        guided.networks = self.networks._replace(weaker=weaker.networks.dit)
+        guided.variables = {**self.variables, "weaker": weaker.variables["dit"]}
+        guided.notes = list(dict.fromkeys([*self.notes, *weaker.notes]))
+        return guided
+
     @property
     def num_classes(self) -> int:
         """K; labels are 0 to K-1, the null label is K."""
         return self.networks.dit.num_classes
 
     @property
-    def has_null_label(self) -> bool:
-        """Whether the flow was trained with label dropout, which guidance needs."""
-        return self.networks.dit.class_dropout_prob > 0
+    def can_guide(self) -> bool:
+        """Whether there is a null label, or a weaker flow, to lead away from."""
+        return self.networks.dit.class_dropout_prob > 0 or self.networks.weaker is not None
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """The flow's own sampling values, replaced by those that are given and not None.
 
         Raises:
-          ValueError: for a value out of range, or guidance without a null label.
+          ValueError: for a value out of range, guidance without a null label, or a decode radius
+            for samples that have norms of their own.
         """
+        path = matching.make_path(self.networks.path, self.networks.radius)
+        if path.keeps_norms and given.get("decode_radius") is not None:
+            raise ValueError(
+                f"samples on the path {self.networks.path!r} have norms of their own; got "
+                f"decode_radius={given['decode_radius']}; leave it out"
+            )
         own = {**self.sampling, "decode_radius": self.convention.decode_radius}
         chosen = own | {name: value for name, value in given.items() if value is not None}
-        rules.validate_sampling(chosen, self.has_null_label)
+        rules.validate_sampling(chosen, self.can_guide)
         return chosen
 
     def check_labels(self, labels: ArrayLike) -> np.ndarray:
@@ -207,7 +246,7 @@ class Generator:
           key: decides the noise.
           steps: updates of the sampler, at least 1.
           sampler: a name in `flow.samplers.SAMPLERS`.
-          guidance: scale of classifier-free guidance; 1 is none.
+          guidance: scale, classifier-free or (after `guided_by`) of autoguidance; 1 is none.
           interval: times (lo, hi) that are guided.
           decode_radius: token norm that the decoder is given, for sweeps.
           first_index: index of the first sample; sample i of a longer series has index i.
@@ -320,19 +359,7 @@ def _generate(
     """Images [b, h, w, 3] in [0, 1] of noise [b, n, d] and labels [b]."""
     path = matching.make_path(networks.path, networks.radius)
 
-    def apply(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
-        return networks.dit.apply(variables["dit"], x, t, y)
-
-    velocity = guidance.conditional(apply, labels)
-    if sampling.guided:
-        velocity = guidance.classifier_free(
-            apply,
-            labels,
-            networks.dit.num_classes,
-            numbers["guidance"],  # type: ignore[arg-type]
-            sampling.interval,
-            path.tangent,
-        )
+    velocity = _velocity(networks, sampling, variables, labels, numbers["guidance"], path.tangent)
     times = schedule.time_grid(sampling.steps, networks.shift)
     z = samplers.sample(velocity, noise, times, sampling.sampler, path.radius)
     if not path.keeps_norms:
@@ -349,6 +376,28 @@ def _generate(
     rows = jnp.swapaxes(jax.lax.map(decode, parts), 0, 1)
     height = side * networks.modules.vit.patch_size
     return rows.reshape(len(z), height, height, 3)
+
+
+def _velocity(
+    networks: Networks,
+    sampling: Sampling,
+    variables: Variables,
+    labels: jax.Array,
+    scale: jax.Array,
+    tangent: guidance.Tangent,
+) -> guidance.Velocity:
+    """The velocity that is integrated: plain, classifier-free, or led away from a weaker flow."""
+
+    def bind(network: Any, weights: Tree) -> guidance.Network:
+        return lambda x, t, y: network.apply(weights, x, t, y)
+
+    apply = bind(networks.dit, variables["dit"])
+    if not sampling.guided:
+        return guidance.conditional(apply, labels)
+    options: Any = (scale, sampling.interval, tangent)
+    if networks.weaker is None:
+        return guidance.classifier_free(apply, labels, networks.dit.num_classes, *options)
+    return guidance.autoguided(apply, bind(networks.weaker, variables["weaker"]), labels, *options)
 
 
 def _tuples(value: Any) -> Any:

@@ -204,6 +204,12 @@ def _validate_flow(config: ml_collections.ConfigDict) -> None:
     _require_member("flow.path", flow.path, PATHS)
     _require_member("flow.time.distribution", flow.time.distribution, TIME_DISTRIBUTIONS)
     _require_member("flow.jacobi", flow.jacobi, ("", "noise", "data"))
+    for name in ("jacobi", "radial_weight"):
+        if flow[name] and flow.path != "geodesic":
+            raise ValueError(
+                f"flow.{name} weighs errors on the sphere; got {flow[name]!r} with "
+                f"flow.path={flow.path!r}; leave it out, or take flow.path='geodesic'"
+            )
     for name in ("radius", "decode_radius", "radial_weight", "time.shift"):
         value = flow.time.shift if name == "time.shift" else flow[name]
         if value < 0:
@@ -251,6 +257,11 @@ def _validate_sample(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             "sampling needs a flow; got an empty init_from; name its workdir, checkpoint or export "
             "with --config.init_from=..., or use the variant :tiny, which draws a random one"
+        )
+    if config.weaker and not config.init_from:
+        raise ValueError(
+            f"a weaker flow guides the flow of init_from; got weaker={config.weaker!r} and no "
+            "init_from; name both"
         )
     given = {name: value for name, value in config.sampling.items() if value is not None}
     validate_sampling(given)

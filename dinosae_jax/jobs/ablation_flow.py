@@ -249,7 +249,7 @@ def _draw(config: ml_collections.ConfigDict, folder: pathlib.Path, setting: Sett
         key=jax.random.PRNGKey(setting.seed),
         sampler=setting.sampler,
         steps=setting.steps,
-        decode_radius=setting.radius * measured,
+        decode_radius=None if setting.radius == 1.0 else setting.radius * measured,
         batch_size=config.samples,
     )
     return pictures.as_picture(drawn)

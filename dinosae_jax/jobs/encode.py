@@ -47,9 +47,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     autoencoder = Autoencoder(measure.open_weights(config), config.dtype, mesh=mesh)
     sources = {split: images.open_source(config.data, split) for split in SPLITS}
     plans = {split: make_plan(config, autoencoder, sources[split], split) for split in SPLITS}
-    folder = measure.prepare_workdir(config, workdir)
+    folder = pathlib.Path(workdir).expanduser()
     for split in SPLITS:
         latent_shards.claim(folder / split, plans[split])
+    measure.prepare_workdir(config, workdir)
     for note in autoencoder.notes:
         logging.report(f"{config.name}: {note}")
     with stopping.StopRequest() as stop:

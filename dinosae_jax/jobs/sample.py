@@ -47,6 +47,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     )
     given = config.sampling.to_dict()
     settings = generator.settings(**given)
+    if config.weaker and settings["guidance"] == 1.0:
+        raise ValueError(
+            "a weaker flow guides at a scale other than 1; got guidance=1 with "
+            f"weaker={config.weaker!r}; pass --config.sampling.guidance=1.42, or leave it out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, config, generator)
     for note in generator.notes:
@@ -66,9 +71,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def open_generator(config: ml_collections.ConfigDict) -> Generator:
-    """The flow of `init_from`, or `random_flow` drawn at random where there is none."""
+    """The flow of `init_from`, guided by `weaker`, or `random_flow` drawn at random."""
     if config.init_from:
-        return Generator.load(config.init_from, config.dtype)
+        generator = Generator.load(config.init_from, config.dtype)
+        if not config.weaker:
+            return generator
+        return generator.guided_by(Generator.load(config.weaker, config.dtype, generator.mesh))
     flow_config = config.random_flow.copy_and_resolve_references()
     flow_config.dtype = "float32"
     stage = train_flow.make_stage(flow_config)

@@ -110,8 +110,10 @@ def test_run_again_it_keeps_good_shards_and_repairs_damaged_ones(root, tmp_path)
     encode.run(config, str(workdir))
     assert first.stat().st_mtime_ns == written
     assert (workdir / "train" / "manifest.json").read_text() == manifest
+    kept = (workdir / "config.json").read_text()
     with pytest.raises(ValueError, match="holds one with format bfloat16 instead of int8"):
         encode.run(config_of(root, format="int8"), str(workdir))
+    assert (workdir / "config.json").read_text() == kept
 
 
 def test_two_processes_write_what_one_does(root, tmp_path, monkeypatch):

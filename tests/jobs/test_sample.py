@@ -1,5 +1,8 @@
 """Generator and sample job: the same pictures from any folder, on any devices, in any chunks."""
 
+import copy
+import dataclasses
+
 import jax
 import ml_collections
 import numpy as np
@@ -65,6 +68,44 @@ def test_settings_change_the_images(generator, images):
     assert np.abs(guided - images).max() > 1 / 255
     louder = generator.sample(LABELS, key=KEY, decode_radius=16.0)
     assert np.abs(louder - images).max() > 1 / 255
+
+
+def test_a_weaker_flow_guides(generator, images):
+    weaker = copy.copy(generator)
+    half = jax.tree.map(lambda x: x / 2, generator.variables["dit"]["params"]["final_layer"])
+    params = {**generator.variables["dit"]["params"], "final_layer": half}
+    weaker.variables = {**generator.variables, "dit": {"params": params}}
+    guided = generator.guided_by(weaker)
+    np.testing.assert_array_equal(guided.sample(LABELS, key=KEY), images)  # at scale 1, not read
+    led = guided.sample(LABELS, key=KEY, guidance=1e3)
+    assert np.abs(led - images).max() > 1 / 255
+    same = generator.guided_by(generator).sample(LABELS, key=KEY, guidance=1e3)
+    np.testing.assert_allclose(same, images, atol=1 / 255)
+    assert guided.can_guide
+    outside = guided.sample(LABELS, key=KEY, guidance=1e3, interval=(0.0, 0.0))
+    np.testing.assert_allclose(outside, images, atol=1 / 255)
+
+
+def test_a_weaker_flow_of_another_path_is_refused(generator):
+    other = copy.copy(generator)
+    other.networks = generator.networks._replace(path="linear")
+    with pytest.raises(ValueError, match="have norms of their own; got decode_radius=9"):
+        other.settings(decode_radius=9.0)
+    with pytest.raises(ValueError, match="one path; got geodesic, and linear of the weaker one"):
+        generator.guided_by(other)
+    other.convention = dataclasses.replace(generator.convention, radius=7.0)
+    with pytest.raises(ValueError, match=r"radius 8\.0 != 7\.0"):
+        generator.guided_by(other)
+
+
+def test_the_job_takes_a_weaker_flow(flow_workdir, tmp_path):
+    config = config_for(flow_workdir, weaker=str(flow_workdir))
+    with pytest.raises(ValueError, match="a scale other than 1; got guidance=1"):
+        sample.run(config, str(tmp_path))
+    assert sample.open_generator(config).can_guide
+    config.init_from = ""
+    with pytest.raises(ValueError, match="no init_from"):
+        rules.validate(config)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from configs import hae_dit, rfm_ddt, rfm_dit
 from dinosae_jax import rules
 from dinosae_jax.flow import matching, samplers, schedule
 from dinosae_jax.jobs import parts, train, train_flow
-from dinosae_jax.train import checkpoint, initialise, sharding
+from dinosae_jax.train import checkpoint, initialise, optim, sharding
 from tests.jobs.small_flow import small_flow
 
 
@@ -98,10 +98,28 @@ def test_configs_are_valid(module, argument):
     assert stage.radius == pytest.approx(8.0 if argument == "tiny" else 32.0)
 
 
+@pytest.mark.parametrize("module", [rfm_dit, rfm_ddt])
+def test_the_recipe_of_rae(module):
+    """Its rate after 80 of 800 epochs is 1.905e-4 (reference/generation.md 3.5)."""
+    config = module.get_config("rae")
+    rules.validate(config)
+    assert (config.ema, config.optimizer.clip_norm) == (0.9995, 1.0)
+    numbers = optim.numbers(config.optimizer, config.steps)
+    rates = [optim.learning_rate(np.int32(1251 * epoch), numbers) for epoch in (0, 40, 80, 800)]
+    np.testing.assert_allclose(rates, [2e-4, 2e-4, 1.905e-4, 2e-5], rtol=2e-4)
+
+
 def test_names_in_the_config_rules_are_those_of_the_flow():
     assert tuple(matching.PATHS) == rules.PATHS
     assert tuple(samplers.SAMPLERS) == rules.SAMPLERS
     assert schedule.DISTRIBUTIONS == rules.TIME_DISTRIBUTIONS
+
+
+@pytest.mark.parametrize(("name", "value"), [("jacobi", "data"), ("radial_weight", 0.1)])
+def test_weights_of_the_sphere_are_refused_on_euclidean_paths(name, value):
+    rules.validate(small_flow(**{f"flow.{name}": value}))
+    with pytest.raises(ValueError, match=f"flow.{name} weighs errors on the sphere"):
+        rules.validate(small_flow(**{f"flow.{name}": value, "flow.path": "linear"}))
 
 
 @pytest.mark.parametrize(
