@@ -113,7 +113,8 @@ def _join_cluster(said: list[str]) -> None:
 
 def _on_tpu_vm() -> bool:
     """Whether JAX uses the chips of a Cloud TPU VM; its metadata server alone knows its hosts."""
-    return "tpu" in (jax.config.jax_platforms or "") and "TPU_SKIP_MDS_QUERY" not in os.environ
+    platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+    return "tpu" in platforms and "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
 def _several(name: str) -> bool:
