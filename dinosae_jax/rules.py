@@ -179,14 +179,24 @@ def _validate_autoencoder(config: ml_collections.ConfigDict) -> None:
     noise = config.latent_noise
     if min(noise.tau, noise.tau_end, noise.ramp_steps) < 0:
         raise ValueError(f"latent_noise values must not be negative; got {noise.to_dict()}")
-    if noise.tau > 0 and "stem" in config.trainable:
+    if (noise.tau_end > 0) != (noise.ramp_steps > 0):
+        raise ValueError(
+            "latent_noise moves from tau to tau_end over ramp_steps, so one needs the other; got "
+            f"tau_end={noise.tau_end} and ramp_steps={noise.ramp_steps}; set both or neither"
+        )
+    if max(noise.tau, noise.tau_end) > 0 and "stem" in config.trainable:
         raise ValueError(
             "latent noise belongs to stages with a frozen encoder (the paper's fourth); got "
-            f"tau={noise.tau} with trainable={tuple(config.trainable)}; freeze the stem or set "
-            "latent_noise.tau=0"
+            f"tau={noise.tau}, tau_end={noise.tau_end} with trainable={tuple(config.trainable)}; "
+            "freeze the stem or set both to 0"
         )
     if min(config.gan.start, config.gan.disc_start) < 0:
         raise ValueError(f"gan.start and gan.disc_start count steps; got {config.gan.to_dict()}")
+    if config.losses.gan > 0 and config.gan.disc_start > config.gan.start:
+        raise ValueError(
+            "the discriminator trains before the generator listens to it; got gan.disc_start="
+            f"{config.gan.disc_start} after gan.start={config.gan.start}; lower disc_start"
+        )
     for role in config.random_frozen_ok:
         _require_member("random_frozen_ok", role, ("vit", "lpips", "dino"))
     _validate_data(config.data)

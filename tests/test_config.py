@@ -5,12 +5,20 @@ import pathlib
 
 import pytest
 
-from configs import quickstart, sae_stage1, sae_stage2, sae_stage3, sae_stage4
+from configs import (
+    hae_stage1,
+    hae_stage2,
+    quickstart,
+    sae_stage1,
+    sae_stage2,
+    sae_stage3,
+    sae_stage4,
+)
 from dinosae_jax import config as config_lib
 from dinosae_jax import rules
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
-STAGES = (sae_stage1, sae_stage2, sae_stage3, sae_stage4)
+STAGES = (sae_stage1, sae_stage2, sae_stage3, sae_stage4, hae_stage1, hae_stage2)
 
 
 @pytest.mark.parametrize("module", STAGES)
@@ -50,6 +58,25 @@ def test_the_papers_numbers(module, rate, betas, trainable, losses, tau):
     assert config.data.image_size == 256
 
 
+def test_the_second_versions_numbers():
+    """Paper v2: 20 epochs aligned, then 40 with GAN and noise on a frozen encoder, batch 512."""
+    first, second = hae_stage1.get_config(), hae_stage2.get_config()
+    epoch = 1_281_167 // 512
+    assert (
+        (first.batch_size, first.steps)
+        == (second.batch_size, second.steps // 2)
+        == (512, 20 * epoch)
+    )
+    assert second.optimizer.learning_rate == 5e-5
+    assert (second.optimizer.b1, second.optimizer.b2) == (0.5, 0.9)
+    assert second.ema == 0.9975
+    assert second.gan.to_dict() == {"start": 2 * epoch, "disc_start": 0}
+    assert second.latent_noise.to_dict() == {"tau": 0.8, "tau_end": 1.2, "ramp_steps": 20 * epoch}
+    losses = {name: weight for name, weight in second.losses.items() if weight}
+    assert losses == {"l1": 1.0, "lpips": 1.0, "gan": 0.5}
+    assert tuple(second.trainable) == ("decoder",)
+
+
 WRONG = [
     ({"steps": 0}, "steps must be above zero"),
     ({"batch_size": -1}, "batch_size must be above zero"),
@@ -63,6 +90,10 @@ WRONG = [
     ({"trainable": ("stem",)}, "trains the decoder"),
     ({"trainable": ("decoder", "vit")}, "'vit' is not known"),
     ({"latent_noise.tau": 0.8}, "frozen encoder"),
+    ({"latent_noise.tau_end": 0.8, "latent_noise.ramp_steps": 9}, "frozen encoder"),
+    ({"latent_noise.tau_end": 0.8}, "one needs the other"),
+    ({"latent_noise.ramp_steps": 9}, "one needs the other"),
+    ({"losses.gan": 0.5, "gan.start": 2, "gan.disc_start": 3}, "got gan.disc_start=3 after"),
     ({"profile_steps": "10-13"}, r"profile_steps is FIRST:END .* got '10-13'"),
     ({"profile_steps": "13:10"}, "1 <= FIRST < END"),
     ({"profile_steps": "0:2"}, "1 <= FIRST < END"),

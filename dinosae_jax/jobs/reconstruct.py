@@ -88,14 +88,14 @@ def open_images(images: str, data_dir: str = "") -> Records:
     Raises:
       ValueError: where there are none, or they cannot be read.
     """
+    if pathlib.Path(images).expanduser().is_dir():
+        return sources.open_records(f"folder:{images}", "train")
     if images.startswith(SOURCE_KINDS):
         return sources.open_records(images, "eval", data_dir=data_dir or None)
-    if not pathlib.Path(images).expanduser().is_dir():
-        raise ValueError(
-            f"images is a folder of images, or one of {', '.join(SOURCE_KINDS)}...; got "
-            f"{images!r}, which is no folder; check the path"
-        )
-    return sources.open_records(f"folder:{images}", "train")
+    raise ValueError(
+        f"images is a folder of images, or one of {', '.join(SOURCE_KINDS)}...; got {images!r}, "
+        "which is no folder; check the path"
+    )
 
 
 def survey_images(records: Records, short_side: int) -> Survey:

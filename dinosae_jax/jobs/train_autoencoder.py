@@ -50,7 +50,7 @@ def make_stage(config: ml_collections.ConfigDict) -> sae_step.Stage:
         critics=gan.build(config.model.dino, dtype) if "gan" in losses else None,
         trainable=tuple(config.trainable),
         losses=losses,
-        noisy=config.latent_noise.tau > 0,
+        noisy=max(config.latent_noise.tau, config.latent_noise.tau_end) > 0,
         accumulation=config.accumulation,
     )
 
@@ -110,10 +110,21 @@ def prepare(
 def initial_variables(
     config: ml_collections.ConfigDict, stage: sae_step.Stage
 ) -> tuple[sae_step.Variables, list[str]]:
-    """Every role at step 0, and the notes that go with the weights."""
+    """Every role at step 0, and the notes that go with the weights.
+
+    Raises:
+      ValueError: for missing weights, or weights that do not fit.
+    """
     draw = functools.partial(_draw, stage, image_size=config.data.image_size)
     trained = (*stage.trainable, "disc_heads")
-    return parts.find_variables(config, draw, trained, convention_of(config))
+    variables, notes = parts.find_variables(config, draw, trained, convention_of(config))
+    if stage.aligns and not sae_step.has_teacher(variables):
+        raise ValueError(
+            "alignment needs the teacher, DINOv3 behind its own patch convolution; "
+            f"{config.init_from} holds none (the official DINO-SAE file leaves it out); set "
+            "losses.cosine and losses.mse to 0, or start from a converted DINOv3"
+        )
+    return variables, notes
 
 
 def _draw(stage: sae_step.Stage, key: jax.Array, image_size: int) -> sae_step.Variables:
@@ -162,7 +173,7 @@ class _Evaluation:
             result = self._run(state, batch)
             mask = result["mask"]
             count += float(mask.sum())
-            for name in ("psnr", "l1", "cosine_similarity"):
+            for name in filter(result.__contains__, sae_step.FIGURES):
                 each = np.asarray(result[name], np.float64)
                 sums[name] = sums.get(name, 0.0) + float((each * mask).sum())
         return {f"eval/{name}": value / count for name, value in sums.items()}

@@ -49,6 +49,6 @@ def mse(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def _norm(tokens: jax.Array) -> jax.Array:
-    # The square is clamped, so that the gradient at a zero token is zero and not NaN.
+    # The square is clamped, so that the norm's gradient at a zero token is zero and not NaN.
     squared = jnp.sum(jnp.square(tokens), axis=-1)
     return jnp.sqrt(jnp.maximum(squared, SMALLEST_NORM**2))

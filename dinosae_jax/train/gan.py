@@ -30,7 +30,7 @@ class Critics(NamedTuple):
 
 
 class GeneratorPull(NamedTuple):
-    """loss: -mean(logits). cotangent: its gradient, times the weight. weight: adaptive."""
+    """loss: -mean(logits). cotangent: its gradient. weight: adaptive, of these images."""
 
     loss: jax.Array
     cotangent: jax.Array
@@ -74,7 +74,7 @@ def pull_generator(
     reconstruction_cotangent: jax.Array,
     uniforms: jax.Array,
 ) -> GeneratorPull:
-    """The generator's adversarial pull on the reconstruction, adaptively weighted.
+    """The generator's adversarial pull on the reconstruction, and its adaptive weight.
 
     Args:
       critics: static.
@@ -96,7 +96,7 @@ def pull_generator(
     weight = adversarial.last_layer_adaptive_weight(
         head, kernel, features, reconstruction_cotangent, cotangent
     )
-    return GeneratorPull(loss, weight * cotangent, weight)
+    return GeneratorPull(loss, cotangent, weight)
 
 
 def discriminator_gradients(

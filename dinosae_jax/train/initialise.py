@@ -126,19 +126,21 @@ def check_agreement(
 ) -> None:
     """Compares architecture (of the roles wanted) and latent convention with this run's.
 
+    Converted weights state no convention and what their file shows: what both state is compared.
+
     Raises:
       ValueError: with every difference.
     """
     lines = []
     for role in wanted:
-        ours, theirs = (_architecture(m.get(role, {})) for m in (model, source.model))
-        lines += config_lib.differences(ours, theirs, f"model.{role}.")
+        ours, theirs = (m.get(role, {}) for m in (model, source.model))
+        lines += _differences(role, ours, theirs, shared=not source.convention)
     if lines:
         raise ValueError(
             f"{source.path} holds another architecture: {'; '.join(lines)}; use the config that "
             "made it or start from other weights"
         )
-    if source.convention:  # converted weights do not state one
+    if source.convention:
         stated = LatentConvention.from_dict(source.convention)
         convention.check_equal(stated, here="this config", there=str(source.path))
 
@@ -156,9 +158,7 @@ def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:
     """
     converted = weights.load(path, (role,))
     if role in model:
-        ours, theirs = dict(model[role]), converted.config[role]
-        both = _architecture({name: theirs[name] for name in theirs if name in ours})
-        lines = config_lib.differences({n: ours[n] for n in both}, both, f"model.{role}.")
+        lines = _differences(role, model[role], converted.config[role], shared=True)
         if lines:
             raise ValueError(
                 f"{path} holds another architecture: {'; '.join(lines)}; set --config.model.{role} "
@@ -214,5 +214,20 @@ def _why_not(folder: pathlib.Path) -> str:
     return f"{state}; give another path"
 
 
-def _architecture(part: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if name not in COMPUTE_FIELDS}
+def _differences(role: str, ours: Any, theirs: Any, shared: bool) -> list[str]:
+    """What differs between two model configs of a role, or between the fields they share."""
+    one, other = _architecture(ours), _architecture(theirs)
+    if shared:
+        fields = one.keys() & other.keys()
+        one, other = ({name: part[name] for name in fields} for part in (one, other))
+    return config_lib.differences(one, other, f"model.{role}.")
+
+
+def _architecture(part: Any) -> dict[str, Any]:
+    """What is computed: one word for all stages is the same as a list that repeats it."""
+    return {n: _one_word(value) for n, value in part.items() if n not in COMPUTE_FIELDS}
+
+
+def _one_word(value: Any) -> Any:
+    repeats = isinstance(value, list | tuple) and len(set(value)) == 1
+    return value[0] if repeats and isinstance(value[0], str) else value

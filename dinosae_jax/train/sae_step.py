@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from dinosae_jax.eval import image_quality
-from dinosae_jax.losses import alignment, reconstruction
+from dinosae_jax.losses import adversarial, alignment, reconstruction
 from dinosae_jax.models import autoencoder, placement
 from dinosae_jax.train import accumulate, gan, optim, sharding
 from dinosae_jax.train import state as state_lib
@@ -27,6 +27,7 @@ from dinosae_jax.train import state as state_lib
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
 TOKEN_TERMS = {"cosine": alignment.cosine, "mse": alignment.mse}
+FIGURES = ("psnr", "l1", "cosine_similarity")  # of `reconstruct`
 
 
 class Stage(NamedTuple):
@@ -56,6 +57,11 @@ class Stage(NamedTuple):
         return "stem" in self.trainable
 
     @property
+    def aligns(self) -> bool:
+        """Whether the teacher runs."""
+        return any(name in TOKEN_TERMS for name in self.losses)
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         """The scalars of each step, in the order of metrics.jsonl."""
         adversarial = gan.METRICS if self.critics else ()
@@ -66,10 +72,16 @@ class Stage(NamedTuple):
 class Gradients(NamedTuple):
     """Means over one micro-batch: gradients by role, scalars, new collections.
 
-    `params` are the generator's roles, `heads` the discriminator's gradients or None.
+    Attributes:
+      params: of the generator's roles.
+      adversarial: the GAN's part of them, unweighted and not in `params`; None where it is.
+      heads: the discriminator's gradients, or None.
+      scalars: metrics.
+      extra: role -> collections after the step.
     """
 
     params: dict[str, Tree]
+    adversarial: dict[str, Tree] | None
     heads: Tree
     scalars: dict[str, jax.Array]
     extra: dict[str, Tree]
@@ -150,8 +162,10 @@ def train_step(
     index = placement.spread(jnp.arange(images.shape[0]))
     one = functools.partial(gradients, stage, state, frozen, values)
     grads = accumulate.mean_over_micro_batches(one, (images, index), stage.accumulation)
+    if grads.adversarial is not None:
+        grads = add_adversarial(stage, grads, gan_strength(state, values))
     norm = optax.global_norm((grads.params, grads.heads))
-    finite = jnp.isfinite(norm) & jnp.isfinite(grads.scalars["loss"])
+    finite = jnp.isfinite(jnp.stack([norm, *grads.scalars.values()])).all()
 
     generator = {role: state.params[role] for role in stage.trainable}
     generator_norm = optax.global_norm(grads.params)
@@ -241,7 +255,7 @@ def gradients(
     if extra["decoder"]:
         extra["decoder"] = {"batch_stats": statistics}
 
-    heads = None
+    heads, apart = None, None
     if stage.critics:
         clean = picture
         if stage.noisy:
@@ -250,13 +264,49 @@ def gradients(
         pulled, found = _adversarial(
             stage, state, fixed, image, picture, clean, features, pixel_pull, index
         )
-        strength = jnp.where(state.step >= values["gan"]["start"], weights["gan"], 0.0)
-        pixel_pull = pixel_pull + strength * pulled.cotangent
-        scalars |= {**found.scalars, "gan": pulled.loss, "gan_weight": pulled.weight}
-        scalars["loss"] += strength * pulled.weight * pulled.loss
+        scalars |= {**found.scalars, "gan": pulled.loss}
         heads, extra["disc_heads"] = found.params, {"spectral": found.spectral}
+        if stage.accumulation == 1:
+            strength = gan_strength(state, values)
+            pixel_pull = pixel_pull + strength * pulled.weight * pulled.cotangent
+            scalars = _count_adversarial(scalars, strength, pulled.weight)
+        else:  # the weight is that of all micro-batches, known after the last of them
+            (apart,) = pull_back((pulled.cotangent, jnp.zeros_like(tokens)))
     (params,) = pull_back((pixel_pull, token_pull))
-    return Gradients(params, heads, scalars, extra)
+    return Gradients(params, apart, heads, scalars, extra)
+
+
+def gan_strength(state: state_lib.TrainState, values: Mapping[str, Any]) -> jax.Array:
+    """The weight of the GAN's loss, 0 before `gan.start`; the adaptive weight multiplies it."""
+    return jnp.where(state.step >= values["gan"]["start"], values["losses"]["gan"], 0.0)
+
+
+def add_adversarial(stage: Stage, grads: Gradients, strength: jax.Array) -> Gradients:
+    """Joins what micro-batches keep apart, so that their weight is the whole batch's.
+
+    The gradients of the last kernel, whose norms the weight compares, are a part of both trees.
+
+    Args:
+      stage: static.
+      grads: means over all micro-batches.
+      strength: from `gan_strength`.
+    """
+    weight = adversarial.adaptive_weight(
+        *(
+            jnp.linalg.norm(gan.last_kernel(stage.modules, {"params": tree["decoder"]}).ravel())
+            for tree in (grads.params, grads.adversarial)
+        )
+    )
+    params = jax.tree.map(lambda a, b: a + strength * weight * b, grads.params, grads.adversarial)
+    scalars = _count_adversarial(grads.scalars, strength, weight)
+    return grads._replace(params=params, adversarial=None, scalars=scalars)
+
+
+def _count_adversarial(
+    scalars: dict[str, jax.Array], strength: jax.Array, weight: jax.Array
+) -> dict[str, jax.Array]:
+    loss = scalars["loss"] + strength * weight * scalars["gan"]
+    return {**scalars, "gan_weight": weight, "loss": loss}
 
 
 def _adversarial(
@@ -339,23 +389,29 @@ def reconstruct(
       image: float32 [b, h, w, 3] in [0, 1].
 
     Returns:
-      'reconstruction' [b, h, w, 3] clipped to [0, 1]; 'psnr' (dB), 'l1' and 'cosine_similarity'
-      (mean over tokens, to the teacher), each [b].
+      'reconstruction' [b, h, w, 3] clipped to [0, 1]; 'psnr' (dB), 'l1' and, where the weights hold
+      the teacher, 'cosine_similarity' to it (mean over tokens), each [b].
     """
     code = autoencoder.encode(modules, variables, image)
-    teacher = autoencoder.teach(modules, variables, image)
     features, _ = autoencoder.decode_features(
         modules, variables, code.tokens, code.grid, train=False
     )
     picture = jnp.clip(autoencoder.decode_head(modules, variables, features), 0.0, 1.0)
-    return {
+    found = {
         "reconstruction": picture,
         "psnr": image_quality.psnr(picture, image),
         "l1": jnp.mean(jnp.abs(picture - image), axis=(1, 2, 3)),
-        "cosine_similarity": jnp.mean(
-            alignment.cosine_similarity(code.tokens, teacher.tokens), axis=-1
-        ),
     }
+    if has_teacher(variables):
+        teacher = autoencoder.teach(modules, variables, image)
+        cosines = alignment.cosine_similarity(code.tokens, teacher.tokens)
+        found["cosine_similarity"] = jnp.mean(cosines, axis=-1)
+    return found
+
+
+def has_teacher(variables: Variables) -> bool:
+    """Whether the ViT has DINOv3's own patch convolution, which official DINO-SAE files lack."""
+    return "patch_embed" in variables["vit"]["params"]
 
 
 def merge(params: dict[str, Tree], extra: dict[str, Tree]) -> Variables:

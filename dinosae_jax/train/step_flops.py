@@ -4,7 +4,8 @@ Per image, 2 per multiply-add, from the config alone. A backward pass costs twic
 the network is trained (gradients of weights and of inputs) and once where it only hands gradients
 on; the attention's products have two activations as factors and always cost twice. The input
 gradient of a trained network's first layer is counted although nobody needs it (under 0.5%).
-Recomputation (remat) is not work of the model and is left out.
+Recomputation (remat) is not work of the model and is left out, and so is the second backward pass
+that micro-batches cost where the GAN has a weight.
 """
 
 from __future__ import annotations
@@ -94,6 +95,6 @@ def _adversarial(
         "discriminator's heads forward, real and fake": 2 * heads,
         "discriminator's heads backward, real and fake": 4 * heads,
     }
-    if config.latent_noise.tau > 0:
+    if max(config.latent_noise.tau, config.latent_noise.tau_end) > 0:
         terms["decoder forward without noise"] = flops.decoder_flops(modules.decoder, grid, grid)
     return terms

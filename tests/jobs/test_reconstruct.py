@@ -16,6 +16,7 @@ from dinosae_jax.eval import image_quality, pictures
 from dinosae_jax.jobs import reconstruct
 from dinosae_jax.train import initialise
 from tests import tiny_stage
+from tests.weights_conversion import layouts
 
 SIZES = {"a wide.png": (32, 48), "b.png": (32, 48), "c.png": (40, 35), "d.png": (32, 48)}
 
@@ -102,6 +103,23 @@ def test_what_is_left_out_is_named(done):
     notes = " ".join(results["notes"])
     assert "4 images of 2 sizes; the sides of 1 were cropped" in notes
     assert "randomly initialised" in notes and "--kind=lpips_vgg16" in notes
+
+
+def test_converted_official_weights_reconstruct_any_sides(folder, data_dir, tmp_path):
+    official = layouts.official(data_dir, tmp_path)
+    config = make(images=str(folder), init_from=str(official), random_frozen_ok=())
+    reconstruct.run(config, str(tmp_path / "out"))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {tuple(row["size"]) for row in results["per_image"]} == {(32, 48), (32, 32)}
+    assert "Starts from converted weights: official.safetensors." in results["notes"]
+    assert "pixel_range='imagenet' are taken" in " ".join(results["notes"])
+    model = Autoencoder.load(official)
+    original = crops.decode_rgb((folder / "b.png").read_bytes())
+    shown = model.reconstruct(original[None].astype(np.float32) / 255.0)[0]
+    picture = pictures.decode_png(
+        (tmp_path / "out" / results["per_image"][1]["picture"]).read_bytes()
+    )
+    assert np.abs(picture[:, -48:] - np.floor(shown * 255.0)).max() <= 1
 
 
 def test_few_programs_are_compiled(folder, monkeypatch, tmp_path):

@@ -3,10 +3,14 @@
 import json
 
 import jax
+import pytest
 
+from configs import sae_stage4
 from dinosae_jax.eval import robustness
-from dinosae_jax.train import checkpoint
+from dinosae_jax.jobs import train, train_autoencoder
+from dinosae_jax.train import checkpoint, initialise, sharding
 from tests import tiny_stage
+from tests.weights_conversion import layouts
 
 
 def test_a_finished_stage_has_pictures_baselines_and_robustness(tmp_path):
@@ -22,3 +26,29 @@ def test_a_finished_stage_has_pictures_baselines_and_robustness(tmp_path):
     # Unturned tokens give the reconstruction; both are means of the same three images.
     assert abs(rows[0]["psnr"] - figures["eval/psnr"]) < 1e-3
     assert len({row["psnr"] for row in rows}) > 1
+
+
+def test_a_stage_continues_official_weights(data_dir, tmp_path):
+    """Their file writes the same architecture in other words and leaves the teacher out."""
+    tiny_stage.write_images(tmp_path / "data")
+    source = layouts.official(data_dir, tmp_path)
+    config = sae_stage4.get_config("tiny")
+    config.update_from_flattened_dict({**tiny_stage.TINIEST, "losses.gan": 0.0})
+    for role, part in initialise.open_source(source).model.items():
+        given = {name: value for name, value in part.items() if name in config.model[role]}
+        single = {n: v[0] if n in ("block_type", "norm", "act") else v for n, v in given.items()}
+        config.model[role].update(
+            {n: tuple(v) if isinstance(v, list) else v for n, v in single.items()}
+        )
+    config.data.source, config.init_from = f"folder:{tmp_path / 'data'}", str(source)
+    mesh = sharding.make_mesh()
+    prepared = train_autoencoder.prepare(train.resolve(config), tmp_path, mesh)
+    with jax.set_mesh(mesh), checkpoint.open_manager(tmp_path, keep=1) as manager:
+        figures = prepared.task.evaluate(prepared.restore(manager))
+    assert list(figures) == ["eval/psnr", "eval/l1"]
+    config.trainable, config.losses.cosine, config.latent_noise.tau = ("stem", "decoder"), 0.5, 0.0
+    with pytest.raises(ValueError, match="alignment needs the teacher"):
+        train_autoencoder.prepare(train.resolve(config), tmp_path, mesh)
+    config.model.decoder.act = "relu"
+    with pytest.raises(ValueError, match=r"another architecture: model.decoder.act: 'relu' here"):
+        train_autoencoder.prepare(train.resolve(config), tmp_path, mesh)

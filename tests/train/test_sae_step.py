@@ -9,6 +9,7 @@ import pytest
 
 from dinosae_jax.losses import adversarial
 from dinosae_jax.train import gan, sae_step, sharding
+from dinosae_jax.train import state as state_lib
 
 GAN = {"losses__gan": 0.5, "optimizer__learning_rate": 5e-4}  # the rate of stages 2-4, tiny
 DECODER_ONLY = {"trainable": ("decoder",), "losses__cosine": 0.0, "init_from": "x"}
@@ -95,22 +96,37 @@ def test_gradients_are_those_of_the_plain_loss(make_config, make_run):
     )
 
 
-@pytest.mark.parametrize("name", ["1", "4"])
-def test_accumulation_equals_the_large_batch(make_config, make_run, after_one, name):
-    changes = {**STAGES[name], "accumulation": 4}
-    stage, state, frozen, values, batch = make_run(make_config(**changes))
-    after = step_of(stage)(state, frozen, batch, values)
-    _, expected, _ = after_one(name)
-    # The GAN's adaptive weight is a ratio of norms of the (micro-)batch, hence only close.
-    tolerance = 1e-4 if name == "1" else 0.2
-    for metric in ("loss", "psnr", "l1"):
-        ours, theirs = (float(s.metrics[metric].compute()) for s in (after, expected))
-        assert ours == pytest.approx(theirs, rel=tolerance)
+@pytest.fixture
+def no_rounding(monkeypatch):
+    """Fakes are not rounded to 8 bits.
+
+    Where a difference of 1e-7 crosses a boundary of the rounding, a pixel of a fake changes by
+    1/255; the sums themselves are compared without that step.
+    """
+    monkeypatch.setattr(adversarial, "quantise", lambda fakes: jnp.clip(fakes, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("name", ["1", "2", "4"])
+def test_accumulation_equals_the_large_batch(make_config, make_run, no_rounding, name):
+    """Losses, adaptive weight, gradients and spectral vectors; draws follow the global index."""
+
+    def run(accumulation):
+        config = make_config(**STAGES[name], accumulation=accumulation)
+        stage, state, frozen, values, batch = make_run(config)
+        return step_of(stage)(state, frozen, batch, values)
+
+    whole, parts = run(1), run(4)
+    for metric, mean in whole.metrics.items():
+        expected = pytest.approx(float(mean.compute()), rel=1e-5, abs=1e-6)
+        assert float(parts.metrics[metric].compute()) == expected, metric
     # AdamW's first step is the sign of the gradient: compare the moments.
-    ours, theirs = (jax.tree.leaves(s.opt["generator"].mu) for s in (after, expected))
-    if name == "1":
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6)
+    for optimizer, moments in whole.opt.items():
+        expected, found = (jax.tree.leaves(m.mu) for m in (moments, parts.opt[optimizer]))
+        largest = max(np.abs(leaf).max() for leaf in expected)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest)
+    for a, b in zip(jax.tree.leaves(parts.extra), jax.tree.leaves(whole.extra), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["1", "2"])
@@ -128,6 +144,16 @@ def test_a_step_that_is_not_finite_changes_nothing(make_config, make_run, name):
     assert not all(leaves_equal(after.params, recovered.params))
 
 
+def test_a_discriminator_that_is_not_finite_changes_nothing(make_config, make_run):
+    """Not the generator either, before it listens to the discriminator at all."""
+    stage, state, frozen, values, batch = make_run(make_config(**GAN, gan__start=9))
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.params["disc_heads"])
+    state = state.replace(params={**state.params, "disc_heads": broken})
+    after = step_of(stage)(state, frozen, batch, values)
+    assert all(leaves_equal(state.params, after.params)) and all(leaves_equal(state.ema, after.ema))
+    assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 1)
+
+
 def test_the_discriminator_waits_for_its_start(make_config, make_run):
     config = make_config(**GAN, gan__start=2, gan__disc_start=1)
     stage, state, frozen, values, batch = make_run(config)
@@ -143,10 +169,7 @@ def test_the_discriminator_waits_for_its_start(make_config, make_run):
 
 
 @pytest.mark.parametrize("name", ["1", "2", "4"])
-def test_one_and_eight_devices_agree(make_config, make_run, monkeypatch, name):
-    # Where a difference of 1e-7 crosses a boundary of the 8-bit rounding, a pixel of a fake
-    # changes by 1/255; the sums themselves are compared without that step.
-    monkeypatch.setattr(adversarial, "quantise", lambda fakes: jnp.clip(fakes, 0.0, 1.0))
+def test_one_and_eight_devices_agree(make_config, make_run, no_rounding, name):
     stage, state, frozen, values, batch = make_run(make_config(**STAGES[name]))
     curves = []
     for devices in (1, 8):
@@ -193,8 +216,9 @@ def test_latent_noise_is_per_image_and_ramps(make_config, make_run):
     np.testing.assert_allclose(ramped, constant * (1.0 / 0.8), rtol=1e-5)
 
 
-def test_the_state_is_donated_and_nothing_recompiles(make_config, make_run):
-    stage, state, frozen, values, batch = make_run(make_config())
+@pytest.mark.parametrize("name", ["2", "4"])
+def test_the_state_is_donated_and_nothing_recompiles(make_config, make_run, name):
+    stage, state, frozen, values, batch = make_run(make_config(**STAGES[name]))
     mesh = sharding.make_mesh(1, jax.devices()[:1])
     place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
     state, frozen = place(jax.tree.map(np.asarray, (state, frozen)))
@@ -205,6 +229,8 @@ def test_the_state_is_donated_and_nothing_recompiles(make_config, make_run):
     assert memory.alias_size_in_bytes == size
     for _ in range(3):
         state = step(state, frozen, on_devices, values)
+        zeros = state_lib.zero_metrics(stage.metric_names)  # as the loop does after a line
+        state = state.replace(metrics=sharding.replicate(zeros, mesh))
     assert step._cache_size() == 1
 
 
@@ -218,7 +244,7 @@ def temporary_bytes(make_config, make_run, depth, **changes):
 def test_a_frozen_encoder_keeps_no_activations(make_config, make_run):
     """Twelve more blocks cost memory where gradients pass through the ViT, and only there."""
     growth = {}
-    for name in ("1", "3"):
+    for name in ("1", "3", "4"):
         changes = {**STAGES[name], "losses__gan": 0.0}
         shallow, deep = (
             temporary_bytes(make_config, make_run, depth, **changes) for depth in (1, 13)
@@ -226,4 +252,4 @@ def test_a_frozen_encoder_keeps_no_activations(make_config, make_run):
         growth[name] = (deep - shallow) / 12
     tokens = 8 * (1 + 2 + 4) * 32 * 4  # one residual stream: batch, tokens, width, bytes
     assert growth["1"] > 4 * tokens
-    assert growth["3"] < tokens
+    assert max(growth["3"], growth["4"]) < tokens

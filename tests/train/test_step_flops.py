@@ -57,7 +57,7 @@ def test_the_flow_step_at_full_size(module):
     )
 
 
-@pytest.mark.parametrize("module", [sae_stage2, sae_stage4, rfm_dit])
+@pytest.mark.parametrize("module", [sae_stage1, sae_stage2, sae_stage3, sae_stage4, rfm_dit])
 def test_the_step_does_no_work_twice(module):
     """Full widths and two layers, unrolled (a loop's body would be counted once); only traced."""
     config = module.get_config()

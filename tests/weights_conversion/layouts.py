@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from weights_conversion import convert
 from weights_conversion.golden import read_golden
 from weights_conversion.safetensors_file import write_safetensors
 
@@ -31,6 +32,15 @@ def facebook(data_dir, name="c_dinov3_mlp"):
     """Weights and recording of a facebook file."""
     golden = read_golden(data_dir / "autoencoder" / f"{name}.safetensors")
     return golden.weights, golden
+
+
+def official(data_dir, folder):
+    """Converted weights of the recorded official autoencoder, without the teacher's convolution."""
+    weights = read_golden(data_dir / "autoencoder" / "e_autoencoder.safetensors").weights
+    state = {k: v for k, v in weights.items() if not k.startswith("TEACHER_ONLY.")}
+    file = save(folder / "official.safetensors", state)
+    convert.convert_file("dinosae", [file], folder / "official")
+    return folder / "official"
 
 
 def hugging_face(weights, newer=False):
