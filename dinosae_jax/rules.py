@@ -18,6 +18,8 @@ TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
 CROPS = ("random", "center", "resize_random", "random_resized")
 SAMPLERS = ("euler_projection", "rodrigues", "geodesic_midpoint", "geodesic_heun", "ab2", "dpm2m")
 MEASUREMENTS = ("evaluate", "probe", "pca", "encode")
+UINT8_CONVERSIONS = ("truncate", "round", "round_signed")
+INCEPTION_RESIZES = ("tf1_bilinear", "half_pixel_bilinear")
 LATENT_FORMATS = ("bfloat16", "int8")
 ROLES = ("stem", "vit", "decoder", "disc_heads", "dino", "lpips", "inception", "dit")
 POSITIVE = (
@@ -304,6 +306,15 @@ def _validate_measurement(config: ml_collections.ConfigDict) -> None:
             raise ValueError(
                 f"num_shards must not be negative; got {config.num_shards}; 0 makes shards of 1 GiB"
             )
+    if config.job == "evaluate":
+        _require_member("uint8_conversion", config.uint8_conversion, UINT8_CONVERSIONS)
+        _require_member("resize", config.resize, INCEPTION_RESIZES)
+        for field, least in (("images", 0), ("reference_images", 0), ("kernel_subset_size", 2)):
+            if config[field] < least:
+                raise ValueError(
+                    f"{field} must be at least {least}; got {config[field]}; the papers' protocol "
+                    "is the default of configs/evaluate.py"
+                )
     if not (config.init_from or config.get("samples") or config.random_frozen_ok):
         raise ValueError(
             f"{config.job} needs trained weights; got an empty init_from; name a workdir, "

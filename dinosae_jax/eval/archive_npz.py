@@ -6,9 +6,11 @@ Images are read and written as a stream, because 50,000 of them are 9.8 GB. A me
 which other programs ignore, says how the moments were made.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO
 
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from dinosae_jax.eval.frechet import Statistics
+from dinosae_jax.eval.frechet import Statistics, check_moments
 from dinosae_jax.eval.recipe import Recipe
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
@@ -44,9 +46,13 @@ class Archive:
         """Yields uint8 [b,h,w,3] in order, b = size but for the last batch.
 
         Raises:
-          ValueError: the file ends before its images do.
+          ValueError: the file is damaged, or ends before its images do.
         """
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+        with (
+            _as_one_line(self.path),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open("arr_0.npy") as file,
+        ):
             _read_header(file)
             for start in range(0, self.shape[0], size):
                 shape = (min(size, self.shape[0] - start), *self.shape[1:])
@@ -60,15 +66,18 @@ def open_images(path: pathlib.Path) -> Archive:
     """Opens the images of an .npz file and holds their layout; nothing is read yet.
 
     Raises:
-      ValueError: not an .npz file with `arr_0` as uint8 [n,h,w,3] in C order.
+      ValueError: not an .npz file with `arr_0` as uint8 [n,h,w,3] in C order, or a damaged one.
     """
     rule = f"{path} must be an .npz with arr_0 as uint8 [n,h,w,3] in C order"
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{rule}, got something else: write it with archive_npz.write_images")
-    with zipfile.ZipFile(path) as archive:
+    with _as_one_line(path), zipfile.ZipFile(path) as archive:
         if "arr_0.npy" not in archive.namelist():
             names = sorted(name.removesuffix(".npy") for name in archive.namelist())
-            raise ValueError(f"{rule}, got members {names[:8]}: name the images arr_0")
+            way = "name the images arr_0"
+            if "mu" in names:
+                way = "moments alone do not say which resize made them, use the images"
+            raise ValueError(f"{rule}, got members {names[:8]}: {way}")
         with archive.open("arr_0.npy") as file:
             shape, fortran, dtype = _read_header(file)
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
@@ -103,23 +112,19 @@ def read_moments(path: pathlib.Path, tap: str, recipe: Recipe = ADM_RECIPE) -> S
       The moments, or None where the file holds images alone.
 
     Raises:
-      ValueError: unknown tap, or moments whose shapes do not belong together.
+      ValueError: unknown tap, or moments that do not belong together or are not finite.
     """
     if tap not in MOMENTS:
         raise ValueError(f"a reference stores the taps {sorted(MOMENTS)}, got {tap!r}")
     names = MOMENTS[tap]
     resolution = open_images(path).shape[1]
-    with np.load(path) as archive:
+    with _as_one_line(path), np.load(path) as archive:
         if names[0] not in archive.files:
             return None
         mean, covariance = (np.asarray(archive[name], np.float64) for name in names)
         if "recipe" in archive.files:
             recipe = Recipe.from_json(str(archive["recipe"]))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(
-            f"{path} must hold {names[0]} [d] and {names[1]} [d,d], "
-            f"got {list(mean.shape)} and {list(covariance.shape)}: the file is damaged"
-        )
+    check_moments(path, mean, covariance)
     recipe = dataclasses.replace(recipe, tap=tap, resolution=resolution)
     return Statistics(recipe.count, mean, covariance * (recipe.count - 1), recipe)
 
@@ -174,6 +179,15 @@ def _write_batches(file: IO[bytes], batches: Iterable[Images], count: int) -> No
         if written == count:
             return
     raise ValueError(f"an .npz batch of {count} images was asked for, got {written}: make more")
+
+
+@contextlib.contextmanager
+def _as_one_line(path: pathlib.Path) -> Iterator[None]:
+    """Turns what zipfile raises for bytes that changed into a ValueError that names the file."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or write it again") from None
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

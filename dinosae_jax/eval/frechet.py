@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinosae_jax.eval.recipe import Recipe, check_comparable, check_features
+from dinosae_jax.eval.recipe import Recipe, check_comparable, check_features, check_pair
 
 Float64 = NDArray[np.float64]
 
@@ -117,11 +117,10 @@ def frechet_distance_of_few(first: ArrayLike, second: ArrayLike) -> float:
       second: [n2,d], n2 at least 2.
 
     Raises:
-      ValueError: layout, number or finiteness of the features.
+      ValueError: layout, number, dimensions or finiteness of the features.
     """
-    arrays = [
-        check_features(side, 2, "Frechet distance").astype(np.float64) for side in (first, second)
-    ]
+    pair = check_pair(first, second, 2, "Frechet distance")
+    arrays = [side.astype(np.float64) for side in pair]
     means = [array.mean(axis=0) for array in arrays]
     a, b = ((x - mean) / np.sqrt(len(x) - 1) for x, mean in zip(arrays, means, strict=True))
     root_trace = np.sum(np.linalg.svd(a @ b.T, compute_uv=False))
@@ -145,7 +144,7 @@ def read_statistics(path: pathlib.Path) -> Statistics:
     """Reads what `write_statistics` wrote.
 
     Raises:
-      ValueError: the file lacks a member.
+      ValueError: the file lacks a member, or the members are no moments.
     """
     with np.load(path) as archive:
         missing = {"mean", "scatter", "count", "recipe"} - set(archive.files)
@@ -155,7 +154,24 @@ def read_statistics(path: pathlib.Path) -> Statistics:
                 "write it with write_statistics, or read it with archive_npz if it is a reference"
             )
         recipe = Recipe.from_json(str(archive["recipe"]))
-        return Statistics(int(archive["count"]), archive["mean"], archive["scatter"], recipe)
+        mean, scatter = (np.asarray(archive[name], np.float64) for name in ("mean", "scatter"))
+        check_moments(path, mean, scatter)
+        return Statistics(int(archive["count"]), mean, scatter, recipe)
+
+
+def check_moments(path: pathlib.Path, mean: Float64, scatter: Float64) -> None:
+    """Holds that a mean and a scatter or covariance of a file belong together.
+
+    Raises:
+      ValueError: other shapes than [d] and [d,d], or a NaN or infinity.
+    """
+    if mean.ndim != 1 or scatter.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{path} must hold a mean [d] and moments [d,d], "
+            f"got {list(mean.shape)} and {list(scatter.shape)}: the file is damaged"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(scatter).all()):
+        raise ValueError(f"{path} must hold finite moments, got NaN or infinity: make it again")
 
 
 def _check_count(count: int, dimensions: int) -> None:

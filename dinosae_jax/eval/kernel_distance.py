@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinosae_jax.eval.recipe import check_features
+from dinosae_jax.eval.recipe import check_pair
 
 SUBSETS, SUBSET_SIZE = 100, 1000
 SEED = 2020
@@ -21,20 +21,21 @@ def kernel_distance(
       first: [n1,d].
       second: [n2,d].
       subsets: how many pairs of subsets to draw.
-      subset_size: samples in a subset, at most min(n1, n2).
+      subset_size: samples in a subset, 2 to min(n1, n2).
 
     Returns:
       Mean and population standard deviation over the subsets.
 
     Raises:
-      ValueError: layout, number or finiteness of the features.
+      ValueError: layout, number, dimensions or finiteness of the features, or subsets of fewer
+        than 2 samples.
     """
-    x, y = (check_features(side, max(2, subset_size), "KID") for side in (first, second))
-    if x.shape[1] != y.shape[1]:
+    if subset_size < 2:
         raise ValueError(
-            "KID needs features of one dimension, "
-            f"got {x.shape[1]} and {y.shape[1]}: use one tap for both"
+            f"KID averages over pairs, so a subset holds at least 2 samples, got {subset_size}: "
+            f"{SUBSET_SIZE} is the usual size"
         )
+    x, y = check_pair(first, second, subset_size, "KID")
     generator = np.random.RandomState(SEED)
     values = []
     for _ in range(subsets):

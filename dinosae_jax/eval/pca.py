@@ -35,7 +35,7 @@ def fit(tokens: ArrayLike) -> Components:
     The length is set aside because the alignment loss, a cosine, does not see it.
 
     Raises:
-      ValueError: fewer than 4 tokens, or fewer than 3 dimensions.
+      ValueError: fewer than 4 tokens, fewer than 3 dimensions, or a NaN or infinity.
     """
     unit = _unit(tokens).reshape(-1, np.shape(tokens)[-1])
     count, width = unit.shape
@@ -72,7 +72,8 @@ def figure(
       uint8 [height,width,3], one column an image.
 
     Raises:
-      ValueError: unknown `fitted_on`, or shapes that do not belong together.
+      ValueError: unknown `fitted_on`, shapes that do not belong together, or tokens that are not
+        finite.
     """
     pixels, maps = np.asarray(images), [np.asarray(teacher), np.asarray(student)]
     if maps[0].shape != maps[1].shape or len(pixels) != len(maps[0]):
@@ -90,4 +91,6 @@ def figure(
 
 def _unit(tokens: ArrayLike) -> Float64:
     array = np.asarray(tokens, np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError("tokens must be finite, got NaN or infinity: check the weights")
     return array / np.maximum(np.linalg.norm(array, axis=-1, keepdims=True), 1e-12)

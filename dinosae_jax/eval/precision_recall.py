@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinosae_jax.eval.recipe import check_features
+from dinosae_jax.eval.recipe import check_pair
 
 NEIGHBOURS = 3
 ADM_COUNTS = (10_000, 50_000)  # reference, generated
@@ -43,12 +43,11 @@ def precision_recall(
       (precision, recall).
 
     Raises:
-      ValueError: unknown protocol, counts it does not allow, or layout and finiteness of features.
+      ValueError: unknown protocol, counts it does not allow, or layout, dimensions and finiteness
+        of the features.
     """
-    sets = [
-        check_features(side, NEIGHBOURS + 1, "precision and recall").astype(np.float32, copy=False)
-        for side in (reference, generated)
-    ]
+    pair = check_pair(reference, generated, NEIGHBOURS + 1, "precision and recall")
+    sets = [side.astype(np.float32, copy=False) for side in pair]
     counts = (len(sets[0]), len(sets[1]))
     if protocol not in ("plain", "adm"):
         raise ValueError(

@@ -45,8 +45,18 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        """The recipe that `to_json` wrote."""
-        return cls(**json.loads(text))
+        """The recipe that `to_json` wrote.
+
+        Raises:
+          ValueError: text that it did not write.
+        """
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"a recipe is JSON of the fields of `Recipe`; got {text[:80]!r}; make the file "
+                "again"
+            ) from None
 
 
 def check_comparable(first: Recipe, second: Recipe) -> None:
@@ -84,3 +94,20 @@ def check_features(features: ArrayLike, fewest: int, metric: str) -> NDArray[np.
             f"{len(array)} rows (first: {np.argmin(finite)}): check those images and the weights"
         )
     return array
+
+
+def check_pair(
+    first: ArrayLike, second: ArrayLike, fewest: int, metric: str
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Returns two sets of features as arrays [n,d] and [m,d] after `check_features` of each.
+
+    Raises:
+      ValueError: as `check_features`, or sets of different dimensions.
+    """
+    x, y = (check_features(side, fewest, metric) for side in (first, second))
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"{metric} needs features of one dimension, "
+            f"got {x.shape[1]} and {y.shape[1]}: use one tap for both"
+        )
+    return x, y

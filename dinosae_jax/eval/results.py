@@ -50,7 +50,7 @@ def write(folder: pathlib.Path, about: Mapping[str, Any], results: Sequence[Resu
 
     Args:
       folder: where to.
-      about: what all numbers share: model, checkpoint_step, sampler, steps, config_sha256, ...
+      about: what all numbers share: model, checkpoint_step, sampler, steps, dtype, config_sha256.
       results: the numbers.
 
     Returns:

@@ -20,7 +20,7 @@ import ml_collections
 from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.eval import archive_npz, features, results
-from dinosae_jax.jobs import evaluate_autoencoder, evaluate_samples, measure
+from dinosae_jax.jobs import evaluate_autoencoder, evaluate_samples, measure, train
 from dinosae_jax.jobs.evaluate_samples import Subject, check_file
 from dinosae_jax.train import initialise, logging, sharding
 
@@ -55,6 +55,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         images, or a reference of another recipe or resolution.
       stopping.Interrupted: after a signal while samples are drawn, with every finished chunk saved.
     """
+    config = train.resolve(config)
     subject = open_subject(config)
     mesh = sharding.make_mesh()
     network = open_network(config, subject, mesh)
@@ -173,6 +174,7 @@ def describe(
         "sampler": "",
         "steps": None,
         "features": f"{network.name}, {network.resize}",
+        "dtype": config.dtype if subject.source else "",
         "config_sha256": measure.config_sha256(config),
         "commit": measure.commit(),
         "notes": [],

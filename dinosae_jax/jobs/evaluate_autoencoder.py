@@ -23,6 +23,7 @@ from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.models.lpips import LPIPS
 from dinosae_jax.train import logging, sharding
 
+INTERPOLATED = "interpolated_frechet"
 SHOWN = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
 CONVENTIONS = {
     "psnr": "mean of dB over images, range [0,1], at most 100 dB (RAE)",
@@ -42,7 +43,8 @@ def run(
     """Every metric of an autoencoder on the evaluation images of a data set.
 
     Raises:
-      ValueError: before long work, for too few images or a reference of another recipe.
+      ValueError: before long work, for too few images or a reference of another recipe; later for
+        reconstructions or features that are not finite.
     """
     autoencoder = subject.autoencoder
     assert autoencoder is not None
@@ -53,8 +55,11 @@ def run(
     opened = evaluate_samples.open_reference(config, network, taps) if config.reference else None
     if opened:
         evaluate_samples.check_recipes(network, opened, taps, config.data.image_size)
+    plain = tuple(metric for metric in compared if metric != INTERPOLATED)
     known = opened.known if opened else count
-    distances.check_counts(compared, count, known, config.kernel_subset_size)
+    distances.check_counts(plain, count, known, config.kernel_subset_size)
+    if INTERPOLATED in compared:  # against the same images, whatever the reference is
+        distances.check_counts((INTERPOLATED,), count, count, config.kernel_subset_size)
     lpips = weights.load(config.weights.lpips, ("lpips",)) if "lpips" in metrics else None
     figures = tuple(metric for metric in metrics if metric in SHOWN)
     reconstruct = functools.partial(
@@ -69,14 +74,13 @@ def run(
     reference = distances.Reference(
         both["images"], f"{config.data.source} eval, the same images", data.fingerprint
     )
-    plain = tuple(metric for metric in compared if metric != "interpolated_frechet")
     far = opened.load(mesh, folder) if opened else reference
     prefix = "" if opened else "r"
     made = both["reconstructions"]
     rows += evaluate_samples.all_distances(config, network, plain, made, far, prefix)
-    if "interpolated_frechet" in compared:
+    if INTERPOLATED in compared:
         between = _interpolated(config, data, network, mesh, count, autoencoder)
-        only = ("interpolated_frechet",)
+        only = (INTERPOLATED,)
         rows += evaluate_samples.all_distances(config, network, only, between, reference, "")
     return rows
 
@@ -103,17 +107,28 @@ def _measure(
             made = reconstruct(batch["image"])
             sets = {"images": batch["image"], "reconstructions": made["image"]}
             taken = {name: network(each, taps) for name, each in sets.items()} if taps else {}
-            yield {**batch, "figures": made["figures"], "taps": taken}
+            yield {**batch, **made, "taps": taken}
 
     figures: dict[str, list[np.ndarray]] = {}
     for done in features.one_behind(running()):
         index, mask = sharding.gather(done["index"]), sharding.gather(done["mask"])
+        _check_finite(sharding.gather(done["finite"]), index)
         for name, each in done["figures"].items():
             figures.setdefault(name, []).append(sharding.gather(each)[mask].astype(np.float64))
         for name, rows in done["taps"].items():
             collectors[name].add({k: sharding.gather(v) for k, v in rows.items()}, index, mask)
     whole = {name: np.concatenate(each) for name, each in figures.items()}
     return {name: each.finish() for name, each in collectors.items()} if taps else {}, whole
+
+
+def _check_finite(finite: np.ndarray, index: np.ndarray) -> None:
+    """Raises ValueError where a reconstruction is not: as 8 bits it would be a black image."""
+    if not finite.all():
+        raise ValueError(
+            f"reconstructions must be finite; got NaN or infinity in {np.sum(~finite)} of a batch "
+            f"of {len(finite)} (first: image {index[~finite][0]}); check the weights, or pass "
+            "--config.dtype=float32"
+        )
 
 
 def _collector(
@@ -161,7 +176,7 @@ def _figure_row(
 def _compiled_reconstruct(
     modules: autoencoder_lib.AutoencoderModules, figures: tuple[str, ...], conversion: str
 ) -> Callable[..., dict[str, Any]]:
-    """(variables, lpips variables, uint8 [b,h,w,3]) -> the 8-bit reconstruction and its figures."""
+    """(variables, lpips variables, uint8 [b,h,w,3]) -> 8-bit images, figures, finite [b] before."""
 
     @jax.jit
     def reconstruct(variables: Any, lpips: Any, image: jax.Array) -> dict[str, Any]:
@@ -177,7 +192,8 @@ def _compiled_reconstruct(
         }
         with jax.default_matmul_precision("highest"):
             found = {name: functions[name](rounded, pixels) for name in figures}
-        return {"image": made, "figures": found}
+        finite = jnp.isfinite(decoded).all((1, 2, 3))
+        return {"image": made, "figures": found, "finite": finite}
 
     return reconstruct
 
@@ -217,7 +233,7 @@ def _interpolated(
         {**first, "image": midpoints(autoencoder.variables, first["image"], second["image"])}
         for first, second in pairs
     )
-    taps = (network.metrics["interpolated_frechet"][1],)
+    taps = (network.metrics[INTERPOLATED][1],)
     collector = _collector(config, network, taps, config.uint8_conversion, "interpolations")
     return features.extract(network, made, collector)
 

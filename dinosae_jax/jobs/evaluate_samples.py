@@ -200,7 +200,11 @@ def _archive_reference(
 ) -> OpenedReference:
     """Images, and moments of more images where the file has those of the network's taps."""
     archive = archive_npz.open_images(path)
-    about = {"resolution": archive.shape[1], "uint8_conversion": "stored", "images": path.name}
+    about = {
+        "resolution": _side_of(archive, "a reference's images"),
+        "uint8_conversion": "stored",
+        "images": path.name,
+    }
     stored: dict[str, frechet.Statistics] = {}
     if network.name == archive_npz.ADM_RECIPE.network:
         for tap in set(taps) & set(archive_npz.MOMENTS):
@@ -245,16 +249,18 @@ def _moments_reference(
 def _expected(config: ml_collections.ConfigDict, subject: Subject) -> tuple[int, int, str]:
     """Number of samples, their side in pixels and their labels, before a flow is sampled."""
     if subject.archive:
-        if subject.archive.shape[1] != subject.archive.shape[2]:
-            raise ValueError(
-                f"samples are square; got {subject.archive.shape[1]} x {subject.archive.shape[2]} "
-                f"in {subject.name}; crop them"
-            )
-        return subject.archive.shape[0], subject.archive.shape[1], ""
+        return subject.archive.shape[0], _side_of(subject.archive, "samples"), ""
     assert subject.source is not None
     dit = subject.source.model["dit"]
     wanted = (config.sample.labels, config.sample.count, dit["num_classes"], config.seed)
     return len(sample.choose_labels(*wanted)), 16 * dit["input_size"], config.sample.labels
+
+
+def _side_of(archive: archive_npz.Archive, what: str) -> int:
+    _, height, width, _ = archive.shape
+    if height != width:
+        raise ValueError(f"{what} are square; got {height} x {width} in {archive.path}; crop them")
+    return height
 
 
 def _tell_blocks(name: str, done: int, total: int) -> None:

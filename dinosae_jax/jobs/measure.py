@@ -141,19 +141,23 @@ def config_sha256(config: ml_collections.ConfigDict) -> str:
 
 
 def commit() -> str:
-    """The commit of this code, or the empty string where it is not a git checkout."""
-    folder = pathlib.Path(__file__).parent
+    """The commit of this code, with '-dirty' behind it where tracked files differ from it.
+
+    The empty string where the code is no part of a git checkout, as when it is installed.
+    """
+    path = pathlib.Path(__file__)
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        # An installation may lie inside another project's checkout, whose commit says nothing.
+        _git(path.parent, "ls-files", "--error-unmatch", path.name)
+        return _git(path.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _git(folder: pathlib.Path, *arguments: str) -> str:
+    found = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+    )
     return found.stdout.strip()
 
 

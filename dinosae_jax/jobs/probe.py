@@ -13,7 +13,9 @@ import ml_collections
 from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.data import images
 from dinosae_jax.eval import features, probe, results
+from dinosae_jax.eval.recipe import check_features
 from dinosae_jax.jobs import measure, parts
+from dinosae_jax.jobs import train as train_job
 from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.train import logging, sharding
 
@@ -36,6 +38,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     if config.steps < 1:
         raise ValueError(f"a probe needs at least 1 step; got steps={config.steps}; raise it")
+    config = train_job.resolve(config)
     source = measure.open_weights(config)
     autoencoder = measure.open_autoencoder(config, source)
     measure.require_teacher(autoencoder)
@@ -55,6 +58,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         "model": config.init_from or "random",
         "checkpoint_step": measure.checkpoint_step(source),
         "features": "class token, mean patch token",
+        "dtype": config.dtype,
         "config_sha256": measure.config_sha256(config),
         "commit": measure.commit(),
         "notes": list(autoencoder.notes),
@@ -105,13 +109,22 @@ def training_features(
     mesh: jax.sharding.Mesh,
     extract: Callable[[jax.Array], jax.Array],
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Features and labels of augmented images, without end, on the devices."""
+    """Features and labels of augmented images, without end, on the devices.
+
+    Raises:
+      ValueError: for features that are not finite.
+    """
     fields = ("image", "label")
     found = parts.training_batches(source, config, mesh, fields, config.batch_size)
     placed = (sharding.put_batch(batch, mesh) for batch in found)
     running = ((extract(batch["image"]), batch["label"]) for batch in placed)
     for rows, labels in features.one_behind(running):
-        yield jax.block_until_ready(rows), labels  # or the host would run ahead without bound
+        if not jnp.isfinite(rows).all():  # waits: or the host would run ahead without bound
+            raise ValueError(
+                "a probe needs finite features; got NaN or infinity; check the weights, or pass "
+                "--config.dtype=float32"
+            )
+        yield rows, labels
 
 
 def held_out_features(
@@ -120,13 +133,18 @@ def held_out_features(
     mesh: jax.sharding.Mesh,
     extract: Callable[[jax.Array], jax.Array],
 ) -> Iterator[tuple[Any, Any]]:
-    """Features and labels of every held-out image, on the host."""
+    """Features and labels of every held-out image, on the host.
+
+    Raises:
+      ValueError: for features that are not finite.
+    """
     for batch in measure.dataset_batches(source, config, mesh, len(source)):
         fields = {name: batch[name] for name in ("image", "label", "mask")}
         placed = sharding.put_batch(fields, mesh)
         mask = sharding.gather(placed["mask"])
         rows, labels = extract(placed["image"]), placed["label"]
-        yield sharding.gather(rows)[mask], sharding.gather(labels)[mask]
+        found = check_features(sharding.gather(rows)[mask], 0, "a probe")
+        yield found, sharding.gather(labels)[mask]
 
 
 def describe(

@@ -185,6 +185,11 @@ def draw_chunks(
         chunk = labels[start : start + config.chunk]
         padded = np.resize(chunk, -(-len(chunk) // size) * size)
         images = generator.sample(padded, key=key, first_index=start, batch_size=size, **given)
+        if not np.isfinite(images).all():  # as 8 bits they would be black
+            raise ValueError(
+                f"samples must be finite; got NaN or infinity among the {len(images)} from number "
+                f"{start} on; check the weights, or pass --config.dtype=float32"
+            )
         if jax.process_index() == 0:
             write_chunk(folder, start, pictures.as_picture(images[: len(chunk)]))
         drawn += len(chunk)

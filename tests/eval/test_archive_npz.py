@@ -69,7 +69,8 @@ def test_an_archive_of_images_alone_has_no_moments(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, r"got members \['images'\]"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, r"got members \['images'\]: name"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "alone do not say which resize made them"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, r"got float32 \[2, 8, 8, 3\]"),
         ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"got uint8 \[2, 3, 8, 8\]"),
         ({"arr_0": np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8))}, "in Fortran order"),
@@ -96,3 +97,18 @@ def test_other_bad_input_is_one_clear_line(tmp_path):
         archive_npz.read_moments(path, "pool3")
     with pytest.raises(ValueError, match="stores the taps"):
         archive_npz.read_moments(path, "logits")
+    np.savez(path, arr_0=images(2), mu=np.full(3, np.nan), sigma=np.eye(3))
+    with pytest.raises(ValueError, match="finite moments, got NaN"):
+        archive_npz.read_moments(path, "pool3")
+
+
+@pytest.mark.parametrize("count", [5, 200])  # found with the header, and with the last images
+def test_bytes_that_changed_are_one_clear_line(tmp_path, count):
+    path = tmp_path / "samples.npz"
+    archive_npz.write_images(path, [images(count)], count)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"samples\.npz is damaged \(Bad CRC-32") as error:
+        list(archive_npz.open_images(path).batches(2))
+    assert "\n" not in str(error.value)

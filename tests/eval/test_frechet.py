@@ -10,7 +10,15 @@ from dinosae_jax.eval import frechet
 from dinosae_jax.eval.recipe import Recipe, check_comparable
 
 RECIPE = Recipe(network="inception_fid", tap="pool3", resize="tf1_bilinear", resolution=256)
-IMPLEMENTATIONS = ("pytorch_fid", "adm", "torch_fidelity_f64stats", "rae_moments", "exact_nuclear")
+IMPLEMENTATIONS = (
+    "pytorch_fid",
+    "adm",
+    "torch_fidelity_f64stats",
+    "torch_fidelity_f32mu",
+    "rae_moments",
+    "eigh_symmetric",
+    "exact_nuclear",
+)
 pytestmark = pytest.mark.filterwarnings("ignore:Frechet distance of")
 
 
@@ -27,7 +35,8 @@ def check_case(recorded, case):
     exact = distances(recorded[f"{case}/x"], recorded[f"{case}/y"])[1]
     np.testing.assert_allclose(exact, recorded[f"{case}/fid_exact_nuclear"], rtol=1e-12)
     for value in distances(recorded[f"{case}/x"], recorded[f"{case}/x"]):
-        np.testing.assert_allclose(value, recorded[f"{case}/fid_self_pytorch_fid"], atol=1e-6)
+        for name in ("pytorch_fid", "torch_fidelity"):
+            np.testing.assert_allclose(value, recorded[f"{case}/fid_self_{name}"], atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["full", "rankdef"])
@@ -39,9 +48,11 @@ def test_complete_recording(golden_dir):
     recorded = np.load(golden_dir / "metrics" / "fid.npz")
     for case in ("full", "rankdef", "mixed"):
         check_case(recorded, case)
-        moments = frechet.statistics(recorded[f"{case}/x"], RECIPE)
-        np.testing.assert_allclose(moments.mean, recorded[f"{case}/mu1"], rtol=1e-12)
-        np.testing.assert_allclose(moments.covariance, recorded[f"{case}/sigma1"], atol=1e-12)
+        for side, number in (("x", 1), ("y", 2)):
+            found = frechet.statistics(recorded[f"{case}/{side}"], RECIPE)
+            np.testing.assert_allclose(found.mean, recorded[f"{case}/mu{number}"], rtol=1e-12)
+            expected = recorded[f"{case}/sigma{number}"]
+            np.testing.assert_allclose(found.covariance, expected, atol=1e-12)
 
 
 def test_2048_dimensions(golden_dir):
@@ -49,7 +60,17 @@ def test_2048_dimensions(golden_dir):
     x, y = (recorded[f"d2048/{side}_f16"].astype(np.float32) for side in "xy")
     value = frechet.frechet_distance_of_few(x, y)
     np.testing.assert_allclose(value, recorded["d2048/fid_exact_nuclear"], rtol=1e-12)
-    np.testing.assert_allclose(value, recorded["d2048/fid_torch_fidelity_f64stats"], rtol=1e-6)
+    for name in ("torch_fidelity_f64stats", "pytorch_fid"):
+        np.testing.assert_allclose(value, recorded[f"d2048/fid_{name}"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_2048_dimensions_from_moments(golden_dir):
+    recorded = np.load(golden_dir / "metrics" / "fid.npz")
+    pair = (recorded[f"d2048/{side}_f16"].astype(np.float32) for side in "xy")
+    value = frechet.frechet_distance(*(frechet.statistics(side, RECIPE) for side in pair))
+    for name in ("exact_nuclear", "torch_fidelity_f64stats", "pytorch_fid"):
+        np.testing.assert_allclose(value, recorded[f"d2048/fid_{name}"], rtol=1e-6)
 
 
 def test_merged_statistics_depend_neither_on_batches_nor_on_their_order():
@@ -116,9 +137,29 @@ def test_bad_input_is_one_clear_line(tmp_path):
         frechet.frechet_distance(
             frechet.statistics(good, RECIPE), frechet.statistics(np.zeros((3, 4)), RECIPE)
         )
+    with pytest.raises(ValueError, match="one dimension, got 2 and 4"):
+        frechet.frechet_distance_of_few(good, np.zeros((3, 4)))
     np.savez(tmp_path / "other.npz", mu=good)
     with pytest.raises(ValueError, match="it lacks"):
         frechet.read_statistics(tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scatter": np.eye(3)[:2]}, r"got \[3\] and \[2, 3\]: the file is damaged"),
+        ({"scatter": np.eye(3) * np.nan}, "finite moments, got NaN"),
+        ({"mean": np.asarray([0.0, np.inf, 0.0])}, "finite moments, got NaN or infinity"),
+        ({"recipe": "pool3"}, "a recipe is JSON of the fields of `Recipe`; got 'pool3'"),
+        ({"recipe": '{"made": "by hand"}'}, "a recipe is JSON of the fields"),
+    ],
+)
+def test_damaged_statistics_are_one_clear_line(tmp_path, changes, message):
+    members = {"mean": np.zeros(3), "scatter": np.eye(3), "count": 9, "recipe": RECIPE.to_json()}
+    np.savez(tmp_path / "moments.npz", **{**members, **changes})
+    with pytest.raises(ValueError, match=message) as error:
+        frechet.read_statistics(tmp_path / "moments.npz")
+    assert "\n" not in str(error.value)
 
 
 def test_few_samples_are_warned_about():

@@ -51,3 +51,5 @@ def test_bad_input_is_one_clear_line(tokens):
         pca.figure(images, tokens, tokens[:1])
     with pytest.raises(ValueError, match="'teacher' or 'joint'"):
         pca.figure(images, tokens, tokens, "student")
+    with pytest.raises(ValueError, match="tokens must be finite"):
+        pca.figure(np.zeros((2, 64, 96, 3)), tokens, np.full_like(tokens, np.nan))

@@ -35,10 +35,18 @@ def test_radii(recorded, case):
         np.testing.assert_allclose(radii, expected, rtol=1e-5)  # of float32 squares
 
 
-def test_float16_distances_of_adm_move_few_points(recorded):
-    scores = module.precision_recall(recorded["b/ref"], recorded["b/gen"], block=64)
-    adm = recorded["b/adm_fp16_chunk128_prec_rec"]
-    np.testing.assert_allclose(scores, adm, atol=2 / 200)
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_float16_distances_of_adm_move_few_points(recorded, case):
+    reference, generated = recorded[f"{case}/ref"], recorded[f"{case}/gen"]
+    scores = module.precision_recall(reference, generated, block=64)
+    for chunk in (128, 10_000):
+        adm = recorded[f"{case}/adm_fp16_chunk{chunk}_prec_rec"]
+        np.testing.assert_allclose(scores, adm, atol=2 / min(len(reference), len(generated)))
+    for side in ("ref", "gen"):  # float16 holds eleven bits of squares that are a few times larger
+        expected = recorded[f"{case}/adm_fp16_radii_sq_{side}"][:, 0]
+        np.testing.assert_allclose(
+            module.squared_radii(recorded[f"{case}/{side}"], 64), expected, rtol=1e-2
+        )
 
 
 def test_progress_counts_to_the_end():
@@ -63,3 +71,5 @@ def test_bad_input_is_one_clear_line():
         module.precision_recall(points, points, "adm")
     with pytest.raises(ValueError, match="'plain' or 'adm'"):
         module.precision_recall(points, points, "vgg")
+    with pytest.raises(ValueError, match="one dimension, got 4 and 3"):
+        module.precision_recall(points, points[:, :3])

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import re
+import shutil
+import subprocess
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,7 +62,7 @@ def test_an_autoencoder(config, tmp_path, capsys):
     about, rows = read(tmp_path / "a")
     assert list(rows) == ["PSNR", "SSIM", "rFD encoder", "rKID encoder", "iFD encoder"]
     assert (about["checkpoint_step"], about["kind"]) == (None, "autoencoder")
-    assert len(about["config_sha256"]) == 64
+    assert len(about["config_sha256"]) == 64 and about["dtype"] == "float32"
     assert "randomly initialised" in about["notes"][0]
     pixels = pixels_of(wanted, "eval")
     source = random_source(wanted.random_model.to_dict(), wanted.seed)
@@ -80,6 +84,21 @@ def test_an_autoencoder(config, tmp_path, capsys):
     _, few = read(tmp_path / "c")
     assert few["PSNR"]["count"] == 3
     assert few["PSNR"]["value"] == pytest.approx(float(psnr[:3].mean()), abs=1e-2)
+
+
+def test_reconstructions_that_are_not_finite_are_no_black_images(config, tmp_path, monkeypatch):
+    def broken(*args):
+        autoencoder = Autoencoder(*args, batch_size=8)
+        nothing = jax.tree.map(lambda leaf: leaf * np.nan, autoencoder.variables["decoder"])
+        autoencoder.variables["decoder"] = nothing
+        return autoencoder
+
+    opened = lambda config, source: broken(source, "float32")  # noqa: E731
+    monkeypatch.setattr(evaluate.measure, "open_autoencoder", opened)
+    with pytest.raises(ValueError, match=r"NaN or infinity in 8 of a batch of 8") as caught:
+        evaluate.run(config(metrics=("psnr",)), str(tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_samples_that_equal_the_reference(config, tmp_path, workdir):
@@ -106,6 +125,13 @@ def test_samples_that_equal_the_reference(config, tmp_path, workdir):
         _, again = read(tmp_path / name)
         assert again["gFD encoder"]["value"] == pytest.approx(0.0, abs=1e-4)
         assert len(again["gFD encoder"]["reference_hash"]) == 64
+    # Interpolations are compared with the images themselves, so moments are enough there.
+    both = config(init_from=workdir, random_frozen_ok=(), reference=str(left))
+    both.metrics = ("frechet", "interpolated_frechet")
+    evaluate.run(both, str(tmp_path / "both"))
+    _, again = read(tmp_path / "both")
+    assert list(again) == ["FD encoder", "iFD encoder"]
+    assert again["iFD encoder"]["reference"].endswith("eval, the same images")
     plain.reference, plain.metrics = str(left), ()
     with pytest.raises(ValueError, match="precision_recall needs the reference's images"):
         evaluate.run(plain, str(tmp_path / "d"))
@@ -288,6 +314,10 @@ def test_archives_of_another_layout_or_size_are_refused(config, tmp_path, workdi
     wanted.samples = write_npz(tmp_path / "wide.npz", np.zeros((20, 32, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="samples are square; got 32 x 64"):
         evaluate.run(wanted, str(tmp_path / "out"))
+    wanted.reference = wanted.samples
+    wanted.samples = write_npz(tmp_path / "good.npz", np.zeros((20, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match="a reference's images are square; got 32 x 64"):
+        evaluate.run(wanted, str(tmp_path / "out"))
     wanted.encoder = ""
     with pytest.raises(ValueError, match=r"features need a network.*--kind=inception_fid"):
         evaluate.run(wanted, str(tmp_path / "out"))
@@ -296,3 +326,44 @@ def test_archives_of_another_layout_or_size_are_refused(config, tmp_path, workdi
 def test_an_empty_init_from_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"evaluate needs trained weights.*:tiny"):
         rules.validate(config_file.get_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"uint8_conversion": "floor"}, r"uint8_conversion: 'floor' is not known.*round_signed"),
+        ({"resize": "bilinear"}, "resize: 'bilinear' is not known; did you mean 'tf1_bilinear'"),
+        ({"kernel_subset_size": 1}, "kernel_subset_size must be at least 2; got 1"),
+        ({"images": -1}, "images must be at least 0; got -1"),
+        ({"reference_images": -1}, "reference_images must be at least 0; got -1"),
+    ],
+)
+def test_fields_out_of_range_are_refused_before_anything_is_loaded(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        rules.validate(config(**changes))
+
+
+def test_the_names_of_the_rules_are_those_of_the_code():
+    assert set(rules.UINT8_CONVERSIONS) == set(image_quality.UINT8_CONVERSIONS)
+    assert set(rules.INCEPTION_RESIZES) == set(features.PIPELINES)
+
+
+def test_the_commit_is_that_of_this_code_and_says_whether_it_was_changed(tmp_path, monkeypatch):
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    run = lambda *arguments: subprocess.run([*git, *arguments], check=True)  # noqa: E731
+    code, other = tmp_path / "measure.py", tmp_path / "other.py"
+    monkeypatch.setattr(measure, "__file__", str(code))
+    code.write_text("")
+    other.write_text("")
+    assert measure.commit() == ""
+    run("init", "-q")
+    run("add", "other.py")
+    run("commit", "-q", "-m", "other")
+    assert measure.commit() == ""  # an installation inside another project
+    run("add", "measure.py")
+    run("commit", "-q", "-m", "this")
+    assert re.fullmatch("[0-9a-f]{40}", measure.commit())
+    code.write_text("# changed")
+    assert re.fullmatch("[0-9a-f]{40}-dirty", measure.commit())

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,6 +42,18 @@ def test_bad_input_is_one_clear_line(make_measurement, tmp_path, squares):
     del autoencoder.variables["vit"]["params"]["patch_embed"]
     with pytest.raises(ValueError, match="official DINO-SAE file leaves it out"):
         measure.require_teacher(autoencoder)
+
+
+def test_features_that_are_not_finite_are_one_clear_line(make_measurement, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        probe,
+        "_compiled_features",
+        lambda modules, name: lambda v, x: jnp.full((len(x), 64), jnp.nan),
+    )
+    with pytest.raises(ValueError, match="a probe needs finite features") as caught:
+        probe.run(make_measurement(config_file, steps=2), str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (16, 200)])

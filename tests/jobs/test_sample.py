@@ -198,6 +198,15 @@ def test_a_stopped_job_goes_on_with_the_missing_chunks(flow_workdir, tmp_path, m
         sample.run(config_for(flow_workdir, seed=1), str(folder))
 
 
+def test_samples_that_are_not_finite_are_no_black_images(flow_workdir, tmp_path, monkeypatch):
+    config = config_for(flow_workdir)
+    monkeypatch.setattr(Generator, "sample", lambda *_, **__: np.full((3, 32, 32, 3), np.nan))
+    with pytest.raises(ValueError, match="samples must be finite; got NaN") as caught:
+        sample.run(config, str(tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "samples.npz").exists()
+
+
 def test_a_random_flow_is_named_as_such():
     config = sample_config.get_config("tiny")
     generator = sample.open_generator(config)
