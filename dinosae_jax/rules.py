@@ -21,7 +21,6 @@ MEASUREMENTS = ("evaluate", "probe", "pca", "encode")
 UINT8_CONVERSIONS = ("truncate", "round", "round_signed")
 INCEPTION_RESIZES = ("tf1_bilinear", "half_pixel_bilinear")
 LATENT_FORMATS = ("bfloat16", "int8")
-ROLES = ("stem", "vit", "decoder", "disc_heads", "dino", "lpips", "inception", "dit")
 POSITIVE = (
     "steps",
     "batch_size",
