@@ -9,12 +9,15 @@ one of several processes is lost the others end too, within JAX's heartbeat time
 
 from __future__ import annotations
 
+import errno
 import importlib
+import importlib.util
 import os
-import re
+import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -58,6 +61,12 @@ def _run(argv: Sequence[str]) -> None:
 
     if len(argv) > 1:
         raise ValueError(f"only flags are understood; got {argv[1]!r}; see --help")
+    for flag, example in ((_CONFIG, "configs/quickstart.py"), (_WORKDIR, "runs/quickstart")):
+        if not flag.value:
+            raise ValueError(f"--{flag.name} is needed; got none; as in --{flag.name}={example}")
+    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir names a folder; got {workdir}, a file; name another one")
     config = _CONFIG.value
     if config.job not in JOBS:
         hint = rules.nearest(config.job, JOBS)
@@ -88,44 +97,83 @@ def _run(argv: Sequence[str]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; a mistake becomes one line that names the nearest key."""
     try:
-        rest = flags.FLAGS(argv)
-        flags.mark_flags_as_required(["config", "workdir"])
-        return rest
-    except flags.Error as error:
-        sys.exit(_refuse(error))
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        _check_config_file(_flags_in(argv).get("config", ""))
+        return flags.FLAGS(argv)
+    except SystemExit:
+        sys.exit(0)  # the help was shown, which absl counts as a failure
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, *MISTAKES) as error:
         if os.environ.get("DINOSAE_TRACEBACK"):
             raise
         sys.exit(_refuse(_explain(argv, error)))
 
 
-def _explain(argv: Sequence[str], error: Exception) -> Exception:
-    """Finds the override that does not exist in the config, if that is what went wrong."""
+def _check_config_file(value: str) -> None:
+    """Raises ValueError where `--config` names no file (absl says so late and less clearly)."""
     from dinosae_jax import rules
 
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), "")
-    file, _, argument = path.partition(":")
-    module = re.sub(r"[/\\]", ".", file.removesuffix(".py")).lstrip(".")
+    file = value.partition(":")[0]
+    if file and not pathlib.Path(file).is_file():
+        known = [str(path) for path in pathlib.Path("configs").glob("*.py")]
+        hint = rules.nearest(file, known) if known else "; start in the folder that holds configs/"
+        raise ValueError(f"--config names a config file; got {file!r}{hint}")
+
+
+def _explain(argv: Sequence[str], error: Exception) -> Exception:
+    """Finds the override that does not exist in the config or fit it, if that went wrong."""
+    given = _flags_in(argv)
+    file, _, argument = given.get("config", "").partition(":")
     try:
-        config = importlib.import_module(module).get_config(argument or None)
+        spec = importlib.util.spec_from_file_location("config", file)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        config = module.get_config(argument or None)
     except Exception:
         return error
-    for override in (a for a in argv if a.startswith("--config.")):
-        name, _, value = override.removeprefix("--config.").partition("=")
-        node, seen = config, "config"
-        for part in name.split("."):
-            if not hasattr(node, "keys") or part not in node:
-                hint = rules.nearest(part, node.keys() if hasattr(node, "keys") else ())
-                return ValueError(f"{seen} has no key {part!r}{hint}")
-            node, seen = node[part], f"{seen}.{part}"
-        if not isinstance(node, str) and isinstance(error, (TypeError, ValueError)):
-            return ValueError(f"{seen} is a {type(node).__name__}; got {value!r} ({error})")
+    for name, value in given.items():
+        if name.startswith("config."):
+            wrong = _wrong_override(config, name, value, error)
+            if wrong:
+                return wrong
     return error
+
+
+def _flags_in(argv: Sequence[str]) -> dict[str, str]:
+    """Flag -> value, from `--flag=value` and `--flag value`."""
+    found = {}
+    for here, following in zip(argv, [*argv[1:], ""], strict=True):
+        if here.startswith("-"):
+            name, equals, value = here.lstrip("-").partition("=")
+            found[name] = value if equals else following
+    return found
+
+
+def _wrong_override(config: Any, name: str, value: str, error: Exception) -> Exception | None:
+    """What is wrong with `--config.a.b=value`, or None."""
+    from dinosae_jax import rules
+
+    *parents, last = name.split(".")[1:]
+    node, seen = config, "config"
+    for part in (*parents, last):
+        keys = list(node.keys()) if hasattr(node, "keys") else []
+        if part not in keys:
+            return ValueError(f"{seen} has no key {part!r}{rules.nearest(part, keys)}")
+        node, seen = node[part], f"{seen}.{part}"
+    if hasattr(node, "keys"):
+        return ValueError(
+            f"{seen} is a group of fields; got {value!r}; set one, --{seen}.{next(iter(node))}=..."
+        )
+    rejected = isinstance(error, flags.IllegalFlagValueError) and f"--{name}=" in str(error)
+    if rejected or isinstance(error, TypeError):
+        return ValueError(f"{seen} takes {type(node).__name__}; got {value!r}; as in {node!r}")
+    return None
 
 
 def _refuse(error: BaseException) -> int:
     # absl wraps what a config file raises in a traceback; its last line is the message.
-    message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    message = lines[-1].strip().removeprefix("ValueError: ")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message += "; what was saved before is whole: free some space, run the same command again"
     print(f"dinosae_jax: {message}", file=sys.stderr)
     return 2
 

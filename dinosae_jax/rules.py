@@ -7,6 +7,7 @@ the way out.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,6 +52,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       ValueError: with one line that states the rule, the value received and the way out.
     """
+    _require_finite(config)
     if config.job == "ablation":
         for arm in config.order:
             if arm not in config.arms:
@@ -66,7 +68,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
                     f"chain names the stage {name!r}, which config.stages does not define"
                     f"{nearest(name, config.stages)}"
                 )
-            validate(config.stages[name])
+            try:
+                validate(config.stages[name])
+            except ValueError as error:
+                raise in_stage(name, error) from error
+        if config.job == "bench":
+            _validate_bench(config)
         return
     if config.job in ("export", "reconstruct"):
         _validate_reader(config)
@@ -104,6 +111,29 @@ def _validate_comparison(config: ml_collections.ConfigDict) -> None:
             "kernel_subset_size must lie between 2 and the fewer of samples and reference, "
             f"{fewest}; got {config.kernel_subset_size}; change one of them"
         )
+
+
+def in_stage(name: str, error: ValueError) -> ValueError:
+    """The message of an error in one stage of a chain: says which, its flags are the chain's."""
+    text = str(error).replace("--config.", f"--config.stages.{name}.")
+    return ValueError(f"stages.{name}: {text}")
+
+
+def _require_finite(config: ml_collections.ConfigDict, seen: str = "") -> None:
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            _require_finite(value, f"{seen}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"{seen}{name} must be a finite number; got {value}; set --config.{seen}{name}=..."
+            )
+
+
+def _validate_bench(config: ml_collections.ConfigDict) -> None:
+    for field in ("repeats", "steps", *(f"batch_per_device.{name}" for name in config.chain)):
+        _require_positive(config, field)
+    if config.warmup < 0:
+        raise ValueError(f"warmup must not be negative; got {config.warmup}; 0 is none")
 
 
 def _validate_run(config: ml_collections.ConfigDict) -> None:

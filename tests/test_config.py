@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from configs import (
+    bench,
     hae_stage1,
     hae_stage2,
     quickstart,
@@ -81,6 +82,8 @@ WRONG = [
     ({"steps": 0}, "steps must be above zero"),
     ({"batch_size": -1}, "batch_size must be above zero"),
     ({"optimizer.learning_rate": 0.0}, "learning_rate must be above zero"),
+    ({"optimizer.learning_rate": float("inf")}, "learning_rate must be a finite number; got inf"),
+    ({"losses.l1": float("nan")}, r"losses.l1 must be a finite number.*--config.losses.l1="),
     ({"optimizer.schedule": "cosin"}, "did you mean 'cosine'"),
     ({"optimizer.clip_norm": -1.0}, "must not be negative"),
     ({"accumulation": 3}, "multiple of accumulation"),
@@ -111,6 +114,21 @@ def test_mistakes_are_named(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         rules.validate(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_a_chain_names_its_stage_and_flag():
+    config = quickstart.get_config()
+    config.stages.stage2.steps = 0
+    match = r"^stages.stage2: steps must be above zero; got 0; set --config.stages.stage2.steps="
+    with pytest.raises(ValueError, match=match):
+        rules.validate(config)
+
+
+def test_a_benchmark_times_at_least_one_step():
+    config = bench.get_config("tiny")
+    config.repeats = 0
+    with pytest.raises(ValueError, match="repeats must be above zero; got 0"):
+        rules.validate(config)
 
 
 def test_a_frozen_stem_needs_init_from():
