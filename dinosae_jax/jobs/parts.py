@@ -118,6 +118,17 @@ def check_data(
         )
 
 
+def check_frozen(saved: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises ValueError where a checkpoint was trained around other frozen networks."""
+    both = record["frozen"].keys() & saved["frozen"].keys()
+    changed = sorted(role for role in both if record["frozen"][role] != saved["frozen"][role])
+    if changed:
+        raise ValueError(
+            f"this workdir was trained around another {' and '.join(changed)}; name the same "
+            "weights in init_from and weights, or use another --workdir"
+        )
+
+
 def store(workdir: pathlib.Path, variables: Variables, trained: tuple[str, ...]) -> dict[str, Any]:
     """Writes the frozen roles and the overview of all roles into a workdir.
 

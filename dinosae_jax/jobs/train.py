@@ -15,11 +15,18 @@ import jax
 import ml_collections
 
 from dinosae_jax import config as config_lib
+from dinosae_jax import rules, weights
 from dinosae_jax.eval import report
 from dinosae_jax.jobs import train_autoencoder, train_flow
-from dinosae_jax.train import checkpoint, logging, loop, sharding, stopping
+from dinosae_jax.train import checkpoint, initialise, logging, loop, sharding, stopping
 
 DONE = "DONE"
+KINDS = {  # by which file a folder is told
+    "chain.json": "a chain of stages",
+    "config.json": "the run of one stage",
+    initialise.EXPORT_FILE: "an export",
+    weights.METADATA_FILE: "converted weights",
+}
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -34,6 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       stopping.Interrupted: after a signal, with everything saved.
     """
     folder = pathlib.Path(workdir).expanduser()
+    check_kind(folder, is_chain="chain" in config)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with stopping.StopRequest() as stop:
@@ -62,16 +70,19 @@ def _run_chain(
     for note in config.notes:
         logging.report(note)
     for name in config.chain:
-        stage = config.stages[name].copy_and_resolve_references()
-        if stage.get("init_from") in config.chain:
-            stage.init_from = str(folder / stage.init_from)
-        run_stage(stage, folder / name, stop)
+        stage = config.stages[name]
+        before = folder / stage.init_from if stage.init_from in config.chain else None
+        try:
+            run_stage(stage, folder / name, stop, before)
+        except ValueError as error:
+            raise rules.in_stage(name, error) from error
 
 
 def run_stage(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     stop: stopping.StopRequest | None = None,
+    init_from: pathlib.Path | None = None,
 ) -> None:
     """Trains one stage to its last step and marks it DONE.
 
@@ -79,6 +90,7 @@ def run_stage(
       config: of one stage.
       workdir: of the stage.
       stop: what the caller has entered; None where nobody asks for a stop.
+      init_from: the stage of a chain that `config.init_from` names; None where that is a path.
 
     Raises:
       ValueError: for every disagreement that can be seen before compilation.
@@ -95,6 +107,10 @@ def run_stage(
     if done.exists() and json.loads(done.read_text())["step"] >= config.steps:
         logging.report(f"{config.name}: finished before, skipped")
         return
+    if number := stop.agreed():
+        raise stopping.Interrupted(f"{config.name} was not started", number)
+    if init_from:  # after config.json, which holds the name: a chain's folder can be moved
+        config.init_from = str(init_from)
     job = train_flow if "dit" in config.trainable else train_autoencoder
     prepared = job.prepare(config, workdir, mesh)
     if jax.process_index() == 0:
@@ -134,6 +150,17 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
+def check_kind(folder: pathlib.Path, is_chain: bool) -> None:
+    """Raises ValueError where a workdir holds something that the files of this run would hide."""
+    ours = "chain.json" if is_chain else "config.json"
+    for name, what in KINDS.items():
+        if name != ours and (folder / name).exists():
+            raise ValueError(
+                f"--workdir is the folder of one run; got {folder}, which holds {what} ({name}); "
+                "use another or delete it"
+            )
+
+
 def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Writes config.json, or compares with the one that is there.
 
@@ -141,7 +168,8 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
       ValueError: where the workdir holds a run of another config.
     """
     path = workdir / "config.json"
-    if checkpoint.newest(workdir) and path.exists() and config.on_mismatch == "refuse":
+    begun = checkpoint.newest(workdir) or (workdir / DONE).exists()
+    if begun and path.exists() and config.on_mismatch == "refuse":
         ours, theirs = json.loads(config_lib.to_json(config)), json.loads(path.read_text())
         for field in config_lib.CONTINUABLE:
             _drop(ours, field)

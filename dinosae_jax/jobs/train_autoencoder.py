@@ -85,6 +85,7 @@ def prepare(
         if saved:
             logging.report(f"{config.name}: goes on from step {int(state.step)}")
             parts.check_data(saved, record, config)
+            parts.check_frozen(saved, record)
         return state
 
     evaluate = _Evaluation(config, stage, frozen, eval_source, mesh)

@@ -115,7 +115,8 @@ def prepare(
         if saved:
             logging.report(f"{config.name}: goes on from step {int(state.step)}")
             parts.check_data(saved, record, config)
-            check_latents(saved, record)
+            parts.check_frozen(saved, record)
+            check_convention(saved, record)
         return state
 
     def generator_of(state: state_lib.TrainState) -> Generator:
@@ -220,14 +221,8 @@ def check_classes(config: ml_collections.ConfigDict, source: parts.Source) -> No
         )
 
 
-def check_latents(saved: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raises ValueError where a checkpoint was trained on latents of another autoencoder."""
-    changed = [role for role, file in record["frozen"].items() if saved["frozen"][role] != file]
-    if changed:
-        raise ValueError(
-            f"this workdir was trained on another autoencoder ({', '.join(changed)} changed); "
-            "name the same one in init_from or use another --workdir"
-        )
+def check_convention(saved: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises ValueError where a checkpoint was trained under another latent convention."""
     ours, theirs = (LatentConvention.from_dict(x["convention"]) for x in (record, saved))
     ours.check_equal(theirs, here="this config", there="checkpoint")
 

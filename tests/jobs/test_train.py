@@ -1,5 +1,6 @@
 """The training job end to end: resume is bitwise, runs are not mixed up, nothing is lost."""
 
+import errno
 import json
 import pathlib
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart, sae_stage1, sae_stage4
+from dinosae_jax import main
 from dinosae_jax.jobs import train
 from dinosae_jax.train import checkpoint, loop, stopping
 
@@ -129,6 +131,64 @@ def test_another_config_is_refused(make, tmp_path):
     train.run(make(steps=2, losses__l1=2.0, on_mismatch="continue"), str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("file", "is_chain", "what"),
+    [
+        ("chain.json", False, "a chain of stages"),
+        ("config.json", True, "the run of one stage"),
+        ("export.json", False, "an export"),
+        ("conversion.json", True, "converted weights"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(tmp_path, file, is_chain, what):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=f"holds {what} .*; use another"):
+        train.check_kind(tmp_path, is_chain)
+    (tmp_path / file).unlink()
+    (tmp_path / ("chain.json" if is_chain else "config.json")).write_text("{}")
+    train.check_kind(tmp_path, is_chain)
+
+
+def test_a_finished_run_without_checkpoints_is_still_that_run(make, tmp_path):
+    train.claim(tmp_path, make())
+    (tmp_path / train.DONE).write_text('{"step": 6}')
+    with pytest.raises(ValueError, match="holds a different run"):
+        train.claim(tmp_path, make(losses__l1=2.0))
+
+
+def test_a_chain_names_the_stage_of_a_mistake_and_can_be_moved(make, tmp_path, monkeypatch):
+    """Its config.json files hold names of stages, not places; messages name its own flags."""
+    config = quickstart.get_config("tiny")
+    seen = []
+
+    def run_stage(stage, workdir, stop, init_from):
+        train.claim(workdir, stage)
+        seen.append(init_from)
+
+    monkeypatch.setattr(train, "run_stage", run_stage)
+    for name in config.chain:
+        (tmp_path / "here" / name).mkdir(parents=True)
+        (tmp_path / "here" / name / train.DONE).write_text('{"step": 4}')
+    train.run(config, str(tmp_path / "here"))
+    assert seen == [None, *(tmp_path / "here" / name for name in config.chain[:-1])]
+    (tmp_path / "here").rename(tmp_path / "there")
+    train.run(config, str(tmp_path / "there"))
+    config.stages.stage3.losses.l1 = 2.0
+    flag = r"--config.stages.stage3.on_mismatch=continue"
+    with pytest.raises(ValueError, match=rf"^stages.stage3: .*losses.l1: 2.0 here.*{flag}"):
+        train.run(config, str(tmp_path / "there"))
+
+
+def test_other_frozen_networks_than_the_checkpoints_are_refused(make, tmp_path):
+    for seed in (0, 1):
+        train.run(make(steps=1, seed=seed), str(tmp_path / f"one{seed}"))
+    stage3 = {"losses__gan": 0.0, "data__image_size": 64, "on_mismatch": "continue"}
+    start = {seed: str(tmp_path / f"one{seed}") for seed in (0, 1)}
+    train.run(make(sae_stage4, steps=1, init_from=start[0], **stage3), str(tmp_path / "four"))
+    with pytest.raises(ValueError, match=r"trained around another stem and vit; name the same"):
+        train.run(make(sae_stage4, steps=2, init_from=start[1], **stage3), str(tmp_path / "four"))
+
+
 def test_stage4_continues_stage1_and_agreement_is_checked(make, tmp_path):
     train.run(make(steps=2), str(tmp_path / "one"))
     stage4 = {"init_from": str(tmp_path / "one"), "losses__gan": 0.0, "steps": 2}
@@ -184,7 +244,11 @@ def run_command(*arguments, **kwargs):
         (["--config.losses.gam=1"], "config.losses has no key 'gam'; did you mean 'gan'"),
         (["--config.stepz=1"], "config has no key 'stepz'; did you mean 'steps'"),
         (["--config.steps=0"], "steps must be above zero; got 0"),
-        (["--config.steps=many"], "steps"),
+        (["--config.steps=many"], "config.steps takes int; got 'many'"),
+        (["--config.stepz", "1"], "config has no key 'stepz'; did you mean 'steps'"),
+        (["--config.optimizer=3"], "config.optimizer is a group of fields; got '3'"),
+        (["--workdir="], "--workdir is needed; got none"),
+        ([f"--workdir={__file__}"], "--workdir names a folder; got "),
         (["left over"], "only flags are understood; got 'left over'"),
     ],
 )
@@ -193,6 +257,29 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, arguments, message)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--workdir=x"], 2, "--config is needed; got none"),
+        (["--config=configs/sae_stage1.py:tiny"], 2, "--workdir is needed; got none"),
+        (["--config=configs/sae_stage.py"], 2, "did you mean 'configs/sae_stage"),
+        (["--help"], 0, ""),
+    ],
+)
+def test_what_is_needed_is_said_in_one_line(arguments, code, message):
+    result = run_command(*arguments)
+    assert (result.returncode, "Traceback" in result.stderr) == (code, False)
+    assert message in result.stderr
+
+
+def test_a_full_disk_is_one_line(capsys):
+    error = OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
+    assert main._refuse(error) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dinosae_jax: [Errno 28] No space left on device: 'run/metrics.jsonl'; ")
+    assert line.endswith("run the same command again")
 
 
 def test_a_wrong_variant_is_one_line(tmp_path):

@@ -60,12 +60,13 @@ def test_another_autoencoder_or_decode_radius_is_refused(flow_workdir):
         "frozen": {"stem": ["a", "1"], "decoder": ["b", "2"]},
         "convention": source.convention,
     }
-    train_flow.check_latents(record, record)
-    with pytest.raises(ValueError, match=r"another autoencoder \(decoder changed\)"):
-        train_flow.check_latents(record, {**record, "frozen": {"decoder": ["c", "3"]}})
+    parts.check_frozen(record, record)
+    train_flow.check_convention(record, record)
+    with pytest.raises(ValueError, match=r"trained around another decoder"):
+        parts.check_frozen(record, {**record, "frozen": {"decoder": ["c", "3"]}})
     other = {**record, "convention": {**source.convention, "decode_radius": 9.0}}
     with pytest.raises(ValueError, match="decode_radius 9"):
-        train_flow.check_latents(record, other)
+        train_flow.check_convention(record, other)
 
 
 def test_a_flow_without_an_autoencoder_is_refused():
