@@ -69,7 +69,7 @@ def wait(manager: ocp.CheckpointManager) -> None:
 def restore_newest(
     manager: ocp.CheckpointManager, target: Tree
 ) -> tuple[Tree, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its record; None where there is none.
+    """The newest checkpoint that is whole, and its record; None where none was ever written.
 
     A damaged checkpoint is renamed `<step>.damaged` and the one before it is tried.
 
@@ -78,13 +78,14 @@ def restore_newest(
       target: the state as jax.ShapeDtypeStruct leaves with the shardings wanted.
 
     Raises:
-      ValueError: where a good checkpoint holds another architecture.
+      ValueError: where a good checkpoint holds another architecture, or none is whole.
     """
+    damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             record = read_record(manager, step)
         except Exception as error:
-            _set_aside(manager, step, error)
+            damaged.append(_set_aside(manager, step, error))
             continue
         _check_shapes(record["shapes"], _shapes(target), manager.directory / str(step))
         try:
@@ -92,10 +93,18 @@ def restore_newest(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
             )["state"]
             _check_sums(state, record["checksums"])
+        except (MemoryError, RuntimeError):  # a full device, say, is no damage
+            raise
         except Exception as error:
-            _set_aside(manager, step, error)
+            damaged.append(_set_aside(manager, step, error))
             continue
         return state, record
+    if damaged:
+        raise ValueError(
+            f"a run goes on from a checkpoint that is whole; got none in {manager.directory}, they "
+            f"are kept as {', '.join(damaged)}; put a good one back, or run the same command again "
+            "to start from step 0"
+        )
     return None
 
 
@@ -225,7 +234,8 @@ def _check_sums(state: Tree, expected: dict[str, int]) -> None:
         raise ValueError(f"{len(wrong)} arrays differ from their checksums, first {wrong[0]}")
 
 
-def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> None:
+def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> str:
+    """Renames a damaged checkpoint, says so, and returns its new name."""
     path = pathlib.Path(manager.directory) / str(step)
     aside = path.with_name(f"{step}.damaged")
     number = 1
@@ -236,3 +246,4 @@ def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> N
     manager.reload()
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     print(f"The checkpoint of step {step} is damaged ({reason[:200]}); it is kept as {aside}.")
+    return aside.name

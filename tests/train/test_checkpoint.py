@@ -61,6 +61,35 @@ def test_every_damage_is_seen_and_the_one_before_is_used(tmp_path, capsys):
     assert "step 2 is damaged" in capsys.readouterr().out
 
 
+def test_nothing_starts_from_zero_where_every_checkpoint_is_damaged(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    for record in (tmp_path / checkpoint.FOLDER).glob("*/record/metadata"):
+        record.write_text("{")
+    target = abstract(make_state(0), sharding.make_mesh(1, jax.devices()[:1]))
+    with (
+        checkpoint.open_manager(tmp_path, keep=3) as manager,
+        pytest.raises(ValueError, match=r"whole; got none in .* kept as 2.damaged, 1.damaged; put"),
+    ):
+        checkpoint.restore_newest(manager, target)
+    with checkpoint.open_manager(tmp_path, keep=3) as manager:
+        assert checkpoint.restore_newest(manager, target) is None
+
+
+def test_a_full_device_is_no_damage(tmp_path, monkeypatch):
+    def full(state, expected):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    save_steps(tmp_path, [1])
+    target = abstract(make_state(0), sharding.make_mesh(1, jax.devices()[:1]))
+    monkeypatch.setattr(checkpoint, "_check_sums", full)
+    with (
+        checkpoint.open_manager(tmp_path, keep=3) as manager,
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        checkpoint.restore_newest(manager, target)
+    assert (tmp_path / checkpoint.FOLDER / "1").exists()
+
+
 def test_checksums_see_one_bit_and_an_exchange():
     state = make_state(3)
     before = checkpoint.checksums(state)
