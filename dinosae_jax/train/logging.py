@@ -86,17 +86,21 @@ class Progress:
 
         Returns:
           seconds_per_step, images_per_second, tflops_per_device, mfu (of known hardware) and
-          peak_memory_gib since the last line.
+          peak_memory_gib since the last line; only the last where no step was timed.
         """
         elapsed = max(time.monotonic() - self.time, 1e-9)
         done = step - self.step
-        seconds = elapsed / max(done, 1)
         self.restart_clock(step)
         shown = " ".join(
             f"{name.split('/')[-1]} {value:.4g}"
             for name, value in values.items()
             if name in ("train/loss", "train/psnr", "train/grad_norm") or name.startswith("eval/")
         )
+        memory = {"peak_memory_gib": peak_memory() / 2**30}
+        if not done:  # the step that compiled, or an evaluation came between
+            report(f"{self.name} {step}/{self.steps}  {shown}")
+            return memory
+        seconds = elapsed / done
         rate = self.batch_size / seconds
         speed = hardware.utilisation(self.flops_per_image, rate, jax.devices())
         left = _clock(seconds * (self.steps - step))
@@ -108,7 +112,7 @@ class Progress:
             "seconds_per_step": seconds,
             "images_per_second": rate,
             **speed,
-            "peak_memory_gib": peak_memory() / 2**30,
+            **memory,
         }
 
 

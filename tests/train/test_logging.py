@@ -31,3 +31,11 @@ def test_a_cpu_has_a_speed_but_no_peak(monkeypatch, capsys):
     assert "32 images/s  32 GFLOP/s/device  0:48 left" in printed
     assert figures["tflops_per_device"] == pytest.approx(0.032)
     assert "mfu" not in figures
+
+
+def test_no_speed_is_invented_where_no_step_was_timed(monkeypatch, capsys):
+    """The first step compiles and restarts the clock: a line right after it has timed nothing."""
+    progress = logging.Progress("stage", 100, 0, 16, 10**9)
+    progress.restart_clock(1)
+    assert set(progress.line(1, {"train/loss": 0.5})) == {"peak_memory_gib"}
+    assert capsys.readouterr().out == "stage 1/100  loss 0.5\n"
