@@ -13,7 +13,7 @@ import contextlib
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dinosae_jax.data.order import draw_flip
 
@@ -49,6 +49,8 @@ def decode_rgb(encoded: bytes) -> np.ndarray:
         if picture.mode.startswith("I;16"):
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         return np.asarray(picture.convert("RGB"))
+    except UnidentifiedImageError as error:  # its message names a Python object
+        raise OSError("no image format that Pillow reads") from error
     except Exception as error:  # damaged bytes make Pillow's parsers raise a dozen kinds
         raise OSError(str(error)) from error
 

@@ -98,8 +98,12 @@ class ImageSource:
 
     def _report_bad(self, index: int, error: OSError) -> None:
         self._bad.add(index)
-        log.warning("skipped an image that cannot be read: %s (%s)", self.name(index), error)
-        if len(self._bad) > max(1, LARGEST_BAD_PART * len(self)):
+        allowed = max(1, int(LARGEST_BAD_PART * len(self)))
+        log.warning(
+            "skipped an image that cannot be read: %s (%s); %d so far, at most %d may be",
+            *(self.name(index), error, len(self._bad), allowed),
+        )
+        if len(self._bad) > allowed:
             raise ValueError(
                 f"At most 1% of the images may be unreadable; {len(self._bad)} of {len(self)} are, "
                 f"the last one {self.name(index)} ({error}): remove or replace them."
