@@ -64,7 +64,7 @@ def _run(argv: Sequence[str]) -> None:
     for flag, example in ((_CONFIG, "configs/quickstart.py"), (_WORKDIR, "runs/quickstart")):
         if not flag.value:
             raise ValueError(f"--{flag.name} is needed; got none; as in --{flag.name}={example}")
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    workdir = pathlib.Path(str(_WORKDIR.value)).expanduser()
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir names a folder; got {workdir}, a file; name another one")
     config = _CONFIG.value
