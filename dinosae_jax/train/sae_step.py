@@ -291,12 +291,12 @@ def add_adversarial(stage: Stage, grads: Gradients, strength: jax.Array) -> Grad
       grads: means over all micro-batches.
       strength: from `gan_strength`.
     """
-    weight = adversarial.adaptive_weight(
-        *(
-            jnp.linalg.norm(gan.last_kernel(stage.modules, {"params": tree["decoder"]}).ravel())
-            for tree in (grads.params, grads.adversarial)
-        )
+    assert grads.adversarial
+    kernels = (
+        gan.last_kernel(stage.modules, {"params": tree["decoder"]})
+        for tree in (grads.params, grads.adversarial)
     )
+    weight = adversarial.adaptive_weight(*(jnp.linalg.norm(kernel.ravel()) for kernel in kernels))
     params = jax.tree.map(lambda a, b: a + strength * weight * b, grads.params, grads.adversarial)
     scalars = _count_adversarial(grads.scalars, strength, weight)
     return grads._replace(params=params, adversarial=None, scalars=scalars)
