@@ -42,11 +42,6 @@ def test_float16_distances_of_adm_move_few_points(recorded, case):
     for chunk in (128, 10_000):
         adm = recorded[f"{case}/adm_fp16_chunk{chunk}_prec_rec"]
         np.testing.assert_allclose(scores, adm, atol=2 / min(len(reference), len(generated)))
-    for side in ("ref", "gen"):  # float16 holds eleven bits of squares that are a few times larger
-        expected = recorded[f"{case}/adm_fp16_radii_sq_{side}"][:, 0]
-        np.testing.assert_allclose(
-            module.squared_radii(recorded[f"{case}/{side}"], 64), expected, rtol=1e-2
-        )
 
 
 def test_progress_counts_to_the_end():
