@@ -30,6 +30,7 @@ rfm_ddt v4:2x2x4 16 1024
 rfm_ddt v5p:4x4x4 16 1024
 sae_stage1 v4:2x2x4 1 256
 sae_stage2 v4:2x2x4 1 256
+sae_stage2 v4:2x2x4 1 256 accumulation=2
 sae_stage3 v4:2x2x4 1 256
 sae_stage4 v4:2x2x4 1 256
 sae_stage1 v5p:2x2x2 1 256
@@ -38,6 +39,7 @@ sae_stage3 v5p:2x2x2 1 256
 sae_stage4 v5p:2x2x2 1 256
 sae_stage1 v6e:4x4 1 256
 sae_stage2 v6e:4x4 1 256
+sae_stage2 v6e:4x4 1 256 accumulation=2
 sae_stage3 v6e:4x4 1 256
 sae_stage4 v6e:4x4 1 256
 sample_dit v4:2x2x1 1 256
