@@ -38,7 +38,7 @@ def test_workdir_of_a_finished_run(flow_workdir):
     assert norms["mean"] == pytest.approx(8.0, rel=0.01)  # LayerNorm of 64 channels, fresh affine
     assert norms["deviation"] < 0.1
     assert source.flow["label_names"][0] == "astronaut"
-    assert source.flow["shift"] == 2.0
+    assert source.flow["shift"] == 6.0
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(flow_workdir, tmp_path):
@@ -95,7 +95,7 @@ def test_configs_are_valid(module, argument):
     config = module.get_config(argument)
     rules.validate(config)
     stage = train_flow.make_stage(train.resolve(config))
-    assert stage.times.shift == (2.0 if argument == "tiny" else 8.0)
+    assert stage.times.shift == (6.0 if argument == "tiny" else 8.0)
     assert stage.radius == pytest.approx(8.0 if argument == "tiny" else 32.0)
 
 

@@ -34,21 +34,21 @@ def make_config():
 
 @pytest.fixture(scope="session")
 def make_run():
-    """Config -> (stage, state, frozen, numbers, batch) at step 0."""
+    """(config, seed of the images) -> (stage, state, frozen, numbers, batch) at step 0."""
 
     @functools.cache
     def variables_of(stage, size):
         draw = functools.partial(train_autoencoder._draw, stage, image_size=size)
         return jax.device_get(jax.jit(draw)(jax.random.PRNGKey(0)))
 
-    def make(config):
+    def make(config, seed=0):
         stage = train_autoencoder.make_stage(config)
         variables = variables_of(stage, config.data.image_size)
         trained = (*stage.trainable, "disc_heads")
         frozen = {role: tree for role, tree in variables.items() if role not in trained}
         state = sae_step.create_state(stage, variables, seed=0)
         side = config.data.image_size
-        images = np.random.default_rng(0).integers(0, 256, (config.batch_size, side, side, 3))
+        images = np.random.default_rng(seed).integers(0, 256, (config.batch_size, side, side, 3))
         batch = {"image": images.astype(np.uint8)}
         return stage, state, frozen, sae_step.numbers(config), batch
 
