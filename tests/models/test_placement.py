@@ -61,7 +61,7 @@ def test_without_a_mesh_nothing_happens():
     assert placement.spread(tree["kernel"]) is tree["kernel"]
 
 
-@pytest.mark.parametrize("flow", [rfm_dit, rfm_ddt])
+@pytest.mark.parametrize("flow", [rfm_dit, pytest.param(rfm_ddt, marks=pytest.mark.slow)])
 def test_a_split_step_is_the_whole_step(flow, monkeypatch):
     monkeypatch.setattr(placement, "SMALLEST_SHARDED_BYTES", 1 << 10)
     config = flow.get_config("tiny")

@@ -246,7 +246,7 @@ def temporary_bytes(make_config, make_run, depth, **changes):
 def test_a_frozen_encoder_keeps_no_activations(make_config, make_run):
     """Twelve more blocks cost memory where gradients pass through the ViT, and only there."""
     growth = {}
-    for name in ("1", "3", "4"):
+    for name in ("1", "4"):  # stage 4 is stage 3 with noise
         changes = {**STAGES[name], "losses__gan": 0.0}
         shallow, deep = (
             temporary_bytes(make_config, make_run, depth, **changes) for depth in (1, 13)
@@ -254,4 +254,4 @@ def test_a_frozen_encoder_keeps_no_activations(make_config, make_run):
         growth[name] = (deep - shallow) / 12
     tokens = 8 * (1 + 2 + 4) * 32 * 4  # one residual stream: batch, tokens, width, bytes
     assert growth["1"] > 4 * tokens
-    assert max(growth["3"], growth["4"]) < tokens
+    assert growth["4"] < tokens
