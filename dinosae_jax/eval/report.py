@@ -75,8 +75,9 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     drawn = {stage.name: _stage_curves(stage) for stage in run.stages}
     if run.is_chain:
         _combine_curves(folder, drawn)
-        _combine_pictures(folder, run.stages, "reconstructions.png")
-        _combine_pictures(folder, run.stages, "samples.png")
+        rows = ": originals above, reconstructions below"
+        _combine_pictures(folder, run.stages, "reconstructions.png", rows)
+        _combine_pictures(folder, run.stages, "samples.png", ": samples, one class a row")
         _combine_metrics(folder, run.stages)
     write_text(folder / "report.html", render(run, drawn))
     return folder / "report.html"
@@ -221,10 +222,12 @@ def _values(title: str, rows: list[dict[str, Any]], prefix: str) -> str:
 # -------------------------------------------------------------------- combined files of a chain
 
 
-def _combine_pictures(folder: pathlib.Path, stages: Sequence[Stage], name: str) -> None:
+def _combine_pictures(
+    folder: pathlib.Path, stages: Sequence[Stage], name: str, caption: str
+) -> None:
     found = [(stage.name, stage.picture(name)) for stage in stages]
     blocks = [
-        pictures.captioned(pictures.decode_png(path.read_bytes()), stage)
+        pictures.captioned(pictures.decode_png(path.read_bytes()), f"{stage}{caption}")
         for stage, path in found
         if path is not None
     ]
