@@ -25,7 +25,7 @@ STAGES = {
     "stage4": sae_stage4,
     "flow": rfm_dit,
 }
-STEPS = {"stage1": 800, "stage2": 100, "stage3": 100, "stage4": 100, "flow": 450}
+STEPS = {"stage1": 800, "stage2": 100, "stage3": 100, "stage4": 50, "flow": 450}
 VARIANTS = {
     "tiny": {
         f"stages.{stage}.{field}": value
