@@ -23,7 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinosae_jax.flow.convention import LatentConvention
 from dinosae_jax.models import autoencoder
-from dinosae_jax.train import compile, initialise, sharding
+from dinosae_jax.runtime import jit, precision, sharding
+from dinosae_jax.train import initialise
 
 Tree = Any
 Floats = NDArray[np.float32]
@@ -62,8 +63,7 @@ class Autoencoder:
         if batch_size < 1:
             raise ValueError(f"batch_size counts images, at least 1; got {batch_size}; raise it")
         source = complete(source, pixel_range)
-        if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = precision.resolve_dtype(dtype)
         self.modules = autoencoder.build(_tuples(source.model), jnp.dtype(dtype))
         self.convention = LatentConvention.from_dict(source.convention)
         self.notes = list(source.notes)
@@ -313,7 +313,7 @@ def _tuples(value: Any) -> Any:
 
 @functools.lru_cache
 def _compiled_draw(modules: autoencoder.AutoencoderModules) -> Callable[..., Tree]:
-    return compile.jit_once(functools.partial(autoencoder.init, modules, image_size=2 * PATCH))
+    return jit.jit_once(functools.partial(autoencoder.init, modules, image_size=2 * PATCH))
 
 
 @functools.lru_cache

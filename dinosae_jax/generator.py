@@ -19,24 +19,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from numpy.typing import ArrayLike
 
 from dinosae_jax import rules
 from dinosae_jax.flow import guidance, matching, samplers, schedule, sphere
 from dinosae_jax.flow.convention import LatentConvention
 from dinosae_jax.models import autoencoder
-from dinosae_jax.train import initialise, rfm_step, sharding
+from dinosae_jax.runtime import precision, sharding
+from dinosae_jax.train import initialise, rfm_step
 
 Tree = Any
 Variables = Mapping[str, Any]
-# Role -> layers whose kernels a bfloat16 model holds in bfloat16: those that compute in it (every
-# convolution of the decoder), and the flow's modulations, a third of its weights.
-HALF_LAYERS = {
-    "dit": ("attn", "mlp", "x_embedder", "s_embedder", "s_projector", "adaLN_modulation_1"),
-    "vit": ("attn", "mlp"),
-    "decoder": ("params",),
-}
 DECODED_AT_ONCE = 4  # images a device: activations of the decoder are what a sampler needs most
 
 
@@ -138,11 +131,10 @@ class Generator:
                 "the workdir, a checkpoint or an export of a run of configs/rfm_*.py"
             )
         mesh = mesh or sharding.make_mesh()
-        if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = precision.resolve_dtype(dtype)
         variables = {role: source.variables[role] for role in ("dit", "decoder")}
         if dtype == "bfloat16":
-            variables = halve(variables)
+            variables = precision.cast_kernels_to_bfloat16(variables)
         return cls(
             source.model,
             sharding.replicate(variables, mesh),
@@ -309,23 +301,6 @@ class Generator:
     def _spread(self, array: np.ndarray) -> jax.Array:
         place = sharding.batch_sharding(self.mesh)
         return jax.make_array_from_callback(array.shape, place, lambda at: array[at])
-
-
-def halve(variables: Variables) -> dict[str, Tree]:
-    """Rounds the kernels of `HALF_LAYERS` to bfloat16, as most of those layers do at every use.
-
-    Args:
-      variables: by role; other roles than those of `HALF_LAYERS` stay as they are.
-    """
-
-    def one(role: str, tree: Tree) -> Tree:
-        layers = HALF_LAYERS.get(role, ())
-        flat = traverse_util.flatten_dict(tree)
-        half = [path for path in flat if path[-1] == "kernel" and set(layers) & set(path)]
-        rounded = {path: jnp.asarray(flat[path], jnp.bfloat16) for path in half}
-        return traverse_util.unflatten_dict({**flat, **rounded})
-
-    return {role: one(role, tree) for role, tree in variables.items()}
 
 
 def decode_parts(images: int) -> int:

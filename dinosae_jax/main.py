@@ -75,7 +75,7 @@ def _run(argv: Sequence[str]) -> None:
 
     import jax
 
-    from dinosae_jax.train import distributed, stopping
+    from dinosae_jax.runtime import distributed, stopping
 
     distributed.start(config.compile_cache)
     job = importlib.import_module(f"dinosae_jax.jobs.{config.job}")

@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax
 import pytest
 
-from dinosae_jax.train import distributed
+from dinosae_jax.runtime import distributed
 
 distributed.spare_threads()
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -8,7 +8,8 @@ import pytest
 import dinosae_jax
 from dinosae_jax.autoencoder import Autoencoder, map_batches, random_source
 from dinosae_jax.models import autoencoder as functions
-from dinosae_jax.train import initialise, sharding
+from dinosae_jax.runtime import sharding
+from dinosae_jax.train import initialise
 from tests import tiny_stage
 from tests.weights_conversion.layouts import save
 from weights_conversion.convert import convert_file

@@ -4,8 +4,9 @@ import numpy as np
 
 from configs import sae_stage1
 from dinosae_jax.eval import pictures
-from dinosae_jax.jobs import train, train_autoencoder
-from dinosae_jax.train import checkpoint, sharding
+from dinosae_jax.jobs import train_autoencoder
+from dinosae_jax.runtime import precision, sharding
+from dinosae_jax.train import checkpoint
 
 SMALLEST = {
     "model.stem.embed_dim": 32,
@@ -51,7 +52,7 @@ def prepare(folder):
     config = sae_stage1.get_config("tiny")
     config.update_from_flattened_dict(TINIEST)
     config.data.source = f"folder:{folder / 'data'}"
-    config = train.resolve(config)
+    config = precision.resolve_config(config)
     mesh = sharding.make_mesh()
     workdir = folder / "stage"
     workdir.mkdir()

@@ -19,9 +19,10 @@ from PIL import Image
 
 from dinosae_jax.data import crops
 from dinosae_jax.data.images import LARGEST_BAD_PART
-from dinosae_jax.data.manifest import MANIFEST, file_sha256, is_whole, read_manifest, write_json
+from dinosae_jax.data.manifest import MANIFEST, is_whole, read_manifest
 from dinosae_jax.data.records import Records, pack_record
 from dinosae_jax.data.sources import open_records
+from dinosae_jax.runtime.files import file_sha256, write_json
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read; the images are compressed
 CHUNK = 256  # images that are read ahead

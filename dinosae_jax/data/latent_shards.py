@@ -17,7 +17,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from numpy.typing import NDArray
 
 from dinosae_jax.data import latent_format
-from dinosae_jax.data.manifest import MANIFEST, file_sha256, is_whole, read_manifest, write_json
+from dinosae_jax.data.manifest import MANIFEST, is_whole, read_manifest
+from dinosae_jax.runtime.files import file_sha256, write_json
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read; noise does not compress
 SHARD_BYTES = 2**30

@@ -19,13 +19,7 @@ from numpy.typing import NDArray
 
 from dinosae_jax.data import latent_format
 from dinosae_jax.data.manifest import MANIFEST, check_shards, read_manifest
-from dinosae_jax.data.order import (
-    Share,
-    crop_generator,
-    draw_flip,
-    share_of,
-    training_index,
-)
+from dinosae_jax.data.order import Share, crop_generator, draw_flip, share_of, training_index
 from dinosae_jax.data.records import fingerprint_of
 
 HASHED_BYTES = 4 * 2**30  # caches up to this size are hashed whole when they are opened

@@ -1,10 +1,10 @@
 """The manifest of an archive: what its shards hold, their sizes and sha256."""
 
-import hashlib
 import json
-import os
 import pathlib
 from typing import Any
+
+from dinosae_jax.runtime import files
 
 MANIFEST = "manifest.json"
 
@@ -18,16 +18,6 @@ def read_manifest(path: pathlib.Path, again: str = "the conversion") -> dict[str
             f"An archive needs a readable {MANIFEST}, which is written at the very end; "
             f"{path} is not ({error}): run {again} again, it goes on where it was."
         ) from error
-
-
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is either there as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def is_whole(folder: pathlib.Path, shard: dict[str, Any]) -> bool:
@@ -55,14 +45,8 @@ def check_shards(
                 f"An archive's shards must be as its manifest says; {path} is missing or has not "
                 f"its {shard['bytes']} bytes: run {again} again, it repairs that shard."
             )
-        if sha256 and file_sha256(path) != shard["sha256"]:
+        if sha256 and files.file_sha256(path) != shard["sha256"]:
             raise ValueError(
                 f"An archive's shards must be as its manifest says; the content of {path} has "
                 f"changed: remove that file and run {again} again."
             )
-
-
-def file_sha256(path: pathlib.Path) -> str:
-    """The sha256 of a file in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,12 +4,7 @@ import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any
 
-from dinosae_jax.eval import (
-    frechet,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from dinosae_jax.eval import frechet, inception_score, kernel_distance, precision_recall
 from dinosae_jax.eval.features import FeatureNetwork, FeatureSet
 from dinosae_jax.eval.recipe import check_comparable
 from dinosae_jax.eval.results import Result

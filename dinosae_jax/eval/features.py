@@ -22,7 +22,7 @@ from dinosae_jax.eval.recipe import Recipe
 from dinosae_jax.models import autoencoder
 from dinosae_jax.models.efficientnet import EfficientNetLite0
 from dinosae_jax.models.inception import InceptionFID
-from dinosae_jax.train import sharding
+from dinosae_jax.runtime import sharding
 
 Tree = Any
 Batch = dict[str, np.ndarray]  # image uint8 [b,h,w,3], index [b], mask bool [b]

@@ -15,7 +15,8 @@ from typing import Any
 from PIL import Image
 
 from dinosae_jax.eval import curves, pictures
-from dinosae_jax.eval.run_files import Run, Stage, last_value, metric_names, read_run, write_text
+from dinosae_jax.eval.run_files import Run, Stage, last_value, metric_names, read_run
+from dinosae_jax.runtime.files import write_text
 
 PAGE_WIDTH = 1120
 KID = "eval/kid_encoder"

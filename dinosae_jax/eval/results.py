@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dinosae_jax.runtime import files
+
 DIGITS = {
     "top-1": 2,
     "top-5": 2,
@@ -68,9 +70,7 @@ def write(folder: pathlib.Path, about: Mapping[str, Any], results: Sequence[Resu
     content = json.dumps({**about, "results": rows}, indent=2, sort_keys=True)
     text = table(about, results)
     for name, written in (("results.json", content), ("results.md", text)):
-        partial = folder / f"{name}.partial"
-        partial.write_text(written + "\n")
-        partial.replace(folder / name)
+        files.write_text(folder / name, written + "\n")
     return text
 
 

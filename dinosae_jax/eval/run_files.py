@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 from typing import Any
 
@@ -123,13 +122,6 @@ def metric_names(rows: list[Row], prefix: str = "") -> list[str]:
         if name != "step" and name.startswith(prefix) and isinstance(value, int | float)
     }
     return list(names)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file; readers never see half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _merge_notes(notes: list[str], stages: list[Stage]) -> list[str]:

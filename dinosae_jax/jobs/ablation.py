@@ -19,7 +19,7 @@ import numpy as np
 from dinosae_jax import rules
 from dinosae_jax.eval import curves
 from dinosae_jax.jobs import ablation_flow, measure, train
-from dinosae_jax.train import logging, stopping
+from dinosae_jax.runtime import console, files, stopping
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -99,10 +99,10 @@ def write_comparison(
             cells.append(f"{last.mean():.4g}{spread}")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     table = "\n".join(lines)
-    logging.write_json(folder / "results.json", results)
-    (folder / "table.md").write_text(table + "\n")
+    files.write_json(folder / "results.json", results)
+    files.write_text(folder / "table.md", table + "\n")
     curves.write_comparison(folder / "curves.png", series, [f"eval/{m}" for m in metrics])
-    logging.report(table)
+    console.report(table)
     return table
 
 

@@ -25,7 +25,8 @@ from dinosae_jax.data import images
 from dinosae_jax.eval import curves, features, frechet, kernel_distance, pictures
 from dinosae_jax.generator import Generator
 from dinosae_jax.jobs import measure, train
-from dinosae_jax.train import initialise, logging, sharding, stopping
+from dinosae_jax.runtime import console, files, sharding, stopping
+from dinosae_jax.train import initialise
 
 METRICS = ("frechet", "kernel")
 AFFINE_SPREAD = 0.5
@@ -94,9 +95,9 @@ def compare(
         measured.add(setting.key, functools.partial(_draw, config, folder, setting))
     text = "\n".join([*describe(config, network), "", *tables(config, measured.scores, names)])
     if jax.process_index() == 0:
-        (folder / "tables.md").write_text(text + "\n")
+        files.write_text(folder / "tables.md", text + "\n")
         _write_pictures(config, folder, measured.scores, names["frechet"])
-    logging.report(text)
+    console.report(text)
     return text
 
 
@@ -235,8 +236,8 @@ class Scores:
             return
         self.scores[key] = score = self.judge(make())
         if jax.process_index() == 0:
-            logging.write_json(self.path, {"recipe": self.recipe, "scores": self.scores})
-        logging.report(f"{key}: " + "  ".join(f"{name} {score[name]:.4g}" for name in METRICS))
+            files.write_json(self.path, {"recipe": self.recipe, "scores": self.scores})
+        console.report(f"{key}: " + "  ".join(f"{name} {score[name]:.4g}" for name in METRICS))
 
 
 def _draw(config: ml_collections.ConfigDict, folder: pathlib.Path, setting: Setting) -> np.ndarray:

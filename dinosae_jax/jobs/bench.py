@@ -24,8 +24,9 @@ from PIL import Image
 from dinosae_jax.data import crops, images
 from dinosae_jax.eval import frechet, precision_recall
 from dinosae_jax.eval.recipe import Recipe
-from dinosae_jax.jobs import bench_flow, bench_overhead, programs, train
-from dinosae_jax.train import compile, hardware, logging, sharding, step_flops
+from dinosae_jax.jobs import bench_flow, bench_overhead, programs
+from dinosae_jax.runtime import console, files, hardware, jit, precision, sharding
+from dinosae_jax.train import step_flops
 
 JPEG_SIZE = (500, 375)  # width and height of a typical ImageNet photograph
 
@@ -48,28 +49,28 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         "cpu_cores": os.cpu_count(),
         "jax": jax.__version__,
     }
-    logging.report(f"{machine['devices']} x {machine['device']}, jax {machine['jax']}")
+    console.report(f"{machine['devices']} x {machine['device']}, jax {machine['jax']}")
     result: dict[str, Any] = {"machine": machine, "steps": {}, "loader": {}, "metrics": {}}
     for name in config.chain:
         result["steps"][name] = row = measure_step(config, name)
-        logging.report(describe(name, row))
+        console.report(describe(name, row))
     if config.overhead.repeats:
         result["overhead"] = found = measure_run(config.overhead, folder / "overhead")
-        logging.report(
+        console.report(
             f"loader, lines, EMA and checkpoints: {found['overhead']:.2%} of a step of "
             f"{found['step_seconds']:.3f} s"
         )
     for name, measure in LOADERS.items():
         result["loader"][name] = speed = measure(config.loader)
-        logging.report(f"{name}: {speed:.0f} images/s")
+        console.report(f"{name}: {speed:.0f} images/s")
     for name, compute in METRICS.items():
         result["metrics"][name] = seconds = measure_metric(compute, config.metrics)
-        logging.report(f"{name}: {seconds['wall']:.1f} s, {seconds['cpu']:.1f} s of all cores")
+        console.report(f"{name}: {seconds['wall']:.1f} s, {seconds['cpu']:.1f} s of all cores")
     result["latents"] = bench_flow.measure_latents(config.latents)
     result["flow"] = bench_flow.measure_flow(config)
-    result["process_peak_memory_bytes"] = logging.peak_memory()
+    result["process_peak_memory_bytes"] = hardware.peak_memory()
     if jax.process_index() == 0:
-        logging.write_json(folder / "bench.json", result)
+        files.write_json(folder / "bench.json", result)
 
 
 def measure_step(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def measure_step(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]
       plan), compile_seconds, flops_per_image, tflops_per_device and, where the peak of the device
       is known, mfu.
     """
-    stage = train.resolve(config.stages[name])
+    stage = precision.resolve_config(config.stages[name])
     stage.batch_size = config.batch_per_device[name] * jax.device_count() * stage.accumulation
     mesh = sharding.make_mesh(stage.mesh.fsdp)
     with jax.set_mesh(mesh):
@@ -125,7 +126,7 @@ def _synthetic(program: programs.Program, seed: int) -> tuple[Any, tuple[Any, ..
     state, frozen, batch, values = (
         jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in program.arguments
     )
-    make = compile.jit_once(program.make, out_shardings=(state, frozen))
+    make = jit.jit_once(program.make, out_shardings=(state, frozen))
     made, fixed = make(jax.random.PRNGKey(seed))
     random = np.random.default_rng(seed)
 

@@ -17,10 +17,12 @@ import ml_collections
 import numpy as np
 
 from dinosae_jax.data import latent_format, latent_shards, latents
-from dinosae_jax.generator import Generator, halve
-from dinosae_jax.jobs import encode, train, train_flow
+from dinosae_jax.generator import Generator
+from dinosae_jax.jobs import encode, train_flow
 from dinosae_jax.models import autoencoder
-from dinosae_jax.train import compile, logging, rfm_step, sharding
+from dinosae_jax.runtime import console, jit, precision, sharding
+from dinosae_jax.runtime.precision import cast_kernels_to_bfloat16
+from dinosae_jax.train import rfm_step
 
 
 def measure_latents(config: ml_collections.ConfigDict) -> dict[str, dict[str, float]]:
@@ -44,7 +46,7 @@ def measure_latents(config: ml_collections.ConfigDict) -> dict[str, dict[str, fl
             "gb_per_second_per_core": config.batches * size / busy / 1e9,
             "images_per_second": config.batches * config.batch_size / elapsed,
         }
-        logging.report(
+        console.report(
             f"latent cache, {stored}: {row['gb_per_second_per_core']:.2f} GB/s a core, "
             f"{row['images_per_second']:.0f} images/s by two threads"
         )
@@ -103,7 +105,7 @@ def measure_flow(config: ml_collections.ConfigDict) -> dict[str, float]:
     """
     if not config.flow.stage:
         return {}
-    stage_config = train.resolve(config.stages[config.flow.stage])
+    stage_config = precision.resolve_config(config.stages[config.flow.stage])
     mesh = sharding.make_mesh()
     size = config.flow.batch_per_device * mesh.size
     stage = train_flow.make_stage(stage_config)
@@ -126,7 +128,7 @@ def measure_flow(config: ml_collections.ConfigDict) -> dict[str, float]:
         "sampling_steps": config.flow.sampling_steps,
         "sampled_images_per_second": size / _seconds(draw),
     }
-    logging.report(
+    console.report(
         f"{config.flow.stage} at batch {size}: encodes "
         f"{rates['encoded_images_per_second']:.1f} images/s, samples "
         f"{rates['sampled_images_per_second']:.2f} images/s in {config.flow.sampling_steps} steps"
@@ -145,9 +147,9 @@ def _random_generator(
 
     dtype = jnp.dtype(config.dtype)
     key = jax.random.PRNGKey(config.seed)
-    variables = compile.jit_once(draw, out_shardings=sharding.replicated(mesh))(key)
+    variables = jit.jit_once(draw, out_shardings=sharding.replicated(mesh))(key)
     if dtype == jnp.bfloat16:
-        variables = halve(variables)
+        variables = cast_kernels_to_bfloat16(variables)
     convention = train_flow.convention_of(config)
     names = [str(label) for label in range(config.model.dit.num_classes)]
     generator = Generator(

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from dinosae_jax.jobs import parts, train, train_autoencoder
-from dinosae_jax.train import checkpoint, loop, sharding, state, stopping
+from dinosae_jax.jobs import parts, train_autoencoder
+from dinosae_jax.runtime import precision, sharding, stopping
+from dinosae_jax.train import checkpoint, loop, state
 
 
 def measure_overhead(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
@@ -34,7 +35,7 @@ def measure_overhead(config: ml_collections.ConfigDict, folder: pathlib.Path) ->
       inside the step); 'overhead' is what all of them add to a step, as a part of the bare step,
       a checkpoint counted once in `stage.checkpoint.every` steps.
     """
-    stage = train.resolve(config.stage)
+    stage = precision.resolve_config(config.stage)
     stage.batch_size = config.batch_per_device * jax.device_count()
     mesh = sharding.make_mesh(stage.mesh.fsdp)
     shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from dinosae_jax.data import archive
-from dinosae_jax.train import logging
+from dinosae_jax.runtime import console
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -40,8 +40,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         shards = manifest["shards"]
         skipped = sum(len(shard["skipped"]) for shard in shards)
         size = sum(shard["bytes"] for shard in shards)
-        logging.report(
+        console.report(
             f"{config.name} {split}: {manifest['count']} images in {len(shards)} shards, "
             f"{size / 1e6:,.1f} MB, {skipped} left out as unreadable"
         )
-    logging.report(f"{config.name}: read it with --config.data.source=array_record:{folder}")
+    console.report(f"{config.name}: read it with --config.data.source=array_record:{folder}")

@@ -25,7 +25,8 @@ from dinosae_jax.data import images, latent_shards, latents
 from dinosae_jax.eval.features import one_behind
 from dinosae_jax.jobs import measure, parts
 from dinosae_jax.models import autoencoder as autoencoder_lib
-from dinosae_jax.train import logging, roles, sharding, stopping
+from dinosae_jax.runtime import console, sharding, stopping
+from dinosae_jax.train import roles
 
 SPLITS = ("train", "eval")
 Encode = Callable[[np.ndarray], jax.Array]
@@ -52,7 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         latent_shards.claim(folder / split, plans[split])
     measure.prepare_workdir(config, workdir)
     for note in autoencoder.notes:
-        logging.report(f"{config.name}: {note}")
+        console.report(f"{config.name}: {note}")
     with stopping.StopRequest() as stop:
         for split in SPLITS:
             write_split(config, autoencoder, sources[split], plans[split], folder / split, stop)
@@ -105,12 +106,12 @@ def write_split(
     for number in wanted:
         indices = latent_shards.shard_range(plan, number)
         found = images.range_batches(source, config.data, indices, size)
-        batches = measure.progress(f"{config.name} {plan['split']}", found, len(indices), size)
+        batches = console.progress(f"{config.name} {plan['split']}", found, len(indices), size)
         encoded = encode_batches(encode, batches, size, plan["flipped"], autoencoder.mesh)
         latent_shards.write_shard(folder, plan, number, interruptible(encoded, stop))
         done += len(indices)
         rate = done / (time.monotonic() - started)
-        logging.report(
+        console.report(
             f"{config.name} {plan['split']}: shard {number + 1} of {plan['num_shards']}, "
             f"{rate:.1f} images/s{' (each also flipped)' if plan['flipped'] else ''}"
         )
@@ -119,7 +120,7 @@ def write_split(
         latent_shards.finish(folder, plan)
     multihost_utils.sync_global_devices(f"{plan['split']} manifest is written")
     norms = latents.read_manifest(folder / latent_shards.MANIFEST)["norms"]
-    logging.report(
+    console.report(
         f"{config.name} {plan['split']}: {plan['count']} images in {folder}, "
         f"{len(wanted)} shards written by this process, token norm {norms['mean']:.4g} (deviation "
         f"{norms['deviation']:.2g})"

@@ -20,9 +20,10 @@ import ml_collections
 from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.eval import archive_npz, features, results
-from dinosae_jax.jobs import evaluate_autoencoder, evaluate_samples, measure, train
+from dinosae_jax.jobs import evaluate_autoencoder, evaluate_samples, measure
 from dinosae_jax.jobs.evaluate_samples import Subject, check_file
-from dinosae_jax.train import initialise, logging, sharding
+from dinosae_jax.runtime import console, precision, sharding
+from dinosae_jax.train import initialise
 
 CONVERT_INCEPTION = (
     "python -m weights_conversion.convert --kind=inception_fid "
@@ -55,7 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         images, or a reference of another recipe or resolution.
       stopping.Interrupted: after a signal while samples are drawn, with every finished chunk saved.
     """
-    config = train.resolve(config)
+    config = precision.resolve_config(config)
     subject = open_subject(config)
     mesh = sharding.make_mesh()
     network = open_network(config, subject, mesh)
@@ -66,10 +67,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         job = evaluate_autoencoder if subject.kind == "autoencoder" else evaluate_samples
         found = job.run(config, subject, network, metrics, mesh, folder)
     for note in about["notes"]:
-        logging.report(f"{config.name}: {note}")
+        console.report(f"{config.name}: {note}")
     if jax.process_index() == 0:
-        logging.report(results.write(folder, about, found))
-        logging.report(f"{config.name}: wrote {folder / 'results.json'}")
+        console.report(results.write(folder, about, found))
+        console.report(f"{config.name}: wrote {folder / 'results.json'}")
 
 
 def open_subject(config: ml_collections.ConfigDict) -> Subject:
@@ -116,7 +117,7 @@ def _open_encoder(config: ml_collections.ConfigDict, subject: Subject) -> Autoen
             f"`{CONVERT_EFFICIENTNET}` and pass --config.weights.efficientnet="
             "weights/efficientnet, or name an autoencoder in --config.encoder=..."
         )
-    logging.report(
+    console.report(
         f"{config.name}: no FID-Inception weights, so there is no FID; distances are measured in "
         "the encoder's own features (FD encoder, KID encoder). To get FID: "
         f"`{CONVERT_INCEPTION}`, then --config.weights.inception=weights/inception. To get "

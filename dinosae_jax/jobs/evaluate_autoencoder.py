@@ -21,7 +21,7 @@ from dinosae_jax.jobs import evaluate_samples, measure, parts
 from dinosae_jax.jobs.evaluate_samples import Subject
 from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.models.lpips import LPIPS
-from dinosae_jax.train import logging, sharding
+from dinosae_jax.runtime import console, sharding
 
 INTERPOLATED = "interpolated_frechet"
 SHOWN = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -148,7 +148,7 @@ def _batches(
     """Global batches on the devices, with progress."""
     size = parts.device_multiple(config.batch_size, mesh)
     found = measure.dataset_batches(data, config, mesh, count)
-    return features.place(measure.progress(config.name, found, count, size), mesh)
+    return features.place(console.progress(config.name, found, count, size), mesh)
 
 
 def _figure_row(
@@ -211,7 +211,7 @@ def _interpolated(
     Neighbours are found by the mean patch token; each token then moves along the sphere, its norm
     linearly.
     """
-    logging.report(f"{config.name}: nearest neighbours and their midpoints")
+    console.report(f"{config.name}: nearest neighbours and their midpoints")
     own = features.encoder(autoencoder.modules, autoencoder.variables, "", mesh)
     tap = (features.ENCODER_TAP,)
     collector = _collector(config, own, tap, "stored", "images")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,7 +18,8 @@ from dinosae_jax.data import images
 from dinosae_jax.eval import archive_npz, distances, features, frechet, results
 from dinosae_jax.eval.recipe import Recipe, check_comparable
 from dinosae_jax.jobs import measure, parts, sample
-from dinosae_jax.train import initialise, logging, sharding
+from dinosae_jax.runtime import console, files, sharding
+from dinosae_jax.train import initialise
 
 KEPT_REFERENCE = 10_000  # images of a data set whose features Precision/Recall and KID see, as ADM
 
@@ -62,7 +62,7 @@ def run(
     distances.check_counts(metrics, count, known, config.kernel_subset_size)
     archive = subject.archive or draw_samples(config, folder)
     reference = opened.load(mesh, folder) if opened else None
-    logging.report(f"{config.name}: features of {count} samples")
+    console.report(f"{config.name}: features of {count} samples")
     recipe = functools.partial(
         network.recipe,
         resolution=resolution,
@@ -115,7 +115,7 @@ def archive_batches(
     """An archive's images on the devices, with progress."""
     size = parts.device_multiple(config.batch_size, mesh)
     found = features.archive_batches(archive, size, sharding.local_rows(mesh, size))
-    return features.place(measure.progress(config.name, found, archive.shape[0], size), mesh)
+    return features.place(console.progress(config.name, found, archive.shape[0], size), mesh)
 
 
 def draw_samples(config: ml_collections.ConfigDict, folder: pathlib.Path) -> archive_npz.Archive:
@@ -175,9 +175,9 @@ def _dataset_reference(
     )
 
     def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
-        logging.report(f"{config.name}: features of {count} reference images")
+        console.report(f"{config.name}: features of {count} reference images")
         collector = features.Collector({tap: recipe(tap) for tap in taps}, spaced)
-        batches = measure.progress(
+        batches = console.progress(
             config.name,
             measure.dataset_batches(source, config, mesh, count),
             count,
@@ -215,11 +215,11 @@ def _archive_reference(
         return stored[tap].recipe if tap in stored else network.recipe(tap, **about)
 
     def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
-        logging.report(f"{config.name}: features of {archive.shape[0]} reference images")
+        console.report(f"{config.name}: features of {archive.shape[0]} reference images")
         collector = features.Collector({tap: network.recipe(tap, **about) for tap in taps})
         found = features.extract(network, archive_batches(config, archive, mesh), collector)
         with_stored = dataclasses.replace(found, moments={**found.moments, **stored})
-        return distances.Reference(with_stored, path.name, file_sha256(path))
+        return distances.Reference(with_stored, path.name, files.file_sha256(path))
 
     return OpenedReference(recipe, archive.shape[0], load)
 
@@ -241,7 +241,7 @@ def _moments_reference(
 
     def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
         nothing = features.FeatureSet({}, np.zeros(0, np.int64), {moments.recipe.tap: moments})
-        return distances.Reference(nothing, path.name, file_sha256(path))
+        return distances.Reference(nothing, path.name, files.file_sha256(path))
 
     return OpenedReference(lambda tap: moments.recipe, None, load)
 
@@ -265,15 +265,10 @@ def _side_of(archive: archive_npz.Archive, what: str) -> int:
 
 def _tell_blocks(name: str, done: int, total: int) -> None:
     if total >= 100 and done % (total // 10) == 0:
-        logging.report(f"{name}: precision and recall {100 * done // total}%")
+        console.report(f"{name}: precision and recall {100 * done // total}%")
 
 
 def check_file(field: str, path: pathlib.Path) -> None:
     if not path.is_file() or not zipfile.is_zipfile(path):
         state = "is no such file" if path.is_file() else "does not exist"
         raise ValueError(f"{field} must be an .npz file; got {path}, which {state}; check the path")
-
-
-def file_sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

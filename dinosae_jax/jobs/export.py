@@ -9,7 +9,8 @@ import ml_collections
 
 from dinosae_jax import autoencoder
 from dinosae_jax.jobs import measure
-from dinosae_jax.train import initialise, logging
+from dinosae_jax.runtime import console
+from dinosae_jax.train import initialise
 
 # What an export holds of a run, where it has them; critics and optimizers stay behind.
 EXPORTED = (*autoencoder.ROLES, "dit")
@@ -32,6 +33,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     wanted = tuple(role for role in EXPORTED if role in source.variables)
     initialise.export(source, folder, wanted)
     for note in source.notes:
-        logging.report(f"{config.name}: {note}")
+        console.report(f"{config.name}: {note}")
     size = sum(file.stat().st_size for file in folder.iterdir())
-    logging.report(f"{config.name}: wrote {', '.join(wanted)} to {folder} ({size / 1e6:,.1f} MB)")
+    console.report(f"{config.name}: wrote {', '.join(wanted)} to {folder} ({size / 1e6:,.1f} MB)")

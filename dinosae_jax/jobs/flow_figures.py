@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from dinosae_jax.eval import features, image_quality, kernel_distance
 from dinosae_jax.generator import Generator
 from dinosae_jax.jobs import parts
-from dinosae_jax.train import rfm_step, sharding
+from dinosae_jax.runtime import sharding
+from dinosae_jax.train import rfm_step
 from dinosae_jax.train import state as state_lib
 
 Tree = Any

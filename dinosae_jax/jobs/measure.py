@@ -6,7 +6,6 @@ import hashlib
 import json
 import pathlib
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,9 +19,8 @@ from dinosae_jax.autoencoder import Autoencoder, random_source
 from dinosae_jax.data import images
 from dinosae_jax.eval import features
 from dinosae_jax.jobs import parts
-from dinosae_jax.train import checkpoint, initialise, logging, sharding
-
-REPORT_EVERY = 30.0  # seconds between two progress lines
+from dinosae_jax.runtime import files, sharding
+from dinosae_jax.train import checkpoint, initialise
 
 
 def open_weights(config: ml_collections.ConfigDict) -> initialise.Source:
@@ -113,17 +111,6 @@ def dataset_batches(
         yield {**batch, "mask": batch["mask"] & (batch["index"] < limit)}
 
 
-def progress(name: str, batches: Iterator[Any], total: int, size: int) -> Iterator[Any]:
-    """Hands batches of `size` images on, with a line about images and speed now and then."""
-    started = shown = time.monotonic()
-    for number, batch in enumerate(batches):
-        now = time.monotonic()
-        if number and now - shown > REPORT_EVERY:
-            shown, done = now, min(number * size, total)
-            logging.report(f"{name} {done}/{total}  {done / (now - started):.1f} images/s")
-        yield batch
-
-
 def checkpoint_step(source: initialise.Source) -> int | None:
     """The step of a run's checkpoint; None for exports, conversions and random weights."""
     return int(source.path.name) if source.path.name.isdigit() else None
@@ -166,5 +153,5 @@ def prepare_workdir(config: ml_collections.ConfigDict, workdir: str) -> pathlib.
     folder = pathlib.Path(workdir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        logging.write_json(folder / "config.json", json.loads(config_lib.to_json(config)))
+        files.write_json(folder / "config.json", json.loads(config_lib.to_json(config)))
     return folder

@@ -12,7 +12,8 @@ import jax
 import ml_collections
 
 from dinosae_jax import config as config_lib
-from dinosae_jax.train import hardware, logging, step_flops
+from dinosae_jax.runtime import console, files, hardware
+from dinosae_jax.train import step_flops
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -29,8 +30,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     if jax.process_index() == 0:
         folder = pathlib.Path(workdir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "paper.md").write_text(text)
-        logging.report(text + f"\n{config.name}: wrote {folder / 'paper.md'}")
+        files.write_text(folder / "paper.md", text)
+        console.report(text + f"\n{config.name}: wrote {folder / 'paper.md'}")
 
 
 def tables(config: ml_collections.ConfigDict) -> str:

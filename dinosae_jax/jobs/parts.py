@@ -16,7 +16,8 @@ from orbax.checkpoint import CheckpointManager
 
 from dinosae_jax.data import images, latents
 from dinosae_jax.flow.convention import LatentConvention
-from dinosae_jax.train import checkpoint, compile, initialise, loop, roles, sharding
+from dinosae_jax.runtime import files, jit, sharding
+from dinosae_jax.train import checkpoint, initialise, loop, roles
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
@@ -85,7 +86,7 @@ def find_variables(
             drawn = draw(key)
             return {role: drawn[role] for role in missing}
 
-        found |= jax.device_get(compile.jit_once(draw_missing)(key))
+        found |= jax.device_get(jit.jit_once(draw_missing)(key))
     return found, notes
 
 
@@ -103,7 +104,7 @@ def restore(
     )
     restored = checkpoint.restore_newest(manager, target)
     if restored is None:
-        return compile.jit_once(create, out_shardings=places)(trained), None
+        return jit.jit_once(create, out_shardings=places)(trained), None
     return restored
 
 
@@ -139,7 +140,7 @@ def store(workdir: pathlib.Path, variables: Variables, trained: tuple[str, ...])
         {role: variables[role]["params"] for role in sorted(variables)}, include_stats=False
     )
     if jax.process_index() == 0:
-        (workdir / "parameters.txt").write_text(overview + "\n")
+        files.write_text(workdir / "parameters.txt", overview + "\n")
     return {
         role: list(roles.write(workdir / initialise.FROZEN_FOLDER, role, variables[role]))
         for role in variables

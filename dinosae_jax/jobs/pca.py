@@ -9,7 +9,7 @@ import numpy as np
 from dinosae_jax.data import images
 from dinosae_jax.eval import pca, pictures
 from dinosae_jax.jobs import measure
-from dinosae_jax.train import logging
+from dinosae_jax.runtime import console
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -36,13 +36,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         for function in (autoencoder.teach, autoencoder.encode)
     )
     for note in autoencoder.notes:
-        logging.report(f"{config.name}: {note}")
+        console.report(f"{config.name}: {note}")
     cosine = mean_cosine(teacher, student)
-    logging.report(f"{config.name}: mean cosine of student and teacher {cosine:.4f}")
+    console.report(f"{config.name}: mean cosine of student and teacher {cosine:.4f}")
     if jax.process_index() == 0:
         picture = pca.figure(shown, teacher, student, config.fitted_on)
         pictures.write_png(folder / "pca.png", picture)
-        logging.report(f"{config.name}: wrote {folder / 'pca.png'} (images, teacher, student)")
+        console.report(f"{config.name}: wrote {folder / 'pca.png'} (images, teacher, student)")
 
 
 def choose_images(config: ml_collections.ConfigDict) -> np.ndarray:

@@ -19,7 +19,8 @@ import jax
 import ml_collections
 
 from dinosae_jax.jobs import collectives, plan_targets, programs
-from dinosae_jax.train import hardware, logging, sharding, step_flops
+from dinosae_jax.runtime import console, files, hardware, sharding
+from dinosae_jax.train import step_flops
 
 Row = dict[str, Any]
 LARGEST_SHARE = 0.9  # of the device's memory
@@ -44,10 +45,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     jax.config.update("jax_exec_time_optimization_effort", config.effort)
     for name in config.chain:
         row = {**plan(name, config.stages[name], config.target, devices), "effort": config.effort}
-        logging.report(describe(row))
+        console.report(describe(row))
         folder = pathlib.Path(workdir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        logging.write_json(folder / "plan.json", row)
+        files.write_json(folder / "plan.json", row)
         if config.ledger:
             enter(pathlib.Path(config.ledger), {**row, "command": command()})
 
@@ -184,8 +185,8 @@ def enter(path: pathlib.Path, row: Row) -> None:
     rows = [old for old in rows if old["command"] != row["command"]] + [row]
     rows.sort(key=lambda r: (r["name"], r["target"], r["command"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    logging.write_json(path, rows)
-    path.with_suffix(".md").write_text(table(rows))
+    files.write_json(path, rows)
+    files.write_text(path.with_suffix(".md"), table(rows))
 
 
 def table(rows: list[Row]) -> str:

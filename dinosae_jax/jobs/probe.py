@@ -15,9 +15,8 @@ from dinosae_jax.data import images
 from dinosae_jax.eval import features, probe, results
 from dinosae_jax.eval.recipe import check_features
 from dinosae_jax.jobs import measure, parts
-from dinosae_jax.jobs import train as train_job
 from dinosae_jax.models import autoencoder as autoencoder_lib
-from dinosae_jax.train import logging, sharding
+from dinosae_jax.runtime import console, precision, sharding
 
 NETWORKS: dict[str, Callable[..., autoencoder_lib.EncoderOutput]] = {
     "teacher": autoencoder_lib.teach,
@@ -38,7 +37,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     if config.steps < 1:
         raise ValueError(f"a probe needs at least 1 step; got steps={config.steps}; raise it")
-    config = train_job.resolve(config)
+    config = precision.resolve_config(config)
     source = measure.open_weights(config)
     autoencoder = measure.open_autoencoder(config, source)
     measure.require_teacher(autoencoder)
@@ -50,9 +49,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     for name in NETWORKS:
         accuracy = probe_network(config, autoencoder, name, train, held_out)
         rows += describe(config, name, accuracy, held_out)
-        logging.report(f"{config.name}: {name} {100 * accuracy.top1[accuracy.best]:.2f}% top-1")
+        console.report(f"{config.name}: {name} {100 * accuracy.top1[accuracy.best]:.2f}% top-1")
     for note in autoencoder.notes:
-        logging.report(f"{config.name}: {note}")
+        console.report(f"{config.name}: {note}")
     about = {
         "kind": "linear probe",
         "model": config.init_from or "random",
@@ -64,8 +63,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         "notes": list(autoencoder.notes),
     }
     if jax.process_index() == 0:
-        logging.report(results.write(folder, about, rows))
-        logging.report(f"{config.name}: wrote {folder / 'results.json'}")
+        console.report(results.write(folder, about, rows))
+        console.report(f"{config.name}: wrote {folder / 'results.json'}")
 
 
 def check_classes(train: images.ImageSource, held_out: images.ImageSource) -> None:
@@ -92,7 +91,7 @@ def probe_network(
     )
     key = jax.random.PRNGKey(config.seed)
     heads = probe.init_heads(key, 2 * autoencoder.convention.width, train.num_classes)
-    batches = measure.progress(
+    batches = console.progress(
         f"{config.name} {name}",
         training_features(config, train, mesh, extract),
         config.steps * config.batch_size,

@@ -12,10 +12,11 @@ import ml_collections
 
 from dinosae_jax import generator
 from dinosae_jax.flow import samplers
-from dinosae_jax.generator import halve
 from dinosae_jax.jobs import train_autoencoder, train_flow
 from dinosae_jax.models import autoencoder, flops
-from dinosae_jax.train import rfm_step, sae_step, sharding
+from dinosae_jax.runtime import sharding
+from dinosae_jax.runtime.precision import cast_kernels_to_bfloat16
+from dinosae_jax.train import rfm_step, sae_step
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
@@ -106,7 +107,7 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Program
         variables = kind.draw(stage, config, key)
         ours = {role: tree for role, tree in variables.items() if role in trained}
         frozen = {role: tree for role, tree in variables.items() if role not in trained}
-        frozen = halve(frozen) if config.dtype == "bfloat16" else frozen
+        frozen = cast_kernels_to_bfloat16(frozen) if config.dtype == "bfloat16" else frozen
         return kind.step.create_state(stage, ours, config.seed), frozen
 
     state, frozen = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
@@ -150,7 +151,7 @@ def build_sampler(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
         dit = rfm_step.init(stage.dit, jax.random.fold_in(key, 3))
         drawn = autoencoder.init(stage.modules, key, config.data.image_size)
         variables = {"dit": dit, "decoder": drawn["decoder"]}
-        return halve(variables) if config.dtype == "bfloat16" else variables
+        return cast_kernels_to_bfloat16(variables) if config.dtype == "bfloat16" else variables
 
     variables = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
     split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)

@@ -27,7 +27,8 @@ from dinosae_jax.data.records import Records
 from dinosae_jax.eval import image_quality, pictures
 from dinosae_jax.jobs import measure
 from dinosae_jax.models.lpips import LPIPS
-from dinosae_jax.train import initialise, logging
+from dinosae_jax.runtime import console, files
+from dinosae_jax.train import initialise
 
 Image = NDArray[np.uint8]  # [height, width, 3]
 Row = dict[str, Any]
@@ -67,7 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     model = _open_autoencoder(config)
     survey = survey_images(records, config.short_side)
     for skipped in survey.skipped:
-        logging.report(f"{config.name}: skipped {skipped['name']}: {skipped['reason']}")
+        console.report(f"{config.name}: skipped {skipped['name']}: {skipped['reason']}")
     if not survey.groups:
         raise ValueError(
             f"reconstruct needs at least one usable image; got {len(records)} in {config.images}, "
@@ -76,7 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         )
     notes = [*model.notes, *_notes(config, survey)]
     for note in notes:
-        logging.report(f"{config.name}: {note}")
+        console.report(f"{config.name}: {note}")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = _measure(model, figures_of, records, survey, config, folder)
     _finish(folder, config, model, rows, survey, notes)
@@ -266,8 +267,8 @@ def _finish(
     }
     if "lpips" in totals:
         recipe["lpips"] = "VGG16, v0.1, on [-1,1]"
-    logging.report(table(rows, totals))
-    logging.report(
+    console.report(table(rows, totals))
+    console.report(
         f"Conventions: PSNR {PSNR!r}, SSIM {SSIM!r}, 8-bit conversion {CONVERSION!r} "
         "(eval/image_quality.py)"
     )
@@ -284,5 +285,5 @@ def _finish(
         "skipped": survey.skipped,
         "config": json.loads(json.dumps(config.to_dict())),
     }
-    logging.write_json(folder / "results.json", results)
-    logging.report(f"{config.name}: wrote {folder / 'results.json'} and {folder / 'images'}")
+    files.write_json(folder / "results.json", results)
+    console.report(f"{config.name}: wrote {folder / 'results.json'} and {folder / 'images'}")

@@ -20,7 +20,8 @@ from dinosae_jax.eval import archive_npz, pictures
 from dinosae_jax.flow.convention import LatentConvention
 from dinosae_jax.generator import Generator
 from dinosae_jax.jobs import train_flow
-from dinosae_jax.train import checkpoint, logging, sharding, stopping
+from dinosae_jax.runtime import console, files, sharding, stopping
+from dinosae_jax.train import checkpoint
 
 BALANCED_EACH = 50  # images a class, the usual 50,000 of ImageNet
 GRID_IMAGES, GRID_COLUMNS = 100, 10
@@ -55,11 +56,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, config, generator)
     for note in generator.notes:
-        logging.report(f"{config.name}: {note}")
+        console.report(f"{config.name}: {note}")
     if (folder / "DONE").exists():
-        logging.report(f"{config.name}: finished before, the images are in {folder}")
+        console.report(f"{config.name}: finished before, the images are in {folder}")
         return
-    logging.report(
+    console.report(
         f"{config.name}: {len(labels)} images, "
         + ", ".join(f"{name} {value}" for name, value in settings.items())
     )
@@ -67,7 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         draw_chunks(generator, config, labels, folder, stop)
     if jax.process_index() == 0:
         finish(folder, labels, config.chunk)
-        logging.report(f"{config.name}: wrote {folder / 'samples.npz'} and {folder / 'grid.png'}")
+        console.report(f"{config.name}: wrote {folder / 'samples.npz'} and {folder / 'grid.png'}")
 
 
 def open_generator(config: ml_collections.ConfigDict) -> Generator:
@@ -161,7 +162,7 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, generator: Ge
         record["chunk"] = saved["chunk"]
         config.chunk = saved["chunk"]  # the chunks that are there have this length
     if jax.process_index() == 0:
-        logging.write_json(path, record)
+        files.write_json(path, record)
 
 
 def draw_chunks(
@@ -194,7 +195,7 @@ def draw_chunks(
             write_chunk(folder, start, pictures.as_picture(images[: len(chunk)]))
         drawn += len(chunk)
         rate = drawn / (time.monotonic() - started)
-        logging.report(f"{config.name} {start + len(chunk)}/{len(labels)}  {rate:.2f} images/s")
+        console.report(f"{config.name} {start + len(chunk)}/{len(labels)}  {rate:.2f} images/s")
 
 
 def first_missing(folder: pathlib.Path, count: int, chunk: int) -> int:
@@ -234,7 +235,7 @@ def finish(folder: pathlib.Path, labels: np.ndarray, chunk: int) -> None:
     np.save(folder / "labels.npy", labels)
     first = next(archive_npz.open_images(folder / "samples.npz").batches(GRID_IMAGES))
     pictures.write_png(folder / "grid.png", pictures.grid(first, GRID_COLUMNS))
-    logging.write_json(folder / "DONE", {"images": len(labels)})
+    files.write_json(folder / "DONE", {"images": len(labels)})
     for path in paths:
         path.unlink()
     (folder / "chunks").rmdir()

@@ -18,7 +18,8 @@ from dinosae_jax import config as config_lib
 from dinosae_jax import rules, weights
 from dinosae_jax.eval import report
 from dinosae_jax.jobs import train_autoencoder, train_flow
-from dinosae_jax.train import checkpoint, initialise, logging, loop, sharding, stopping
+from dinosae_jax.runtime import console, files, hardware, precision, sharding, stopping
+from dinosae_jax.train import checkpoint, initialise, loop
 
 DONE = "DONE"
 KINDS = {  # by which file a folder is told
@@ -58,17 +59,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 def _report(folder: pathlib.Path) -> None:
     if jax.process_index() == 0:
         report.write_report(folder)
-        logging.report(f"The report is {folder / 'report.html'}")
+        console.report(f"The report is {folder / 'report.html'}")
 
 
 def _run_chain(
     config: ml_collections.ConfigDict, folder: pathlib.Path, stop: stopping.StopRequest
 ) -> None:
     if jax.process_index() == 0:
-        logging.write_json(folder / "chain.json", {"stages": list(config.chain)})
-        logging.write_json(folder / "notes.json", list(config.notes))
+        files.write_json(folder / "chain.json", {"stages": list(config.chain)})
+        files.write_json(folder / "notes.json", list(config.notes))
     for note in config.notes:
-        logging.report(note)
+        console.report(note)
     for name in config.chain:
         stage = config.stages[name]
         before = folder / stage.init_from if stage.init_from in config.chain else None
@@ -98,14 +99,14 @@ def run_stage(
     """
     started = time.monotonic()
     stop = stop or stopping.StopRequest()
-    config = resolve(config)
+    config = precision.resolve_config(config)
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     claim(workdir, config)
     done = workdir / DONE
     if done.exists() and json.loads(done.read_text())["step"] >= config.steps:
-        logging.report(f"{config.name}: finished before, skipped")
+        console.report(f"{config.name}: finished before, skipped")
         return
     if number := stop.agreed():
         raise stopping.Interrupted(f"{config.name} was not started", number)
@@ -114,9 +115,9 @@ def run_stage(
     job = train_flow if "dit" in config.trainable else train_autoencoder
     prepared = job.prepare(config, workdir, mesh)
     if jax.process_index() == 0:
-        logging.write_json(workdir / "notes.json", prepared.record["notes"])
+        files.write_json(workdir / "notes.json", prepared.record["notes"])
     for note in prepared.record["notes"]:
-        logging.report(f"{config.name}: {note}")
+        console.report(f"{config.name}: {note}")
     with checkpoint.open_manager(workdir, config.checkpoint.keep) as manager:
         state = prepared.restore(manager)
         state = loop.run(
@@ -132,22 +133,14 @@ def run_stage(
         )
     prepared.finish(state)
     if jax.process_index() == 0:
-        logging.write_json(
+        files.write_json(
             done,
             {
                 "step": int(state.step),
                 "seconds": round(time.monotonic() - started, 2),
-                "peak_memory_bytes": logging.peak_memory(),
+                "peak_memory_bytes": hardware.peak_memory(),
             },
         )
-
-
-def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A copy with `dtype='auto'` replaced by what this machine computes in."""
-    config = config.copy_and_resolve_references()
-    if config.dtype == "auto":
-        config.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return config
 
 
 def check_kind(folder: pathlib.Path, is_chain: bool) -> None:
@@ -181,7 +174,7 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
                 "delete it, or go on regardless with --config.on_mismatch=continue"
             )
     if jax.process_index() == 0:
-        logging.write_json(path, json.loads(config_lib.to_json(config)))
+        files.write_json(path, json.loads(config_lib.to_json(config)))
 
 
 def _drop(tree: dict[str, Any], field: str) -> None:

@@ -18,11 +18,12 @@ from dinosae_jax.data import images
 from dinosae_jax.eval import image_quality, pictures, robustness
 from dinosae_jax.flow import matching
 from dinosae_jax.flow.convention import LatentConvention
-from dinosae_jax.generator import halve
 from dinosae_jax.jobs import parts
 from dinosae_jax.models import autoencoder
 from dinosae_jax.models.lpips import LPIPS
-from dinosae_jax.train import gan, logging, loop, sae_step, sharding, step_flops
+from dinosae_jax.runtime import console, files, sharding
+from dinosae_jax.runtime.precision import cast_kernels_to_bfloat16
+from dinosae_jax.train import gan, loop, sae_step, step_flops
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
@@ -76,14 +77,16 @@ def prepare(
         "notes": notes,
     }
     frozen = {role: variables[role] for role in frozen_files}
-    frozen = sharding.replicate(halve(frozen) if config.dtype == "bfloat16" else frozen, mesh)
+    frozen = sharding.replicate(
+        cast_kernels_to_bfloat16(frozen) if config.dtype == "bfloat16" else frozen, mesh
+    )
     trained = {role: variables[role] for role in variables if role not in frozen_files}
 
     def restore(manager: CheckpointManager) -> state_lib.TrainState:
         create = functools.partial(sae_step.create_state, stage, seed=config.seed)
         state, saved = parts.restore(manager, create, trained, mesh)
         if saved:
-            logging.report(f"{config.name}: goes on from step {int(state.step)}")
+            console.report(f"{config.name}: goes on from step {int(state.step)}")
             parts.check_data(saved, record, config)
             parts.check_frozen(saved, record)
         return state
@@ -200,7 +203,7 @@ class _Evaluation:
             np.concatenate(originals)[first], np.concatenate(reconstructions)[first], SHOWN
         )
         pictures.write_png(workdir / "reconstructions.png", picture)
-        logging.write_json(
+        files.write_json(
             workdir / "baselines.json",
             {f"{n}_psnr": float(np.mean(np.concatenate(v))) for n, v in baselines.items()},
         )
@@ -218,7 +221,7 @@ class _Evaluation:
 
         rows = robustness.curve(measure)
         if jax.process_index() == 0:
-            logging.write_json(workdir / "robustness.json", rows)
+            files.write_json(workdir / "robustness.json", rows)
 
 
 @functools.lru_cache

@@ -18,10 +18,12 @@ from dinosae_jax.data import images, latents
 from dinosae_jax.eval import pictures
 from dinosae_jax.flow import schedule
 from dinosae_jax.flow.convention import LatentConvention
-from dinosae_jax.generator import Generator, halve
+from dinosae_jax.generator import Generator
 from dinosae_jax.jobs import flow_figures, parts
 from dinosae_jax.models import autoencoder
-from dinosae_jax.train import logging, loop, rfm_step, roles, sharding, step_flops
+from dinosae_jax.runtime import console, files, sharding
+from dinosae_jax.runtime.precision import cast_kernels_to_bfloat16
+from dinosae_jax.train import loop, rfm_step, roles, step_flops
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
@@ -92,9 +94,11 @@ def prepare(
     # Latents of a cache need no encoder on the devices, but for the KID of samples.
     needed = ("stem", "vit") if config.eval.samples or not config.data.latents else ()
     frozen = {role: variables[role] for role in needed}
-    frozen = sharding.replicate(halve(frozen) if config.dtype == "bfloat16" else frozen, mesh)
+    frozen = sharding.replicate(
+        cast_kernels_to_bfloat16(frozen) if config.dtype == "bfloat16" else frozen, mesh
+    )
     norms = token_norms(config, stage, frozen, train_source, workdir, mesh)
-    logging.report(
+    console.report(
         f"{config.name}: tokens have norm {norms['mean']:.4g} (deviation {norms['deviation']:.2g})"
     )
     convention = convention_of(config, config.flow.decode_radius or norms["mean"])
@@ -113,7 +117,7 @@ def prepare(
         trained = {"dit": variables["dit"]}
         state, saved = parts.restore(manager, create, trained, mesh)
         if saved:
-            logging.report(f"{config.name}: goes on from step {int(state.step)}")
+            console.report(f"{config.name}: goes on from step {int(state.step)}")
             parts.check_data(saved, record, config)
             parts.check_frozen(saved, record)
             check_convention(saved, record)
@@ -266,7 +270,7 @@ def token_norms(
     deviation = float(np.sqrt(max(square - mean**2, 0.0)))
     norms = {"mean": float(mean), "deviation": deviation, "images": count * size}
     if jax.process_index() == 0:
-        logging.write_json(path, norms)
+        files.write_json(path, norms)
     return norms
 
 

@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dinosae_jax.models import placement, positions
+from dinosae_jax.models import positions
+from dinosae_jax.runtime import fsdp
 
 Initialisation = Literal["xavier", "torch"]
 
@@ -226,7 +227,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array, rope: positions.Rope | None):
-        x, c = placement.spread(x), placement.spread(c)
+        x, c = fsdp.shard_by_example(x), fsdp.shard_by_example(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(c)
         attention = Attention(
             self.num_heads,
@@ -278,7 +279,7 @@ def block_stack(
       ValueError: an unknown remat.
     """
     # The whole weights are made inside what is rematerialised, so that they are never kept.
-    gather = functools.partial(placement.gather_block, depth=depth)
+    gather = functools.partial(fsdp.gather_block, depth=depth)
     body: Any = nn.map_variables(Block, "params", gather, init=True)
     if remat != "none":
         if remat not in _REMAT_POLICIES:

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from dinosae_jax.train import compile
+from dinosae_jax.runtime import jit
 
 Tree = Any
 FOLDER = "checkpoints"
@@ -165,7 +165,7 @@ def checksums(state: Tree) -> dict[str, int]:
 @functools.cache
 def _compiled_checksum() -> Callable[[jax.Array], jax.Array]:
     # A program a shape: the stages of a chain share them, one of all leaves they would not.
-    return compile.jit_once(_checksum)
+    return jit.jit_once(_checksum)
 
 
 def _checksum(leaf: jax.Array) -> jax.Array:

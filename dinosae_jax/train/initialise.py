@@ -109,16 +109,16 @@ def export(source: Source, output: pathlib.Path, wanted: tuple[str, ...]) -> Non
     """
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"an export needs an empty folder; got {output}; name another one")
-    files = {role: list(roles.write(output, role, source.variables[role])) for role in wanted}
+    written = {role: list(roles.write(output, role, source.variables[role])) for role in wanted}
     record = {
-        "roles": files,
+        "roles": written,
         "model": source.model,
         "convention": source.convention,
         "notes": source.notes,
         "flow": source.flow,
         "source": source.path.name,
     }
-    (output / EXPORT_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    files.write_json(output / EXPORT_FILE, record)
 
 
 def check_agreement(

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import CheckpointManager
 
-from dinosae_jax.train import checkpoint, logging, profile, sharding, stopping
+from dinosae_jax.runtime import console, sharding, stopping, tracing
+from dinosae_jax.train import checkpoint, metric_writer
 from dinosae_jax.train import state as state_lib
 
 Batch = dict[str, np.ndarray]
@@ -70,11 +71,11 @@ def run(
       FloatingPointError: after `skip_limit` steps in a row that were not finite.
     """
     start = int(state.step)
-    writer = logging.RunWriter(workdir, start, enabled=jax.process_index() == 0)
-    progress = logging.Progress(
+    writer = metric_writer.RunWriter(workdir, start, enabled=jax.process_index() == 0)
+    progress = metric_writer.Progress(
         config.name, config.steps, start, config.batch_size, task.flops_per_image
     )
-    trace = profile.StepTrace(config.profile_steps, workdir)
+    trace = tracing.StepTrace(config.profile_steps, workdir)
     try:
         for step in range(start + 1, config.steps + 1):
             trace.before(step)
@@ -83,7 +84,7 @@ def run(
             trace.after(step, state.step)
             if step == start + 1:
                 jax.block_until_ready(state.step)
-                logging.report(f"{config.name}: first step done, the rest runs at full speed")
+                console.report(f"{config.name}: first step done, the rest runs at full speed")
                 progress.restart_clock(step)
             stopped = stop.agreed(lag=STOP_LAG)
             if step % config.log_every == 0 or step == config.steps:
@@ -92,7 +93,7 @@ def run(
                 values = task.evaluate(state)
                 writer.metrics(step, values)
                 shown = " ".join(f"{n.split('/')[-1]} {v:.4g}" for n, v in values.items())
-                logging.report(f"{config.name} {step}/{config.steps}  held out: {shown}")
+                console.report(f"{config.name} {step}/{config.steps}  held out: {shown}")
                 progress.restart_clock(step)
             if step % config.checkpoint.every == 0 or step == config.steps or stopped:
                 checkpoint.save(manager, state, record)
@@ -112,8 +113,8 @@ def _write_line(
     task: Task,
     state: state_lib.TrainState,
     step: int,
-    writer: logging.RunWriter,
-    progress: logging.Progress,
+    writer: metric_writer.RunWriter,
+    progress: metric_writer.Progress,
     config: Any,
     workdir: pathlib.Path,
     batch: Batch,

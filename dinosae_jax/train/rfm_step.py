@@ -19,8 +19,9 @@ import optax
 from flax import traverse_util
 
 from dinosae_jax.flow import matching, schedule
-from dinosae_jax.models import autoencoder, ddt, dit, placement
-from dinosae_jax.train import accumulate, optim, sharding
+from dinosae_jax.models import autoencoder, ddt, dit
+from dinosae_jax.runtime import fsdp, sharding
+from dinosae_jax.train import accumulate, optim
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
@@ -164,7 +165,7 @@ def train_step(
     Returns:
       The next state; `step` and the count of skipped steps advance in any case.
     """
-    index = placement.spread(jnp.arange(batch["label"].shape[0]))
+    index = fsdp.shard_by_example(jnp.arange(batch["label"].shape[0]))
     one = functools.partial(gradients, stage, state, frozen, values)
     grads, scalars = accumulate.mean_over_micro_batches(one, (batch, index), stage.accumulation)
     norm = optax.global_norm(grads)
@@ -213,7 +214,7 @@ def gradients(
     trained, bases = split_bases(state.params["dit"])
 
     def objective(leaves: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        variables = {"params": placement.gather_rest(join_bases(leaves, bases))}
+        variables = {"params": fsdp.gather_unstacked(join_bases(leaves, bases))}
         terms = matching.loss(
             lambda x, t: stage.dit.apply(variables, x, t, draws.label),
             matching.make_path(stage.path, stage.radius),

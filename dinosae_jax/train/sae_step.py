@@ -20,8 +20,9 @@ import optax
 
 from dinosae_jax.eval import image_quality
 from dinosae_jax.losses import adversarial, alignment, reconstruction
-from dinosae_jax.models import autoencoder, placement
-from dinosae_jax.train import accumulate, gan, optim, sharding
+from dinosae_jax.models import autoencoder
+from dinosae_jax.runtime import fsdp, sharding
+from dinosae_jax.train import accumulate, gan, optim
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
@@ -159,7 +160,7 @@ def train_step(
       The next state; `step` and the count of skipped steps advance in any case.
     """
     images = batch["image"]
-    index = placement.spread(jnp.arange(images.shape[0]))
+    index = fsdp.shard_by_example(jnp.arange(images.shape[0]))
     one = functools.partial(gradients, stage, state, frozen, values)
     grads = accumulate.mean_over_micro_batches(one, (images, index), stage.accumulation)
     if grads.adversarial is not None:
@@ -223,11 +224,11 @@ def gradients(
       index: int32 [b], places in the global batch, which the random draws follow.
     """
     image = images.astype(jnp.float32) / 255.0
-    fixed = {**frozen, **merge(placement.gather_rest(state.params), state.extra)}
+    fixed = {**frozen, **merge(fsdp.gather_unstacked(state.params), state.extra)}
     encoded = None if stage.encodes else autoencoder.encode(stage.modules, fixed, image)
 
     def forward(params: dict[str, Tree]) -> tuple[tuple[jax.Array, jax.Array], Tree]:
-        variables = {**frozen, **merge(placement.gather_rest(params), state.extra)}
+        variables = {**frozen, **merge(fsdp.gather_unstacked(params), state.extra)}
         code = encoded or autoencoder.encode(stage.modules, variables, image)
         tokens = code.tokens
         if stage.noisy:

@@ -12,7 +12,7 @@ from dinosae_jax.eval import archive_npz, distances, features, frechet, interpol
 from dinosae_jax.models import autoencoder
 from dinosae_jax.models.efficientnet import EfficientNetLite0
 from dinosae_jax.models.inception import InceptionFID
-from dinosae_jax.train import sharding
+from dinosae_jax.runtime import sharding
 from tests import tiny_stage
 
 METRICS = {"frechet": ("FD", "mean"), "kernel": ("KD", "mean"), "precision_recall": ("", "mean")}

@@ -12,7 +12,8 @@ from configs import ablation_flow as ablation_config
 from dinosae_jax import rules
 from dinosae_jax.eval import curves, features, pictures
 from dinosae_jax.jobs import ablation, ablation_flow, train
-from dinosae_jax.train import initialise, stopping
+from dinosae_jax.runtime import stopping
+from dinosae_jax.train import initialise
 
 
 def test_arms_differ_in_their_path_alone():

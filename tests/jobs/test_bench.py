@@ -9,7 +9,8 @@ from PIL import Image
 from configs import bench as bench_config
 from dinosae_jax import rules
 from dinosae_jax.jobs import bench, bench_flow
-from dinosae_jax.train import hardware, step_flops
+from dinosae_jax.runtime import hardware
+from dinosae_jax.train import step_flops
 from tests import tiny_stage
 
 

@@ -10,7 +10,7 @@ from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.data import images, latent_format, latent_shards, latents
 from dinosae_jax.jobs import encode, flow_figures, train, train_flow
-from dinosae_jax.train import sharding
+from dinosae_jax.runtime import precision, sharding
 from tests import tiny_stage
 from tests.jobs.small_flow import small_flow
 
@@ -155,7 +155,7 @@ def test_a_run_on_the_cache_without_kid_keeps_no_encoder_on_its_devices(
     monkeypatch.setattr(
         sharding, "replicate", lambda tree, mesh: placed.extend(tree) or replicate(tree, mesh)
     )
-    config = train.resolve(flow_of(root, **{"eval.samples": 0}))
+    config = precision.resolve_config(flow_of(root, **{"eval.samples": 0}))
     prepared = train_flow.prepare(config, tmp_path, sharding.make_mesh())
     assert not {"stem", "vit"} & set(placed)
     assert set(prepared.record["frozen"]) == {"stem", "vit", "decoder"}

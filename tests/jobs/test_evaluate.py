@@ -18,8 +18,9 @@ from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder, random_source
 from dinosae_jax.data import images
 from dinosae_jax.eval import archive_npz, features, frechet, image_quality
-from dinosae_jax.jobs import evaluate, measure, train, train_flow
-from dinosae_jax.train import checkpoint, sharding
+from dinosae_jax.jobs import evaluate, measure, train_flow
+from dinosae_jax.runtime import precision, sharding
+from dinosae_jax.train import checkpoint
 from tests import tiny_stage
 
 
@@ -266,7 +267,7 @@ def write_flow(folder):
             "data.source": f"folder:{place}",
         }
     )
-    wanted = train.resolve(wanted)
+    wanted = precision.resolve_config(wanted)
     workdir = folder / "flow"
     workdir.mkdir()
     prepared = train_flow.prepare(wanted, workdir, sharding.make_mesh())

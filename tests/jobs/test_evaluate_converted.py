@@ -10,8 +10,8 @@ import pytest
 from configs import evaluate as config_file
 from dinosae_jax import rules
 from dinosae_jax.eval import archive_npz
-from dinosae_jax.jobs import evaluate, measure, train
-from dinosae_jax.train import sharding
+from dinosae_jax.jobs import evaluate, measure
+from dinosae_jax.runtime import precision, sharding
 from tests import tiny_stage
 from tests.models.metrics_weights import group, relative_error, seeded_state
 from tests.weights_conversion.layouts import save
@@ -84,7 +84,7 @@ def test_an_autoencoder_gets_rfid_psnr_ssim_and_lpips(config, converted, tmp_pat
     about, rows = read(tmp_path / "out")
     assert list(rows) == ["PSNR", "SSIM", "LPIPS", "rFID", "rKID"]
     assert (about["kind"], about["checkpoint_step"]) == ("autoencoder", 0)
-    assert about["config_sha256"] == measure.config_sha256(train.resolve(wanted))
+    assert about["config_sha256"] == measure.config_sha256(precision.resolve_config(wanted))
     assert about["commit"] == measure.commit()
     assert about["features"] == "inception_fid, tf1_bilinear"
     assert all(row["count"] == 6 and np.isfinite(row["value"]) for row in rows.values())

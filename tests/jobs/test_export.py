@@ -10,7 +10,8 @@ from configs import export as export_config
 from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.jobs import export
-from dinosae_jax.train import initialise, sharding
+from dinosae_jax.runtime import sharding
+from dinosae_jax.train import initialise
 from tests import tiny_stage
 from tests.weights_conversion.layouts import save
 from weights_conversion.convert import convert_file

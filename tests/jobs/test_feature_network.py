@@ -8,7 +8,7 @@ import pytest
 
 from dinosae_jax.eval import features
 from dinosae_jax.jobs import measure
-from dinosae_jax.train import sharding
+from dinosae_jax.runtime import sharding
 from tests.models.metrics_weights import efficientnet_state
 from tests.weights_conversion.layouts import save
 from tests.weights_conversion.torch_zip import write_torch

@@ -7,15 +7,16 @@ import pytest
 from dinosae_jax.data import images
 from dinosae_jax.eval import features, kernel_distance
 from dinosae_jax.generator import Generator, Sampling, compile_generate, decode_parts
-from dinosae_jax.jobs import flow_figures, parts, train, train_flow
+from dinosae_jax.jobs import flow_figures, parts, train_flow
 from dinosae_jax.models import autoencoder
-from dinosae_jax.train import initialise, sharding
+from dinosae_jax.runtime import precision, sharding
+from dinosae_jax.train import initialise
 from tests.jobs.small_flow import small_flow
 
 
 @pytest.fixture(scope="module")
 def config():
-    return train.resolve(small_flow())
+    return precision.resolve_config(small_flow())
 
 
 def distance_on(config, workdir, devices):
@@ -63,5 +64,5 @@ def test_nothing_is_compiled_twice_and_noise_is_fixed(config, flow_workdir):
 def test_without_samples_no_encoder_is_asked_for(tmp_path, monkeypatch):
     """With cached latents it is not on the devices then."""
     monkeypatch.delattr(flow_figures, "SampleDistance")
-    config = train.resolve(small_flow(**{"eval.samples": 0}))
+    config = precision.resolve_config(small_flow(**{"eval.samples": 0}))
     assert train_flow.prepare(config, tmp_path, sharding.make_mesh()).task

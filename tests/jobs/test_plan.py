@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 from configs import plan as plan_config
 from dinosae_jax import rules
 from dinosae_jax.jobs import collectives, plan, plan_targets
-from dinosae_jax.train import hardware, sharding, step_flops
+from dinosae_jax.runtime import hardware, sharding
+from dinosae_jax.train import step_flops
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 LEDGER = ROOT / "docs" / "ledger.json"

@@ -12,9 +12,11 @@ import dinosae_jax
 from configs import sample as sample_config
 from dinosae_jax import rules
 from dinosae_jax.eval import archive_npz
-from dinosae_jax.generator import HALF_LAYERS, Generator, halve
+from dinosae_jax.generator import Generator
 from dinosae_jax.jobs import sample
-from dinosae_jax.train import initialise, sharding, stopping
+from dinosae_jax.runtime import sharding, stopping
+from dinosae_jax.runtime.precision import BFLOAT16_LAYERS, cast_kernels_to_bfloat16
+from dinosae_jax.train import initialise
 
 KEY = jax.random.PRNGKey(5)
 LABELS = np.array([0, 3, 3, 9, 7])
@@ -150,10 +152,10 @@ def test_a_convention_that_does_not_fit_is_refused(flow_workdir, generator):
 
 
 def test_half_precision_touches_only_layers_that_compute_in_it(generator):
-    for role, tree in halve(generator.variables).items():
+    for role, tree in cast_kernels_to_bfloat16(generator.variables).items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             names = {entry.key for entry in path}
-            half = path[-1].key == "kernel" and names & set(HALF_LAYERS[role])
+            half = path[-1].key == "kernel" and names & set(BFLOAT16_LAYERS[role])
             assert leaf.dtype == (jax.numpy.bfloat16 if half else np.float32), (role, path)
 
 

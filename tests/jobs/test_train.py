@@ -15,7 +15,8 @@ import pytest
 from configs import quickstart, sae_stage1, sae_stage4
 from dinosae_jax import main
 from dinosae_jax.jobs import train
-from dinosae_jax.train import checkpoint, loop, stopping
+from dinosae_jax.runtime import stopping
+from dinosae_jax.train import checkpoint, loop
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TINIEST = {

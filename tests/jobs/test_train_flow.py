@@ -11,7 +11,8 @@ from configs import hae_dit, rfm_ddt, rfm_dit
 from dinosae_jax import rules
 from dinosae_jax.flow import matching, samplers, schedule
 from dinosae_jax.jobs import parts, train, train_flow
-from dinosae_jax.train import checkpoint, initialise, optim, sharding
+from dinosae_jax.runtime import precision, sharding
+from dinosae_jax.train import checkpoint, initialise, optim
 from tests.jobs.small_flow import small_flow
 
 
@@ -72,13 +73,17 @@ def test_another_autoencoder_or_decode_radius_is_refused(flow_workdir):
 def test_a_flow_without_an_autoencoder_is_refused():
     config = small_flow(random_frozen_ok=("vit",))
     with pytest.raises(ValueError, match=r"frozen stem needs weights.*init_from"):
-        train_flow.initial_variables(config, train_flow.make_stage(train.resolve(config)))
+        train_flow.initial_variables(
+            config, train_flow.make_stage(precision.resolve_config(config))
+        )
 
 
 def test_an_autoencoder_of_another_radius_is_refused(flow_workdir):
     config = small_flow(**{"init_from": str(flow_workdir), "flow.radius": 7.0})
     with pytest.raises(ValueError, match=r"radius 7\.0 != 8\.0"):
-        train_flow.initial_variables(config, train_flow.make_stage(train.resolve(config)))
+        train_flow.initial_variables(
+            config, train_flow.make_stage(precision.resolve_config(config))
+        )
 
 
 def test_another_number_of_classes_is_refused():
@@ -94,7 +99,7 @@ def test_another_number_of_classes_is_refused():
 def test_configs_are_valid(module, argument):
     config = module.get_config(argument)
     rules.validate(config)
-    stage = train_flow.make_stage(train.resolve(config))
+    stage = train_flow.make_stage(precision.resolve_config(config))
     assert stage.times.shift == (6.0 if argument == "tiny" else 8.0)
     assert stage.radius == pytest.approx(8.0 if argument == "tiny" else 32.0)
 

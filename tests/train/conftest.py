@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import sae_stage1
-from dinosae_jax.jobs import train, train_autoencoder
+from dinosae_jax.jobs import train_autoencoder
+from dinosae_jax.runtime import precision
 from dinosae_jax.train import sae_step
 from tests import tiny_stage
 
@@ -27,7 +28,7 @@ def make_config():
         config = sae_stage1.get_config("tiny")
         config.update_from_flattened_dict(TINIEST)
         config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-        return train.resolve(config)
+        return precision.resolve_config(config)
 
     return make
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from dinosae_jax import main
-from dinosae_jax.train import sharding
+from dinosae_jax.runtime import sharding
 
 
 def record(folder, stop_at=0):

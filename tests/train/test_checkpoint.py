@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinosae_jax.train import checkpoint, optim, roles, sharding
+from dinosae_jax.runtime import sharding
+from dinosae_jax.train import checkpoint, optim, roles
 from dinosae_jax.train import state as state_lib
 
 

@@ -11,7 +11,8 @@ from configs import rfm_ddt, rfm_dit
 from dinosae_jax.flow import matching
 from dinosae_jax.jobs import train_flow
 from dinosae_jax.models import autoencoder
-from dinosae_jax.train import compile, rfm_step, sharding
+from dinosae_jax.runtime import jit, sharding
+from dinosae_jax.train import rfm_step
 
 BATCH = 16
 
@@ -27,7 +28,7 @@ def small_config(**changes):
 
 @functools.cache
 def initial(stage):
-    drawn = compile.jit_once(functools.partial(rfm_step.init, stage.dit))(jax.random.PRNGKey(0))
+    drawn = jit.jit_once(functools.partial(rfm_step.init, stage.dit))(jax.random.PRNGKey(0))
     return jax.device_get(drawn)
 
 
@@ -48,7 +49,7 @@ def run(config, batches, devices=1):
     values = rfm_step.numbers(config)
     create = functools.partial(rfm_step.create_state, stage, seed=0)
     place = {"out_shardings": sharding.replicated(mesh)}
-    state = compile.jit_once(create, **place)({"dit": initial(stage)})
+    state = jit.jit_once(create, **place)({"dit": initial(stage)})
     history = []
     with jax.set_mesh(mesh):
         for batch in batches:
@@ -107,9 +108,9 @@ def test_images_and_their_latents_are_one_path():
     config = small_config()
     stage = train_flow.make_stage(config)
     init = functools.partial(autoencoder.init, stage.modules, image_size=64)
-    frozen = compile.jit_once(init)(jax.random.PRNGKey(1))
+    frozen = jit.jit_once(init)(jax.random.PRNGKey(1))
     image = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    encode = compile.jit_once(functools.partial(rfm_step.encode, stage))
+    encode = jit.jit_once(functools.partial(rfm_step.encode, stage))
     points = encode(frozen, {"image": image})
     np.testing.assert_allclose(np.linalg.norm(points, axis=-1), 8.0, rtol=1e-5)
     # Placed again as latents of any norm, they are the same points.

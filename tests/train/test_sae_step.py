@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dinosae_jax.losses import adversarial
-from dinosae_jax.train import gan, sae_step, sharding
+from dinosae_jax.runtime import sharding
+from dinosae_jax.train import gan, sae_step
 from dinosae_jax.train import state as state_lib
 
 GAN = {"losses__gan": 0.5, "optimizer__learning_rate": 5e-4}  # the rate of stages 2-4, tiny

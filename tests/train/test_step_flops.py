@@ -5,7 +5,8 @@ import pytest
 
 from configs import rfm_ddt, rfm_dit, sae_stage1, sae_stage2, sae_stage3, sae_stage4
 from dinosae_jax.jobs import programs
-from dinosae_jax.train import sharding, step_flops
+from dinosae_jax.runtime import sharding
+from dinosae_jax.train import step_flops
 
 ENCODE = 167.1
 # Design section 8, GFLOPs per image; the flow reads images here, so encoding is in it.

@@ -21,7 +21,9 @@ SMALLEST_SHARDED_BYTES = 1 << 20  # gathering smaller leaves costs more than hol
 STACKED_PREFIX = "blocks"  # of subtrees whose leaves have a leading depth axis
 
 
-def rule(shape: tuple[int, ...], itemsize: int, stacked: bool, fsdp: int) -> PartitionSpec:
+def partition_rule(
+    shape: tuple[int, ...], itemsize: int, stacked: bool, fsdp: int
+) -> PartitionSpec:
     """Which axis of a leaf is split over `fsdp`: the largest that it divides, never the depth.
 
     Args:
@@ -47,24 +49,24 @@ def gather_block(params: Tree, depth: int) -> Tree:
     fsdp = _fsdp()
 
     def whole(leaf: jax.Array) -> jax.Array:
-        axes = rule((depth, *leaf.shape), leaf.dtype.itemsize, True, fsdp)
+        axes = partition_rule((depth, *leaf.shape), leaf.dtype.itemsize, True, fsdp)
         return _gather(leaf, PartitionSpec(*axes[1:])) if axes else leaf
 
     return params if fsdp == 1 else jax.tree.map(whole, params)
 
 
-def gather_rest(params: Tree) -> Tree:
+def gather_unstacked(params: Tree) -> Tree:
     """All parameters outside stacks of blocks, whole on every device; stacks stay as they are."""
     fsdp = _fsdp()
 
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        axes = rule(leaf.shape, leaf.dtype.itemsize, False, fsdp)
+        axes = partition_rule(leaf.shape, leaf.dtype.itemsize, False, fsdp)
         return leaf if is_stacked(path) or not axes else _gather(leaf, axes)
 
     return params if fsdp == 1 else jax.tree_util.tree_map_with_path(whole, params)
 
 
-def spread(x: jax.Array) -> jax.Array:
+def shard_by_example(x: jax.Array) -> jax.Array:
     """The same array [b, ...], split by example over all devices."""
     return x if _fsdp() == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 

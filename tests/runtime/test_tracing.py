@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.profiler import ProfileData
 
-from dinosae_jax.train import profile
+from dinosae_jax.runtime import tracing
 
 
 def annotated(folder):
@@ -25,16 +25,16 @@ def walk(trace, steps):
 
 
 def test_the_named_steps_are_traced(tmp_path):
-    walk(profile.StepTrace("3:5", tmp_path), range(1, 8))
+    walk(tracing.StepTrace("3:5", tmp_path), range(1, 8))
     assert annotated(tmp_path / "profile") == ["step 3", "step 4"]
 
 
 def test_a_run_that_ends_early_leaves_its_trace(tmp_path):
-    walk(profile.StepTrace("3:9", tmp_path), range(1, 5))
+    walk(tracing.StepTrace("3:9", tmp_path), range(1, 5))
     assert annotated(tmp_path / "profile") == ["step 3", "step 4"]
 
 
 @pytest.mark.parametrize(("text", "start"), [("", 1), ("3:5", 4)])
 def test_nothing_is_traced_unless_its_first_step_is_met(tmp_path, text, start):
-    walk(profile.StepTrace(text, tmp_path), range(start, 8))
+    walk(tracing.StepTrace(text, tmp_path), range(start, 8))
     assert not (tmp_path / "profile").exists()

@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from dinosae_jax.train import distributed
+from dinosae_jax.runtime import distributed
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import NamedTuple
 
 import jax
@@ -58,3 +60,11 @@ def utilisation(
     return {"tflops_per_device": tflops} | (
         {"mfu": tflops / hardware.peak_tflops} if hardware else {}
     )
+
+
+def peak_memory() -> int:
+    """Bytes: the largest use of the first device, or of the process where none is counted."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(stats.get("peak_bytes_in_use", process))

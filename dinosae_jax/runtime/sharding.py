@@ -1,4 +1,4 @@
-"""Where arrays live: a (data, fsdp) mesh placed by the rule of `models.placement`."""
+"""Where arrays live: a (data, fsdp) mesh placed by the rule of `runtime.fsdp`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from dinosae_jax.models import placement
+from dinosae_jax.runtime.fsdp import (
+    BATCH_AXES,
+    SMALLEST_SHARDED_BYTES,
+    is_stacked,
+    partition_rule,
+)
 
 Tree = Any
 
@@ -26,14 +31,12 @@ def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
             f"mesh.fsdp must divide the number of devices; got {fsdp} for {len(devices)} devices"
         )
     shape = (len(devices) // fsdp, fsdp)
-    return jax.make_mesh(
-        shape, placement.BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
-    )
+    return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis over all devices."""
-    return NamedSharding(mesh, PartitionSpec(placement.BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -52,7 +55,7 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 
 
 def shardings(shapes: Tree, mesh: Mesh) -> Tree:
-    """A sharding for every leaf by `placement.rule`: pieces over `fsdp`, or a copy everywhere.
+    """A sharding for every leaf by `fsdp.partition_rule`: pieces over `fsdp`, or a copy everywhere.
 
     Raises:
       ValueError: where `fsdp` divides no axis of a large leaf, which would be copied silently.
@@ -61,8 +64,8 @@ def shardings(shapes: Tree, mesh: Mesh) -> Tree:
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         size = leaf.dtype.itemsize
-        axes = placement.rule(leaf.shape, size, placement.is_stacked(path), fsdp)
-        if fsdp > 1 and not axes and leaf.size * size >= placement.SMALLEST_SHARDED_BYTES:
+        axes = partition_rule(leaf.shape, size, is_stacked(path), fsdp)
+        if fsdp > 1 and not axes and leaf.size * size >= SMALLEST_SHARDED_BYTES:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
                 f"mesh.fsdp must divide an axis of every large leaf; got {fsdp} for {name} "

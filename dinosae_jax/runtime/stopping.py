@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dinosae_jax.train import sharding
+from dinosae_jax.runtime import sharding
 
 
 class Interrupted(Exception):

@@ -3,15 +3,16 @@
 import jax
 import pytest
 
-from dinosae_jax.train import hardware, logging
+from dinosae_jax.runtime import hardware
+from dinosae_jax.train import metric_writer
 
 
 def lines(monkeypatch, capsys, kind, flops):
     """(printed line, figures) of 4 steps of 16 images in 2 seconds on devices of a kind."""
     clock = iter([10.0, 12.0, 12.0])
-    monkeypatch.setattr(logging.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(metric_writer.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(hardware, "find", lambda device: hardware.KINDS.get(kind))
-    progress = logging.Progress("stage", 100, 0, 16, flops)
+    progress = metric_writer.Progress("stage", 100, 0, 16, flops)
     figures = progress.line(4, {"train/loss": 0.5})
     return capsys.readouterr().out.strip(), figures
 
@@ -35,7 +36,7 @@ def test_a_cpu_has_a_speed_but_no_peak(monkeypatch, capsys):
 
 def test_no_speed_is_invented_where_no_step_was_timed(monkeypatch, capsys):
     """The first step compiles and restarts the clock: a line right after it has timed nothing."""
-    progress = logging.Progress("stage", 100, 0, 16, 10**9)
+    progress = metric_writer.Progress("stage", 100, 0, 16, 10**9)
     progress.restart_clock(1)
     assert set(progress.line(1, {"train/loss": 0.5})) == {"peak_memory_gib"}
     assert capsys.readouterr().out == "stage 1/100  loss 0.5\n"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +16,7 @@ import jax
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import event_file_writer
 
-from dinosae_jax.train import hardware
+from dinosae_jax.runtime import console, hardware
 
 
 class RunWriter:
@@ -96,15 +94,15 @@ class Progress:
             for name, value in values.items()
             if name in ("train/loss", "train/psnr", "train/grad_norm") or name.startswith("eval/")
         )
-        memory = {"peak_memory_gib": peak_memory() / 2**30}
+        memory = {"peak_memory_gib": hardware.peak_memory() / 2**30}
         if not done:  # the step that compiled, or an evaluation came between
-            report(f"{self.name} {step}/{self.steps}  {shown}")
+            console.report(f"{self.name} {step}/{self.steps}  {shown}")
             return memory
         seconds = elapsed / done
         rate = self.batch_size / seconds
         speed = hardware.utilisation(self.flops_per_image, rate, jax.devices())
         left = _clock(seconds * (self.steps - step))
-        report(
+        console.report(
             f"{self.name} {step}/{self.steps}  {shown}  "
             f"{rate:.0f} images/s  {describe_speed(speed)}  {left} left"
         )
@@ -124,20 +122,6 @@ def describe_speed(speed: Mapping[str, float]) -> str:
     return f"{shown}/device{used}"
 
 
-def report(text: str) -> None:
-    """One line for the person who watches, from the first process only."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-def peak_memory() -> int:
-    """Bytes: the largest use of the first device, or of the process where none is counted."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    unit = 1 if sys.platform == "darwin" else 1024
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return int(stats.get("peak_bytes_in_use", process))
-
-
 def cut_back(path: pathlib.Path, last_step: int) -> None:
     """Drops the lines of a JSON-lines file that lie after `last_step`, and a torn last line."""
     if not path.exists():
@@ -152,13 +136,6 @@ def cut_back(path: pathlib.Path, last_step: int) -> None:
         kept.append(line + "\n")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
-    partial.replace(path)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     partial.replace(path)
 
 

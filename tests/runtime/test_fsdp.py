@@ -10,14 +10,14 @@ from jax.sharding import PartitionSpec
 
 from configs import rfm_ddt, rfm_dit
 from dinosae_jax.jobs import collectives, train_flow
-from dinosae_jax.models import placement
-from dinosae_jax.train import compile, rfm_step, sharding
+from dinosae_jax.runtime import fsdp, jit, sharding
+from dinosae_jax.train import rfm_step
 
 CLEAN = {"all-gather", "all-reduce", "reduce-scatter"}
 
 
 @pytest.mark.parametrize(
-    ("shape", "stacked", "fsdp", "axis"),
+    ("shape", "stacked", "ways", "axis"),
     [
         ((28, 1152, 3456), True, 8, 2),  # the largest
         ((28, 1152, 3456), True, 128, 2),
@@ -29,21 +29,21 @@ CLEAN = {"all-gather", "all-reduce", "reduce-scatter"}
         ((28, 1152, 3456), True, 1, None),
     ],
 )
-def test_the_rule(shape, stacked, fsdp, axis):
+def test_the_rule(shape, stacked, ways, axis):
     expected = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "fsdp")
-    assert placement.rule(shape, 4, stacked, fsdp) == expected
+    assert fsdp.partition_rule(shape, 4, stacked, ways) == expected
 
 
-@pytest.mark.parametrize("fsdp", [2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("ways", [2, 4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize("flow", [rfm_dit, rfm_ddt])
-def test_no_large_leaf_of_the_full_networks_is_copied(flow, fsdp):
+def test_no_large_leaf_of_the_full_networks_is_copied(flow, ways):
     config = flow.get_config()
     config.dtype = "float32"
     stage = train_flow.make_stage(config)
     draw = functools.partial(rfm_step.init, stage.dit)
     shapes = jax.eval_shape(draw, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        axes = placement.rule(leaf.shape, 4, placement.is_stacked(path), fsdp)
+        axes = fsdp.partition_rule(leaf.shape, 4, fsdp.is_stacked(path), ways)
         assert axes or leaf.size * 4 < 1 << 20, (path, leaf.shape)
 
 
@@ -56,14 +56,14 @@ def test_a_large_leaf_that_cannot_be_split_is_refused():
 
 def test_without_a_mesh_nothing_happens():
     tree = {"kernel": jnp.ones((512, 1024))}
-    assert placement.gather_block(tree, 4) is tree
-    assert placement.gather_rest(tree) is tree
-    assert placement.spread(tree["kernel"]) is tree["kernel"]
+    assert fsdp.gather_block(tree, 4) is tree
+    assert fsdp.gather_unstacked(tree) is tree
+    assert fsdp.shard_by_example(tree["kernel"]) is tree["kernel"]
 
 
 @pytest.mark.parametrize("flow", [rfm_dit, pytest.param(rfm_ddt, marks=pytest.mark.slow)])
 def test_a_split_step_is_the_whole_step(flow, monkeypatch):
-    monkeypatch.setattr(placement, "SMALLEST_SHARDED_BYTES", 1 << 10)
+    monkeypatch.setattr(fsdp, "SMALLEST_SHARDED_BYTES", 1 << 10)
     config = flow.get_config("tiny")
     config.dtype, config.batch_size = "float32", 16
     two = flow is rfm_ddt
@@ -72,7 +72,7 @@ def test_a_split_step_is_the_whole_step(flow, monkeypatch):
     config.model.dit.remat = "dots"
     stage = train_flow.make_stage(config)
     drawn = jax.device_get(
-        compile.jit_once(functools.partial(rfm_step.init, stage.dit))(jax.random.PRNGKey(0))
+        jit.jit_once(functools.partial(rfm_step.init, stage.dit))(jax.random.PRNGKey(0))
     )
     random = np.random.default_rng(0)
     batch = {
@@ -80,17 +80,17 @@ def test_a_split_step_is_the_whole_step(flow, monkeypatch):
         "label": np.arange(16, dtype=np.int32) % 10,
     }
     after = {}
-    for fsdp in (1, 4):
-        mesh = sharding.make_mesh(fsdp, jax.devices()[:8])
+    for ways in (1, 4):
+        mesh = sharding.make_mesh(ways, jax.devices()[:8])
         create = functools.partial(rfm_step.create_state, stage, seed=0)
         places = sharding.shardings(jax.eval_shape(create, {"dit": drawn}), mesh)
-        state = compile.jit_once(create, out_shardings=places)({"dit": drawn})
+        state = jit.jit_once(create, out_shardings=places)({"dit": drawn})
         arguments = (state, {}, sharding.put_batch(batch, mesh), rfm_step.numbers(config))
         compiled = rfm_step.compile_step(stage, mesh).lower(*arguments).compile()
         kinds = set(collectives.census(compiled.as_text()))
         # XLA:CPU makes no reduce-scatter: it sums and slices.
-        assert kinds <= CLEAN and ("all-gather" in kinds) == (fsdp > 1), kinds
-        after[fsdp] = jax.device_get(compiled(*arguments))
+        assert kinds <= CLEAN and ("all-gather" in kinds) == (ways > 1), kinds
+        after[ways] = jax.device_get(compiled(*arguments))
     assert after[4].metrics["loss"].total == pytest.approx(after[1].metrics["loss"].total, 1e-6)
     # Sums are taken in another order; Adam's first step is the sign of the gradient times the
     # rate, so gradients that are nothing but rounding may differ by it: the moments are compared.
