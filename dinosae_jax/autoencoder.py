@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinosae_jax.flow.convention import LatentConvention
+from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder
 from dinosae_jax.runtime import jit, precision, sharding
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 
 Tree = Any
 Floats = NDArray[np.float32]
@@ -49,7 +49,7 @@ class Autoencoder:
 
     def __init__(
         self,
-        source: initialise.Source,
+        source: weight_source.WeightSource,
         dtype: str = "auto",
         pixel_range: str = "",
         mesh: jax.sharding.Mesh | None = None,
@@ -98,7 +98,7 @@ class Autoencoder:
           ValueError: where there are no such weights, a role is missing, a file is damaged, or
             `pixel_range` contradicts what the weights state.
         """
-        return cls(initialise.open_source(directory), dtype, pixel_range, mesh, batch_size)
+        return cls(weight_source.open_weights(directory), dtype, pixel_range, mesh, batch_size)
 
     def encode(self, images: ArrayLike) -> Floats:
         """Latents of images.
@@ -182,7 +182,9 @@ class Autoencoder:
         return latents, (int(height), int(across))
 
 
-def complete(source: initialise.Source, pixel_range: str = "") -> initialise.Source:
+def complete(
+    source: weight_source.WeightSource, pixel_range: str = ""
+) -> weight_source.WeightSource:
     """A source with what converted weights leave open: pixel range and latent convention.
 
     Args:
@@ -224,11 +226,11 @@ def complete(source: initialise.Source, pixel_range: str = "") -> initialise.Sou
     )
 
 
-def random_source(model: Mapping[str, Any], seed: int) -> initialise.Source:
+def random_source(model: Mapping[str, Any], seed: int) -> weight_source.WeightSource:
     """Random weights of a model config (stem, vit, decoder), for trying things out."""
     parts = {name: model[name] for name in (*ROLES, "pixel_range") if name in model}
     draw = _compiled_draw(autoencoder.build(_tuples(parts)))
-    return initialise.Source(
+    return weight_source.WeightSource(
         jax.device_get(draw(jax.random.PRNGKey(seed))),
         parts,
         {},

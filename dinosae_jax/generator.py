@@ -23,10 +23,11 @@ from numpy.typing import ArrayLike
 
 from dinosae_jax import rules
 from dinosae_jax.flow import guidance, matching, samplers, schedule, sphere
-from dinosae_jax.flow.convention import LatentConvention
+from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import initialise, rfm_step
+from dinosae_jax.train import rfm_step
+from dinosae_jax.weights import weight_source
 
 Tree = Any
 Variables = Mapping[str, Any]
@@ -124,7 +125,7 @@ class Generator:
         Raises:
           ValueError: where there is no flow, or a part of it does not fit the others.
         """
-        source = initialise.open_source(directory)
+        source = weight_source.open_weights(directory)
         if "dit" not in source.variables or not source.flow:
             raise ValueError(
                 f"{source.path} holds no flow, only {', '.join(sorted(source.variables))}; name "

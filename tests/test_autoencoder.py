@@ -9,7 +9,7 @@ import dinosae_jax
 from dinosae_jax.autoencoder import Autoencoder, map_batches, random_source
 from dinosae_jax.models import autoencoder as functions
 from dinosae_jax.runtime import sharding
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 from tests import tiny_stage
 from tests.weights_conversion.layouts import save
 from weights_conversion.convert import convert_file
@@ -110,8 +110,8 @@ def test_batches_are_filled_up_and_cut(one_device):
 
 def test_workdir_checkpoint_and_export_are_the_same_bits(workdir, tiny, pictures, tmp_path):
     checkpoint = workdir / "checkpoints" / "0"
-    source = initialise.open_source(workdir)
-    initialise.export(source, tmp_path / "export", ("stem", "vit", "decoder"))
+    source = weight_source.open_weights(workdir)
+    weight_source.export(source, tmp_path / "export", ("stem", "vit", "decoder"))
     z = tiny.encode(pictures)
     for place in (checkpoint, tmp_path / "export"):
         other = Autoencoder.load(place, mesh=tiny.mesh, batch_size=4)

@@ -3,10 +3,10 @@
 import numpy as np
 
 from configs import sae_stage1
-from dinosae_jax.eval import pictures
+from dinosae_jax.data import png
 from dinosae_jax.jobs import train_autoencoder
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import checkpoint
+from dinosae_jax.weights import checkpoint
 
 SMALLEST = {
     "model.stem.embed_dim": 32,
@@ -43,7 +43,7 @@ def write_images(folder):
         place = folder / split / "one"
         place.mkdir(parents=True)
         for number, picture in enumerate(images(3, 40, 48)):
-            pictures.write_png(place / f"{number}.png", picture)
+            png.write_png(place / f"{number}.png", picture)
 
 
 def prepare(folder):

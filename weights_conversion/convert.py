@@ -17,7 +17,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from dinosae_jax.weights import FORMAT_VERSION, METADATA_FILE, WEIGHTS_FOLDER
+from dinosae_jax.weights.conversion import FORMAT_VERSION, METADATA_FILE, WEIGHTS_FOLDER
 from weights_conversion import containers, modules, rules, tables
 
 PERIODS = "vit/params/rope_embed/periods"

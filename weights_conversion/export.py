@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dinosae_jax import weights
+from dinosae_jax.weights import conversion
 from weights_conversion import rules
 from weights_conversion.convert import FILES_KINDS
 from weights_conversion.safetensors_file import write_safetensors
@@ -33,12 +33,12 @@ def export_directory(kind: str, directory: str | Path, output: str | Path) -> li
     Raises:
       ValueError: The directory is of another kind, or the output is not a .safetensors file.
     """
-    metadata = weights.read_metadata(directory)
+    metadata = conversion.read_metadata(directory)
     if metadata["kind"] != kind:
         raise ValueError(f"{directory} is of kind {metadata['kind']}, got --kind={kind}: change it")
     if Path(output).suffix != ".safetensors":
         raise ValueError(f"--output must end in .safetensors, got {output}: rename it")
-    tree = weights.restore(directory, metadata)
+    tree = conversion.restore(directory, metadata)
     prefixes = [f["container"] for f in metadata["files"] for _ in range(f["keys"])]
     entries = [_entry(record) for record in metadata["tensors"]]
     tensors = [

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dinosae_jax import weights
+from dinosae_jax.weights import conversion
 from weights_conversion import containers, modules, recorded_config, rules, tables
 from weights_conversion.convert import nest
 from weights_conversion.golden import Golden, read_golden
@@ -45,9 +45,9 @@ def variables_of(
     arrays = rules.convert(tensors, layout, shapes).arrays
     tree = nest(arrays)
     buffers = tree.pop("buffers", {})
-    variables = {role: weights.as_float32(tree[role]) for role in layout.config}
+    variables = {role: conversion.as_float32(tree[role]) for role in layout.config}
     if "vit" in variables:
-        weights.mask_key_bias(variables["vit"]["params"], buffers)
+        conversion.mask_key_bias(variables["vit"]["params"], buffers)
     return {role: modules.build(role, c) for role, c in layout.config.items()}, variables
 
 

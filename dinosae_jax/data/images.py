@@ -111,7 +111,7 @@ class ImageSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class CropRecipe:
     """How a decoded image becomes a square: the part of the data config that changes pixels.
 
     Attributes:
@@ -145,9 +145,9 @@ class Recipe:
         return crops.adm_center_crop(image, self.image_size)
 
 
-def recipe_of(data_config: Mapping[str, Any]) -> Recipe:
+def recipe_of(data_config: Mapping[str, Any]) -> CropRecipe:
     """The checked crop recipe of a data config; ValueError names a wrong field."""
-    recipe = Recipe(
+    recipe = CropRecipe(
         image_size=int(data_config["image_size"]),
         crop=data_config["crop"],
         resize=int(data_config.get("resize") or 0),
@@ -165,7 +165,7 @@ def recipe_of(data_config: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def open_source(data_config: Mapping[str, Any], split: str) -> ImageSource:
+def open_images(data_config: Mapping[str, Any], split: str) -> ImageSource:
     """Open one split of the config's image source and decode its first image.
 
     Args:
@@ -196,7 +196,7 @@ def open_source(data_config: Mapping[str, Any], split: str) -> ImageSource:
 @dataclasses.dataclass(frozen=True)
 class _TrainExample:
     source: ImageSource
-    recipe: Recipe
+    recipe: CropRecipe
     share: Share
     seed: int
 
@@ -210,7 +210,7 @@ class _TrainExample:
 @dataclasses.dataclass(frozen=True)
 class _EvalExample:
     source: ImageSource
-    recipe: Recipe
+    recipe: CropRecipe
     share: Share
 
     def __call__(self, counter: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from dinosae_jax.data.adm_npz import Archive
 from dinosae_jax.eval import frechet
-from dinosae_jax.eval.archive_npz import Archive
 from dinosae_jax.eval.recipe import Recipe
 from dinosae_jax.models import autoencoder
 from dinosae_jax.models.efficientnet import EfficientNetLite0

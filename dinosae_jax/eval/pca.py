@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dinosae_jax.data import png
 from dinosae_jax.eval import pictures
 
 Float64 = NDArray[np.float64]
@@ -59,7 +60,7 @@ def colours(tokens: ArrayLike, components: Components) -> Float64:
 
 def figure(
     images: ArrayLike, teacher: ArrayLike, student: ArrayLike, fitted_on: str = "teacher"
-) -> pictures.Picture:
+) -> png.Picture:
     """Images, the teacher's and the student's feature maps below one another.
 
     Args:

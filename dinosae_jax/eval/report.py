@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from dinosae_jax.data import png
 from dinosae_jax.eval import curves, pictures
 from dinosae_jax.eval.run_files import Run, Stage, last_value, metric_names, read_run
 from dinosae_jax.runtime.files import write_text
@@ -228,12 +229,12 @@ def _combine_pictures(
 ) -> None:
     found = [(stage.name, stage.picture(name)) for stage in stages]
     blocks = [
-        pictures.captioned(pictures.decode_png(path.read_bytes()), f"{stage}{caption}")
+        pictures.captioned(png.decode_png(path.read_bytes()), f"{stage}{caption}")
         for stage, path in found
         if path is not None
     ]
     if blocks:
-        pictures.write_png(folder / name, pictures.stack(blocks, gap=16))
+        png.write_png(folder / name, pictures.stack(blocks, gap=16))
 
 
 def _stage_curves(stage: Stage) -> bytes | None:
@@ -251,12 +252,12 @@ def _stage_curves(stage: Stage) -> bytes | None:
 
 def _combine_curves(folder: pathlib.Path, drawn: dict[str, bytes | None]) -> None:
     panels = [
-        pictures.captioned(pictures.decode_png(png), name, size=22)
-        for name, png in drawn.items()
-        if png
+        pictures.captioned(png.decode_png(data), name, size=22)
+        for name, data in drawn.items()
+        if data
     ]
     if panels:
-        pictures.write_png(folder / "curves.png", pictures.stack(panels))
+        png.write_png(folder / "curves.png", pictures.stack(panels))
 
 
 def _combine_metrics(folder: pathlib.Path, stages: Sequence[Stage]) -> None:

@@ -21,12 +21,12 @@ import numpy as np
 
 from dinosae_jax import config as config_lib
 from dinosae_jax.autoencoder import ROLES, Autoencoder, map_batches, random_source
-from dinosae_jax.data import images
+from dinosae_jax.data import images, png
 from dinosae_jax.eval import curves, features, frechet, kernel_distance, pictures
 from dinosae_jax.generator import Generator
 from dinosae_jax.jobs import measure, train
 from dinosae_jax.runtime import console, files, sharding, stopping
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 
 METRICS = ("frechet", "kernel")
 AFFINE_SPREAD = 0.5
@@ -45,7 +45,7 @@ def train_autoencoder(
     and projected latents would be the same. A trained one does not; here the affine part is drawn.
     """
     start, workdir = folder / "random", folder / "autoencoder"
-    if not (start / initialise.EXPORT_FILE).exists():
+    if not (start / weight_source.EXPORT_FILE).exists():
         source = random_source(config.autoencoder.model.to_dict(), config.autoencoder.seed)
         norm = source.variables["vit"]["params"]["norm"]
         random = np.random.default_rng(config.autoencoder.seed)
@@ -55,7 +55,7 @@ def train_autoencoder(
         }
         size = np.sqrt(np.mean(drawn["scale"] ** 2 + drawn["bias"] ** 2))  # tokens of unit variance
         norm |= {name: np.float32(value / size) for name, value in drawn.items()}
-        initialise.export(source, start, ROLES)
+        weight_source.export(source, start, ROLES)
     stage = config.autoencoder.copy_and_resolve_references()
     stage.name, stage.init_from = "autoencoder", str(start)
     train.run_stage(stage, workdir, stop)
@@ -86,9 +86,7 @@ def compare(
     measured = Scores(folder / "scores.json", recipe_of(config, network), judge)
     measured.add("real crops", lambda: judge.crops)
     scaled = judge.crops / np.float32(255)
-    measured.add(
-        "reconstructed crops", lambda: pictures.as_picture(autoencoder.reconstruct(scaled))
-    )
+    measured.add("reconstructed crops", lambda: png.as_picture(autoencoder.reconstruct(scaled)))
     for setting in settings(config):
         if stopped := stop.agreed():
             raise stopping.Interrupted(f"{config.name} stopped before {setting.key}", stopped)
@@ -180,7 +178,7 @@ class Judge:
         self.config, self.network = config, network
         self.tap = network.metrics["frechet"][1]
         self.mesh = sharding.make_mesh()
-        source = images.open_source(config.base.data, "train")
+        source = images.open_images(config.base.data, "train")
         found = images.train_batches(
             source, config.base.data, batch_size=config.samples, seed=REFERENCE_SEED
         )
@@ -253,7 +251,7 @@ def _draw(config: ml_collections.ConfigDict, folder: pathlib.Path, setting: Sett
         decode_radius=None if setting.radius == 1.0 else setting.radius * measured,
         batch_size=config.samples,
     )
-    return pictures.as_picture(drawn)
+    return png.as_picture(drawn)
 
 
 @functools.lru_cache(maxsize=2)
@@ -325,12 +323,12 @@ def _write_pictures(
             sweep.arm: (radii, runs(functools.partial(radius_setting, config), radii))
         },
     }
-    plot = pictures.decode_png(curves.sweeps_png(panels))
+    plot = png.decode_png(curves.sweeps_png(panels))
     drawn = (folder / arm / f"seed{config.seeds[0]}" / "samples.png" for arm in config.order)
     grids = [
-        pictures.captioned(pictures.decode_png(path.read_bytes()), arm)
+        pictures.captioned(png.decode_png(path.read_bytes()), arm)
         for arm, path in zip(config.order, drawn, strict=True)
     ]
-    pictures.write_png(
+    png.write_png(
         folder / "ablation_flow.png", pictures.stack([plot, pictures.side_by_side(grids)], gap=12)
     )

@@ -167,7 +167,7 @@ def describe(name: str, row: dict[str, Any]) -> str:
 
 def read_batches(loader: ml_collections.ConfigDict) -> float:
     """Images/s of the training loader as the config sets it (source, crop, threads)."""
-    source = images.open_source(loader.data, "train")
+    source = images.open_images(loader.data, "train")
     batches = images.train_batches(source, loader.data, batch_size=loader.batch_size, seed=0)
     next(batches)
     started = time.perf_counter()

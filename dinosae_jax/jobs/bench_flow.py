@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dinosae_jax.data import latent_format, latent_shards, latents
+from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
 from dinosae_jax.generator import Generator
 from dinosae_jax.jobs import encode, train_flow
 from dinosae_jax.models import autoencoder
@@ -36,7 +36,7 @@ def measure_latents(config: ml_collections.ConfigDict) -> dict[str, dict[str, fl
       threads) and images_per_second (by the clock, with two threads).
     """
     found = {}
-    for stored in latent_format.FORMATS:
+    for stored in latent_record.FORMATS:
         with tempfile.TemporaryDirectory() as folder:
             source = _write_random(pathlib.Path(folder), config, stored)
             size = sum(field.nbytes for field in source.fields) * config.batch_size
@@ -55,7 +55,7 @@ def measure_latents(config: ml_collections.ConfigDict) -> dict[str, dict[str, fl
 
 def _write_random(
     folder: pathlib.Path, config: ml_collections.ConfigDict, stored: str
-) -> latents.LatentSource:
+) -> latent_reader.LatentSource:
     """A cache of Gaussian tokens in two shards, without flips."""
     plan = {
         "format": stored,
@@ -68,24 +68,24 @@ def _write_random(
     }
     random = np.random.default_rng(0)
 
-    def encoded(count: int) -> Iterator[latent_shards.Encoded]:
+    def encoded(count: int) -> Iterator[latent_writer.Encoded]:
         for _ in range(count):
             tokens = random.standard_normal((1, 1, config.tokens, config.width), np.float32)
             yield tokens, np.zeros(1, np.int32)
 
-    latent_shards.claim(folder, plan)
+    latent_writer.claim(folder, plan)
     for number in range(2):
-        count = len(latent_shards.shard_range(plan, number))
-        latent_shards.write_shard(folder, plan, number, encoded(count))
-    return latents.LatentSource(folder, latent_shards.finish(folder, plan))
+        count = len(latent_writer.shard_range(plan, number))
+        latent_writer.write_shard(folder, plan, number, encoded(count))
+    return latent_reader.LatentSource(folder, latent_writer.finish(folder, plan))
 
 
 def _read(
-    source: latents.LatentSource, config: ml_collections.ConfigDict, threads: int
+    source: latent_reader.LatentSource, config: ml_collections.ConfigDict, threads: int
 ) -> tuple[float, float]:
     """Seconds by the clock and of processor time, for `batches` batches after the first."""
     options = {"flip": False, "threads": threads}
-    batches = latents.train_batches(source, options, batch_size=config.batch_size, seed=0)
+    batches = latent_reader.train_batches(source, options, batch_size=config.batch_size, seed=0)
     next(batches)
     started = time.perf_counter(), time.process_time()
     for _ in itertools.islice(batches, config.batches):
@@ -160,7 +160,7 @@ def _random_generator(
         mesh,
         dtype,
     )
-    generator.variables |= {role: variables[role] for role in latents.ENCODER_ROLES}
+    generator.variables |= {role: variables[role] for role in latent_reader.ENCODER_ROLES}
     return generator
 
 

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from dinosae_jax.data import loading
 from dinosae_jax.jobs import parts, train_autoencoder
 from dinosae_jax.runtime import precision, sharding, stopping
-from dinosae_jax.train import checkpoint, loop, state
+from dinosae_jax.train import loop, state
+from dinosae_jax.weights import checkpoint
 
 
 def measure_overhead(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
@@ -102,7 +104,7 @@ def _loop(
     """
     requests: list[float] = []
 
-    def watched(batches: parts.Batches) -> Iterator[dict[str, Any]]:
+    def watched(batches: loading.Batches) -> Iterator[dict[str, Any]]:
         for batch in batches:
             requests.append(time.perf_counter())
             yield batch

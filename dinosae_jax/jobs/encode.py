@@ -21,12 +21,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dinosae_jax.autoencoder import Autoencoder
-from dinosae_jax.data import images, latent_shards, latents
+from dinosae_jax.data import images
+from dinosae_jax.data.latents import latent_reader, latent_writer
 from dinosae_jax.eval.features import one_behind
-from dinosae_jax.jobs import measure, parts
+from dinosae_jax.jobs import measure
 from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.runtime import console, sharding, stopping
-from dinosae_jax.train import roles
+from dinosae_jax.weights import role_files
 
 SPLITS = ("train", "eval")
 Encode = Callable[[np.ndarray], jax.Array]
@@ -46,11 +47,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     mesh = sharding.make_mesh(devices=jax.local_devices())
     autoencoder = Autoencoder(measure.open_weights(config), config.dtype, mesh=mesh)
-    sources = {split: images.open_source(config.data, split) for split in SPLITS}
+    sources = {split: images.open_images(config.data, split) for split in SPLITS}
     plans = {split: make_plan(config, autoencoder, sources[split], split) for split in SPLITS}
     folder = pathlib.Path(workdir).expanduser()
     for split in SPLITS:
-        latent_shards.claim(folder / split, plans[split])
+        latent_writer.claim(folder / split, plans[split])
     measure.prepare_workdir(config, workdir)
     for note in autoencoder.notes:
         console.report(f"{config.name}: {note}")
@@ -72,11 +73,12 @@ def make_plan(
     shape = (flipped, config.format, tokens, convention.width)
     return {
         "split": split,
-        "images": {field: data[field] for field in latents.IMAGE_FIELDS},
+        "images": {field: data[field] for field in latent_reader.IMAGE_FIELDS},
         "images_fingerprint": source.fingerprint,
         "flipped": flipped,
         "encoder": {
-            role: roles.sha256(autoencoder.variables[role]) for role in latents.ENCODER_ROLES
+            role: role_files.sha256(autoencoder.variables[role])
+            for role in latent_reader.ENCODER_ROLES
         },
         "dtype": str(jnp.dtype(autoencoder.modules.vit.dtype)),
         "norm": convention.norm,
@@ -85,7 +87,7 @@ def make_plan(
         "width": convention.width,
         "label_names": list(source.label_names),
         "count": len(source),
-        "num_shards": config.num_shards or latent_shards.shard_count(len(source), *shape),
+        "num_shards": config.num_shards or latent_writer.shard_count(len(source), *shape),
     }
 
 
@@ -99,16 +101,16 @@ def write_split(
 ) -> None:
     """Encodes the shards that are missing, then writes the manifest."""
     process = _process()
-    wanted = latent_shards.missing_shards(folder, plan, *process)
+    wanted = latent_writer.missing_shards(folder, plan, *process)
     encode = functools.partial(compiled_encode(autoencoder.modules), autoencoder.variables)
-    size = parts.device_multiple(config.batch_size, autoencoder.mesh)
+    size = sharding.device_multiple(config.batch_size, autoencoder.mesh)
     started, done = time.monotonic(), 0
     for number in wanted:
-        indices = latent_shards.shard_range(plan, number)
+        indices = latent_writer.shard_range(plan, number)
         found = images.range_batches(source, config.data, indices, size)
         batches = console.progress(f"{config.name} {plan['split']}", found, len(indices), size)
         encoded = encode_batches(encode, batches, size, plan["flipped"], autoencoder.mesh)
-        latent_shards.write_shard(folder, plan, number, interruptible(encoded, stop))
+        latent_writer.write_shard(folder, plan, number, interruptible(encoded, stop))
         done += len(indices)
         rate = done / (time.monotonic() - started)
         console.report(
@@ -117,9 +119,9 @@ def write_split(
         )
     multihost_utils.sync_global_devices(f"{plan['split']} shards are written")
     if process[0] == 0:
-        latent_shards.finish(folder, plan)
+        latent_writer.finish(folder, plan)
     multihost_utils.sync_global_devices(f"{plan['split']} manifest is written")
-    norms = latents.read_manifest(folder / latent_shards.MANIFEST)["norms"]
+    norms = latent_reader.read_manifest(folder / latent_writer.MANIFEST)["norms"]
     console.report(
         f"{config.name} {plan['split']}: {plan['count']} images in {folder}, "
         f"{len(wanted)} shards written by this process, token norm {norms['mean']:.4g} (deviation "
@@ -133,7 +135,7 @@ def encode_batches(
     size: int,
     flipped: bool,
     mesh: jax.sharding.Mesh,
-) -> Iterator[latent_shards.Encoded]:
+) -> Iterator[latent_writer.Encoded]:
     """Tokens float32 [b,v,n,d] of images and of flipped images, and labels, batch by batch."""
     place = sharding.batch_sharding(mesh)
 

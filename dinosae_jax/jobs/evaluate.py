@@ -19,11 +19,12 @@ import ml_collections
 
 from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder
-from dinosae_jax.eval import archive_npz, features, results
+from dinosae_jax.data import adm_npz
+from dinosae_jax.eval import features, results
 from dinosae_jax.jobs import evaluate_autoencoder, evaluate_samples, measure
 from dinosae_jax.jobs.evaluate_samples import Subject, check_file
 from dinosae_jax.runtime import console, precision, sharding
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 
 CONVERT_INCEPTION = (
     "python -m weights_conversion.convert --kind=inception_fid "
@@ -87,7 +88,7 @@ def open_subject(config: ml_collections.ConfigDict) -> Subject:
     if config.samples:
         path = pathlib.Path(config.samples).expanduser()
         check_file("samples", path)
-        return Subject("samples", path.name, None, None, archive_npz.open_images(path))
+        return Subject("samples", path.name, None, None, adm_npz.open_archive(path))
     source = measure.open_weights(config)
     name = config.init_from or "random"
     if "dit" in source.variables and source.flow:
@@ -108,7 +109,7 @@ def open_network(
 
 
 def _open_encoder(config: ml_collections.ConfigDict, subject: Subject) -> Autoencoder:
-    source = initialise.open_source(config.encoder) if config.encoder else subject.source
+    source = weight_source.open_weights(config.encoder) if config.encoder else subject.source
     if source is None:
         raise ValueError(
             "features need a network; got samples without weights.inception, weights.efficientnet "
@@ -149,7 +150,7 @@ def choose_metrics(
         if metric == "lpips" and not config.weights.lpips:
             raise ValueError(
                 "the metric lpips needs weights; got none (weights.lpips is empty); convert them "
-                f"with `{initialise.CONVERSION_COMMANDS['lpips']}`"
+                f"with `{weight_source.CONVERSION_COMMANDS['lpips']}`"
             )
         if metric not in (*IMAGE_METRICS, *network.metrics):
             raise ValueError(

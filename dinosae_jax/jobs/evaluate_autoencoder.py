@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dinosae_jax import weights
 from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.data import images
 from dinosae_jax.eval import distances, features, image_quality, interpolation, results
 from dinosae_jax.flow import sphere
-from dinosae_jax.jobs import evaluate_samples, measure, parts
+from dinosae_jax.jobs import evaluate_samples, measure
 from dinosae_jax.jobs.evaluate_samples import Subject
 from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.models.lpips import LPIPS
 from dinosae_jax.runtime import console, sharding
+from dinosae_jax.weights import conversion
 
 INTERPOLATED = "interpolated_frechet"
 SHOWN = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
@@ -48,7 +48,7 @@ def run(
     """
     autoencoder = subject.autoencoder
     assert autoencoder is not None
-    data = images.open_source(config.data, "eval")
+    data = images.open_images(config.data, "eval")
     count = min(len(data), config.images or len(data))
     compared = tuple(metric for metric in metrics if metric in network.metrics)
     taps = evaluate_samples.taps_of(network, compared)
@@ -60,7 +60,7 @@ def run(
     distances.check_counts(plain, count, known, config.kernel_subset_size)
     if INTERPOLATED in compared:  # against the same images, whatever the reference is
         distances.check_counts((INTERPOLATED,), count, count, config.kernel_subset_size)
-    lpips = weights.load(config.weights.lpips, ("lpips",)) if "lpips" in metrics else None
+    lpips = conversion.load(config.weights.lpips, ("lpips",)) if "lpips" in metrics else None
     figures = tuple(metric for metric in metrics if metric in SHOWN)
     reconstruct = functools.partial(
         _compiled_reconstruct(autoencoder.modules, figures, config.uint8_conversion),
@@ -146,7 +146,7 @@ def _batches(
     config: ml_collections.ConfigDict, data: images.ImageSource, mesh: jax.sharding.Mesh, count: int
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, with progress."""
-    size = parts.device_multiple(config.batch_size, mesh)
+    size = sharding.device_multiple(config.batch_size, mesh)
     found = measure.dataset_batches(data, config, mesh, count)
     return features.place(console.progress(config.name, found, count, size), mesh)
 

@@ -14,12 +14,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dinosae_jax.autoencoder import Autoencoder
-from dinosae_jax.data import images
-from dinosae_jax.eval import archive_npz, distances, features, frechet, results
+from dinosae_jax.data import adm_npz, images
+from dinosae_jax.eval import distances, features, frechet, results
 from dinosae_jax.eval.recipe import Recipe, check_comparable
-from dinosae_jax.jobs import measure, parts, sample
+from dinosae_jax.jobs import measure, sample
 from dinosae_jax.runtime import console, files, sharding
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 
 KEPT_REFERENCE = 10_000  # images of a data set whose features Precision/Recall and KID see, as ADM
 
@@ -38,9 +38,9 @@ class Subject:
 
     kind: str
     name: str
-    source: initialise.Source | None
+    source: weight_source.WeightSource | None
     autoencoder: Autoencoder | None
-    archive: archive_npz.Archive | None
+    archive: adm_npz.Archive | None
 
 
 def run(
@@ -110,22 +110,22 @@ def taps_of(network: features.FeatureNetwork, metrics: tuple[str, ...]) -> tuple
 
 
 def archive_batches(
-    config: ml_collections.ConfigDict, archive: archive_npz.Archive, mesh: jax.sharding.Mesh
+    config: ml_collections.ConfigDict, archive: adm_npz.Archive, mesh: jax.sharding.Mesh
 ) -> Iterator[dict[str, jax.Array]]:
     """An archive's images on the devices, with progress."""
-    size = parts.device_multiple(config.batch_size, mesh)
+    size = sharding.device_multiple(config.batch_size, mesh)
     found = features.archive_batches(archive, size, sharding.local_rows(mesh, size))
     return features.place(console.progress(config.name, found, archive.shape[0], size), mesh)
 
 
-def draw_samples(config: ml_collections.ConfigDict, folder: pathlib.Path) -> archive_npz.Archive:
+def draw_samples(config: ml_collections.ConfigDict, folder: pathlib.Path) -> adm_npz.Archive:
     """The samples of a flow by the sample job, in `folder`/samples, which every host must see."""
     wanted = config.sample.copy_and_resolve_references()
     wanted.name = f"{config.name} samples"
     wanted.init_from, wanted.seed, wanted.dtype = config.init_from, config.seed, config.dtype
     sample.run(wanted, str(folder / "samples"))
     multihost_utils.sync_global_devices("samples are written")
-    return archive_npz.open_images(folder / "samples" / "samples.npz")
+    return adm_npz.open_archive(folder / "samples" / "samples.npz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def open_reference(
 def _dataset_reference(
     config: ml_collections.ConfigDict, network: features.FeatureNetwork, taps: tuple[str, ...]
 ) -> OpenedReference:
-    source = images.open_source(config.data, "train")
+    source = images.open_images(config.data, "train")
     count = min(len(source), config.reference_images or len(source))
     spaced = np.linspace(0, count - 1, min(count, KEPT_REFERENCE)).round().astype(np.int64)
     recipe = functools.partial(
@@ -181,7 +181,7 @@ def _dataset_reference(
             config.name,
             measure.dataset_batches(source, config, mesh, count),
             count,
-            parts.device_multiple(config.batch_size, mesh),
+            sharding.device_multiple(config.batch_size, mesh),
         )
         found = features.extract(network, features.place(batches, mesh), collector)
         if jax.process_index() == 0:
@@ -199,16 +199,16 @@ def _archive_reference(
     path: pathlib.Path,
 ) -> OpenedReference:
     """Images, and moments of more images where the file has those of the network's taps."""
-    archive = archive_npz.open_images(path)
+    archive = adm_npz.open_archive(path)
     about = {
         "resolution": _side_of(archive, "a reference's images"),
         "uint8_conversion": "stored",
         "images": path.name,
     }
     stored: dict[str, frechet.Statistics] = {}
-    if network.name == archive_npz.ADM_RECIPE.network:
-        for tap in set(taps) & set(archive_npz.MOMENTS):
-            moments = archive_npz.read_moments(path, tap)
+    if network.name == adm_npz.ADM_RECIPE.network:
+        for tap in set(taps) & set(adm_npz.MOMENTS):
+            moments = adm_npz.read_moments(path, tap)
             stored |= {tap: moments} if moments else {}
 
     def recipe(tap: str) -> Recipe:
@@ -256,7 +256,7 @@ def _expected(config: ml_collections.ConfigDict, subject: Subject) -> tuple[int,
     return len(sample.choose_labels(*wanted)), 16 * dit["input_size"], config.sample.labels
 
 
-def _side_of(archive: archive_npz.Archive, what: str) -> int:
+def _side_of(archive: adm_npz.Archive, what: str) -> int:
     _, height, width, _ = archive.shape
     if height != width:
         raise ValueError(f"{what} are square; got {height} x {width} in {archive.path}; crop them")

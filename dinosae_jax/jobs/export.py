@@ -10,7 +10,7 @@ import ml_collections
 from dinosae_jax import autoencoder
 from dinosae_jax.jobs import measure
 from dinosae_jax.runtime import console
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 
 # What an export holds of a run, where it has them; critics and optimizers stay behind.
 EXPORTED = (*autoencoder.ROLES, "dit")
@@ -31,7 +31,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     if jax.process_index() != 0:
         return
     wanted = tuple(role for role in EXPORTED if role in source.variables)
-    initialise.export(source, folder, wanted)
+    weight_source.export(source, folder, wanted)
     for note in source.notes:
         console.report(f"{config.name}: {note}")
     size = sum(file.stat().st_size for file in folder.iterdir())

@@ -17,9 +17,9 @@ import ml_collections
 import numpy as np
 from numpy.typing import NDArray
 
+from dinosae_jax.data import loading
 from dinosae_jax.eval import features, image_quality, kernel_distance
 from dinosae_jax.generator import Generator
-from dinosae_jax.jobs import parts
 from dinosae_jax.runtime import sharding
 from dinosae_jax.train import rfm_step
 from dinosae_jax.train import state as state_lib
@@ -32,7 +32,7 @@ def held_out_losses(
     config: ml_collections.ConfigDict,
     stage: rfm_step.Stage,
     frozen: rfm_step.Variables,
-    source: parts.Source,
+    source: loading.Source,
     mesh: jax.sharding.Mesh,
     state: state_lib.TrainState,
 ) -> dict[str, float]:
@@ -42,9 +42,9 @@ def held_out_losses(
     losses = _compiled_losses(stage)
     sums = dict.fromkeys(rfm_step.LOSSES, 0.0)
     count = start = 0
-    for batch in parts.evaluation_batches(source, config, mesh):
+    for batch in loading.evaluation_batches(source, config, mesh):
         placed = sharding.put_batch(batch, mesh)
-        data = {name: placed[name] for name in parts.fields_of(source)}
+        data = {name: placed[name] for name in loading.fields_of(source)}
         each = losses(state.ema, frozen, data, start, key, weight)
         mask = sharding.gather(placed["mask"])
         start += len(mask)
@@ -63,7 +63,7 @@ class SampleDistance:
         config: ml_collections.ConfigDict,
         stage: rfm_step.Stage,
         frozen: rfm_step.Variables,
-        source: parts.Source,
+        source: loading.Source,
         mesh: jax.sharding.Mesh,
     ):
         """Nothing is computed before the first call.
@@ -76,14 +76,14 @@ class SampleDistance:
           mesh: the devices.
         """
         self.config, self.stage, self.source, self.mesh = config, stage, source, mesh
-        self.size = parts.device_multiple(config.eval.batch_size, mesh)
+        self.size = sharding.device_multiple(config.eval.batch_size, mesh)
         self.network = features.encoder(stage.modules, frozen, "", mesh)
 
     @functools.cached_property
     def reference(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Features [n,d] and labels [n] of the first images of training, in whole batches."""
-        fields = parts.fields_of(self.source)
-        found = parts.training_batches(self.source, self.config, self.mesh, fields, self.size)
+        fields = loading.fields_of(self.source)
+        found = loading.training_batches(self.source, self.config, self.mesh, fields, self.size)
         count = -(-self.config.eval.samples // self.size)
         placed = [sharding.put_batch(next(found), self.mesh) for _ in range(count)]
         rows = [self._of_training(batch) for batch in placed]

@@ -14,32 +14,32 @@ import ml_collections
 import numpy as np
 
 from dinosae_jax import config as config_lib
-from dinosae_jax import weights
 from dinosae_jax.autoencoder import Autoencoder, random_source
 from dinosae_jax.data import images
 from dinosae_jax.eval import features
-from dinosae_jax.jobs import parts
 from dinosae_jax.runtime import files, sharding
-from dinosae_jax.train import checkpoint, initialise
+from dinosae_jax.weights import checkpoint, conversion, weight_source
 
 
-def open_weights(config: ml_collections.ConfigDict) -> initialise.Source:
+def open_weights(config: ml_collections.ConfigDict) -> weight_source.WeightSource:
     """The weights of `init_from`, or random ones of `random_model` where it is empty.
 
     Raises:
       ValueError: where there are none, or a file is damaged.
     """
     if config.init_from:
-        return initialise.open_source(config.init_from)
+        return weight_source.open_weights(config.init_from)
     return random_source(config.random_model.to_dict(), config.seed)
 
 
-def open_autoencoder(config: ml_collections.ConfigDict, source: initialise.Source) -> Autoencoder:
+def open_autoencoder(
+    config: ml_collections.ConfigDict, source: weight_source.WeightSource
+) -> Autoencoder:
     """The autoencoder of a source; `batch_size` becomes a multiple of the devices."""
     return Autoencoder(source, config.dtype, batch_size=config.batch_size)
 
 
-def pretrained_weights(given: ml_collections.ConfigDict) -> tuple[str, weights.Weights] | None:
+def pretrained_weights(given: ml_collections.ConfigDict) -> tuple[str, conversion.Weights] | None:
     """Role and weights of the pretrained feature network that is given, FID's Inception first.
 
     Args:
@@ -50,7 +50,7 @@ def pretrained_weights(given: ml_collections.ConfigDict) -> tuple[str, weights.W
     """
     for role in ("inception", "efficientnet"):
         if given[role]:
-            return role, weights.load(given[role], (role,))
+            return role, conversion.load(given[role], (role,))
     return None
 
 
@@ -104,14 +104,14 @@ def dataset_batches(
 
     Images beyond the limit have mask False.
     """
-    size = parts.device_multiple(config.batch_size, mesh)
+    size = sharding.device_multiple(config.batch_size, mesh)
     rows = sharding.local_rows(mesh, size)
     found = images.eval_batches(source, config.data, batch_size=size, rows=rows)
     for batch, _ in zip(found, range(-(-limit // size)), strict=False):
         yield {**batch, "mask": batch["mask"] & (batch["index"] < limit)}
 
 
-def checkpoint_step(source: initialise.Source) -> int | None:
+def checkpoint_step(source: weight_source.WeightSource) -> int | None:
     """The step of a run's checkpoint; None for exports, conversions and random weights."""
     return int(source.path.name) if source.path.name.isdigit() else None
 

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from clu import parameter_overview
 from orbax.checkpoint import CheckpointManager
 
-from dinosae_jax.data import images, latents
-from dinosae_jax.flow.convention import LatentConvention
+from dinosae_jax.data import loading
+from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.runtime import files, jit, sharding
-from dinosae_jax.train import checkpoint, initialise, loop, roles
+from dinosae_jax.train import loop
 from dinosae_jax.train import state as state_lib
+from dinosae_jax.weights import checkpoint, role_files, weight_source
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
-Batches = Iterator[dict[str, np.ndarray]]
-Source = images.ImageSource | latents.LatentSource
 
 
 @dataclasses.dataclass
@@ -40,7 +37,7 @@ class Prepared:
 
     task: loop.Task
     record: dict[str, Any]
-    batches: Callable[[int], Batches]
+    batches: Callable[[int], loading.Batches]
     restore: Callable[[CheckpointManager], state_lib.TrainState]
     finish: Callable[[state_lib.TrainState], None]
 
@@ -67,18 +64,18 @@ def find_variables(
     found: Variables = {}
     notes: list[str] = []
     if config.init_from:
-        source = initialise.open_source(config.init_from)
+        source = weight_source.open_weights(config.init_from)
         found = {role: tree for role, tree in source.variables.items() if role in needed}
-        initialise.check_agreement(source, config.model.to_dict(), convention, tuple(found))
+        weight_source.check_agreement(source, config.model.to_dict(), convention, tuple(found))
         notes += source.notes
-    for role in initialise.NETWORKS:
+    for role in weight_source.NETWORKS:
         if role not in needed or role in found or role in trained:
             continue
         path = config.get("weights", {}).get(role)
         if path:
-            found[role] = initialise.load_frozen(role, path, config.model)
+            found[role] = weight_source.load_frozen(role, path, config.model)
         else:
-            notes.append(initialise.require_frozen(role, tuple(config.random_frozen_ok)))
+            notes.append(weight_source.require_frozen(role, tuple(config.random_frozen_ok)))
     missing = [role for role in needed if role not in found]
     if missing:  # the compiler drops what is not returned
 
@@ -142,57 +139,7 @@ def store(workdir: pathlib.Path, variables: Variables, trained: tuple[str, ...])
     if jax.process_index() == 0:
         files.write_text(workdir / "parameters.txt", overview + "\n")
     return {
-        role: list(roles.write(workdir / initialise.FROZEN_FOLDER, role, variables[role]))
+        role: list(role_files.write(workdir / weight_source.FROZEN_FOLDER, role, variables[role]))
         for role in variables
         if role not in trained
     }
-
-
-def fields_of(source: Source) -> tuple[str, ...]:
-    """The fields of its batches that a flow is trained on."""
-    if isinstance(source, latents.LatentSource):
-        return tuple(field.name for field in source.fields)
-    return ("image", "label")
-
-
-def reader(source: Source) -> Any:
-    """The module that makes batches of a source: `data.images` or `data.latents`."""
-    return latents if isinstance(source, latents.LatentSource) else images
-
-
-def training_batches(
-    source: Source,
-    config: ml_collections.ConfigDict,
-    mesh: jax.sharding.Mesh,
-    fields: tuple[str, ...],
-    batch_size: int,
-    start: int = 0,
-) -> Batches:
-    """This process's rows of the global training batches, from step `start` on."""
-    found = reader(source).train_batches(
-        source,
-        config.data,
-        batch_size=batch_size,
-        seed=config.seed,
-        start_step=start,
-        rows=sharding.local_rows(mesh, batch_size),
-    )
-    return ({name: batch[name] for name in fields} for batch in found)
-
-
-def evaluation_batches(
-    source: Source,
-    config: ml_collections.ConfigDict,
-    mesh: jax.sharding.Mesh,
-) -> Batches:
-    """This process's rows of batches of at most eval.images images, padded to all devices."""
-    size = device_multiple(config.eval.batch_size, mesh)
-    limit = -(-config.eval.images // size)
-    rows = sharding.local_rows(mesh, size)
-    found = reader(source).eval_batches(source, config.data, batch_size=size, rows=rows)
-    return itertools.islice(found, limit)
-
-
-def device_multiple(count: int, mesh: jax.sharding.Mesh) -> int:
-    """`count` rounded up to a multiple of the devices."""
-    return -(-count // mesh.size) * mesh.size

@@ -6,8 +6,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from dinosae_jax.data import images
-from dinosae_jax.eval import pca, pictures
+from dinosae_jax.data import images, png
+from dinosae_jax.eval import pca
 from dinosae_jax.jobs import measure
 from dinosae_jax.runtime import console
 
@@ -41,13 +41,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     console.report(f"{config.name}: mean cosine of student and teacher {cosine:.4f}")
     if jax.process_index() == 0:
         picture = pca.figure(shown, teacher, student, config.fitted_on)
-        pictures.write_png(folder / "pca.png", picture)
+        png.write_png(folder / "pca.png", picture)
         console.report(f"{config.name}: wrote {folder / 'pca.png'} (images, teacher, student)")
 
 
 def choose_images(config: ml_collections.ConfigDict) -> np.ndarray:
     """Held-out images, evenly spaced over the data set: float32 [b,h,w,3] in [0,1]."""
-    source = images.open_source(config.data, "eval")
+    source = images.open_images(config.data, "eval")
     crop = images.recipe_of(config.data)
     chosen = np.linspace(0, len(source) - 1, min(config.count, len(source))).round()
     squares = [crop.evaluate(source[int(index)]["image"]) for index in chosen]

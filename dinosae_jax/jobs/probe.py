@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from dinosae_jax.autoencoder import Autoencoder
-from dinosae_jax.data import images
+from dinosae_jax.data import images, loading
 from dinosae_jax.eval import features, probe, results
 from dinosae_jax.eval.recipe import check_features
-from dinosae_jax.jobs import measure, parts
+from dinosae_jax.jobs import measure
 from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.runtime import console, precision, sharding
 
@@ -42,7 +42,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     autoencoder = measure.open_autoencoder(config, source)
     measure.require_teacher(autoencoder)
     sharding.check_batch(config.batch_size, 1, autoencoder.mesh)
-    train, held_out = (images.open_source(config.data, split) for split in ("train", "eval"))
+    train, held_out = (images.open_images(config.data, split) for split in ("train", "eval"))
     check_classes(train, held_out)
     folder = measure.prepare_workdir(config, workdir)
     rows = []
@@ -114,7 +114,7 @@ def training_features(
       ValueError: for features that are not finite.
     """
     fields = ("image", "label")
-    found = parts.training_batches(source, config, mesh, fields, config.batch_size)
+    found = loading.training_batches(source, config, mesh, fields, config.batch_size)
     placed = (sharding.put_batch(batch, mesh) for batch in found)
     running = ((extract(batch["image"]), batch["label"]) for batch in placed)
     for rows, labels in features.one_behind(running):

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from dinosae_jax import autoencoder
 from dinosae_jax.autoencoder import Autoencoder
-from dinosae_jax.data import crops, sources
+from dinosae_jax.data import crops, png, sources
 from dinosae_jax.data.records import Records
 from dinosae_jax.eval import image_quality, pictures
 from dinosae_jax.jobs import measure
 from dinosae_jax.models.lpips import LPIPS
 from dinosae_jax.runtime import console, files
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 
 Image = NDArray[np.uint8]  # [height, width, 3]
 Row = dict[str, Any]
@@ -150,7 +150,7 @@ def _open_autoencoder(config: ml_collections.ConfigDict) -> Autoencoder:
 def _lpips(config: ml_collections.ConfigDict) -> Any:
     """Variables of LPIPS; empty where no weights are named."""
     path = config.weights.lpips
-    return initialise.load_frozen("lpips", path, {}) if path else {}
+    return weight_source.load_frozen("lpips", path, {}) if path else {}
 
 
 def _notes(config: ml_collections.ConfigDict, survey: Survey) -> list[str]:
@@ -164,7 +164,7 @@ def _notes(config: ml_collections.ConfigDict, survey: Survey) -> list[str]:
     if config.short_side:
         notes.append(f"The short side was resized to {config.short_side} pixels before that.")
     if not config.weights.lpips:
-        command = initialise.CONVERSION_COMMANDS["lpips"]
+        command = weight_source.CONVERSION_COMMANDS["lpips"]
         notes.append(
             f"LPIPS is left out, it needs weights: convert them with `{command}` and pass "
             "--config.weights.lpips=weights/lpips."
@@ -242,7 +242,7 @@ def _picture_name(records: Records, index: int) -> str:
 
 def _write_picture(path: pathlib.Path, original: Image, shown: Image) -> None:
     if jax.process_index() == 0:
-        pictures.write_png(path, pictures.side_by_side([original, shown]))
+        png.write_png(path, pictures.side_by_side([original, shown]))
 
 
 def _finish(

@@ -16,12 +16,13 @@ import ml_collections
 import numpy as np
 
 from dinosae_jax import config as config_lib
-from dinosae_jax.eval import archive_npz, pictures
-from dinosae_jax.flow.convention import LatentConvention
+from dinosae_jax.data import adm_npz, png
+from dinosae_jax.eval import pictures
 from dinosae_jax.generator import Generator
 from dinosae_jax.jobs import train_flow
+from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.runtime import console, files, sharding, stopping
-from dinosae_jax.train import checkpoint
+from dinosae_jax.weights import checkpoint
 
 BALANCED_EACH = 50  # images a class, the usual 50,000 of ImageNet
 GRID_IMAGES, GRID_COLUMNS = 100, 10
@@ -192,7 +193,7 @@ def draw_chunks(
                 f"{start} on; check the weights, or pass --config.dtype=float32"
             )
         if jax.process_index() == 0:
-            write_chunk(folder, start, pictures.as_picture(images[: len(chunk)]))
+            write_chunk(folder, start, png.as_picture(images[: len(chunk)]))
         drawn += len(chunk)
         rate = drawn / (time.monotonic() - started)
         console.report(f"{config.name} {start + len(chunk)}/{len(labels)}  {rate:.2f} images/s")
@@ -220,7 +221,7 @@ def write_chunk(folder: pathlib.Path, start: int, images: np.ndarray) -> None:
     for name in ("images", "chunks"):
         (folder / name).mkdir(exist_ok=True)
     for index, image in enumerate(images, start):
-        pictures.write_png(folder / "images" / f"{index:07d}.png", image)
+        png.write_png(folder / "images" / f"{index:07d}.png", image)
     path = chunk_path(folder, start)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
@@ -231,10 +232,10 @@ def write_chunk(folder: pathlib.Path, start: int, images: np.ndarray) -> None:
 def finish(folder: pathlib.Path, labels: np.ndarray, chunk: int) -> None:
     """Writes samples.npz, labels.npy and grid.png from the chunks, then removes these."""
     paths = [chunk_path(folder, start) for start in range(0, len(labels), chunk)]
-    archive_npz.write_images(folder / "samples.npz", (np.load(path) for path in paths), len(labels))
+    adm_npz.write_images(folder / "samples.npz", (np.load(path) for path in paths), len(labels))
     np.save(folder / "labels.npy", labels)
-    first = next(archive_npz.open_images(folder / "samples.npz").batches(GRID_IMAGES))
-    pictures.write_png(folder / "grid.png", pictures.grid(first, GRID_COLUMNS))
+    first = next(adm_npz.open_archive(folder / "samples.npz").batches(GRID_IMAGES))
+    png.write_png(folder / "grid.png", pictures.grid(first, GRID_COLUMNS))
     files.write_json(folder / "DONE", {"images": len(labels)})
     for path in paths:
         path.unlink()

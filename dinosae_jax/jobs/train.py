@@ -15,18 +15,19 @@ import jax
 import ml_collections
 
 from dinosae_jax import config as config_lib
-from dinosae_jax import rules, weights
+from dinosae_jax import rules
 from dinosae_jax.eval import report
 from dinosae_jax.jobs import train_autoencoder, train_flow
 from dinosae_jax.runtime import console, files, hardware, precision, sharding, stopping
-from dinosae_jax.train import checkpoint, initialise, loop
+from dinosae_jax.train import loop
+from dinosae_jax.weights import checkpoint, conversion, weight_source
 
 DONE = "DONE"
 KINDS = {  # by which file a folder is told
     "chain.json": "a chain of stages",
     "config.json": "the run of one stage",
-    initialise.EXPORT_FILE: "an export",
-    weights.METADATA_FILE: "converted weights",
+    weight_source.EXPORT_FILE: "an export",
+    conversion.METADATA_FILE: "converted weights",
 }
 
 

@@ -14,11 +14,11 @@ import ml_collections
 import numpy as np
 from orbax.checkpoint import CheckpointManager
 
-from dinosae_jax.data import images
+from dinosae_jax.data import images, loading, png
 from dinosae_jax.eval import image_quality, pictures, robustness
 from dinosae_jax.flow import matching
-from dinosae_jax.flow.convention import LatentConvention
 from dinosae_jax.jobs import parts
+from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder
 from dinosae_jax.models.lpips import LPIPS
 from dinosae_jax.runtime import console, files, sharding
@@ -64,8 +64,8 @@ def prepare(
     Raises:
       ValueError: for unreadable data, missing weights, or weights that do not fit.
     """
-    train_source = images.open_source(config.data, "train")
-    eval_source = images.open_source(config.data, "eval")
+    train_source = images.open_images(config.data, "train")
+    eval_source = images.open_images(config.data, "eval")
     stage = make_stage(config)
     variables, notes = initial_variables(config, stage)
     frozen_files = parts.store(workdir, variables, (*stage.trainable, "disc_heads"))
@@ -101,7 +101,7 @@ def prepare(
         flops_per_image=step_flops.train_flops(config),
     )
     batches = functools.partial(
-        parts.training_batches, train_source, config, mesh, ("image",), config.batch_size
+        loading.training_batches, train_source, config, mesh, ("image",), config.batch_size
     )
 
     def finish(state: state_lib.TrainState) -> None:
@@ -173,7 +173,7 @@ class _Evaluation:
         """Means over the evaluation images, summed in float64 in their order."""
         sums: dict[str, float] = {}
         count = 0.0
-        for batch in parts.evaluation_batches(self.source, self.config, self.mesh):
+        for batch in loading.evaluation_batches(self.source, self.config, self.mesh):
             result = self._run(state, batch)
             mask = result["mask"]
             count += float(mask.sum())
@@ -186,7 +186,7 @@ class _Evaluation:
         """reconstructions.png (one image a class, up to ten) and baselines.json."""
         originals, reconstructions, labels = [], [], []
         baselines: dict[str, list[np.ndarray]] = {"block_means": [], "mean_colour": []}
-        for batch in parts.evaluation_batches(self.source, self.config, self.mesh):
+        for batch in loading.evaluation_batches(self.source, self.config, self.mesh):
             result = self._run(state, batch)
             keep = result["mask"]
             image = result["image"][keep].astype(np.float32) / 255.0
@@ -202,7 +202,7 @@ class _Evaluation:
         picture = pictures.pairs(
             np.concatenate(originals)[first], np.concatenate(reconstructions)[first], SHOWN
         )
-        pictures.write_png(workdir / "reconstructions.png", picture)
+        png.write_png(workdir / "reconstructions.png", picture)
         files.write_json(
             workdir / "baselines.json",
             {f"{n}_psnr": float(np.mean(np.concatenate(v))) for n, v in baselines.items()},
@@ -210,7 +210,7 @@ class _Evaluation:
 
     def write_robustness(self, state: state_lib.TrainState, workdir: pathlib.Path) -> None:
         """robustness.json of the first evaluation batch."""
-        batch = next(parts.evaluation_batches(self.source, self.config, self.mesh))
+        batch = next(loading.evaluation_batches(self.source, self.config, self.mesh))
         placed = sharding.put_batch({name: batch[name] for name in ("image", "mask")}, self.mesh)
         keep = sharding.gather(placed["mask"])
         turned = _compiled_turned(self.modules)

@@ -14,17 +14,19 @@ import ml_collections
 import numpy as np
 from orbax.checkpoint import CheckpointManager
 
-from dinosae_jax.data import images, latents
+from dinosae_jax.data import images, loading, png
+from dinosae_jax.data.latents import latent_reader
 from dinosae_jax.eval import pictures
 from dinosae_jax.flow import schedule
-from dinosae_jax.flow.convention import LatentConvention
 from dinosae_jax.generator import Generator
 from dinosae_jax.jobs import flow_figures, parts
+from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder
 from dinosae_jax.runtime import console, files, sharding
 from dinosae_jax.runtime.precision import cast_kernels_to_bfloat16
-from dinosae_jax.train import loop, rfm_step, roles, step_flops
+from dinosae_jax.train import loop, rfm_step, step_flops
 from dinosae_jax.train import state as state_lib
+from dinosae_jax.weights import role_files
 
 Tree = Any
 MEASURED_IMAGES = 10_000
@@ -151,11 +153,11 @@ def prepare(
         flops_per_image=step_flops.train_flops(config),
     )
     batches = functools.partial(
-        parts.training_batches,
+        loading.training_batches,
         train_source,
         config,
         mesh,
-        parts.fields_of(train_source),
+        loading.fields_of(train_source),
         config.batch_size,
     )
 
@@ -178,15 +180,15 @@ def initial_variables(
     return parts.find_variables(config, draw, ("dit",), convention_of(config))
 
 
-def open_source(config: ml_collections.ConfigDict, split: str) -> parts.Source:
+def open_source(config: ml_collections.ConfigDict, split: str) -> loading.Source:
     """The images of a split, or their latents where `data.latents` names a cache of them.
 
     Raises:
       ValueError: for unreadable data, or a cache of other images or of other latents.
     """
     if not config.data.latents:
-        return images.open_source(config.data, split)
-    source = latents.open_source(config.data, split)
+        return images.open_images(config.data, split)
+    source = latent_reader.open_latents(config.data, split)
     convention = convention_of(config)
     for name in ("tokens", "width", "norm"):
         ours, theirs = getattr(convention, name), source.manifest[name]
@@ -199,12 +201,12 @@ def open_source(config: ml_collections.ConfigDict, split: str) -> parts.Source:
     return source
 
 
-def check_encoder(sources: Sequence[parts.Source], variables: parts.Variables) -> None:
+def check_encoder(sources: Sequence[loading.Source], variables: parts.Variables) -> None:
     """Raises ValueError where a latent cache was made by other weights than stem and vit here."""
-    caches = [source for source in sources if isinstance(source, latents.LatentSource)]
+    caches = [source for source in sources if isinstance(source, latent_reader.LatentSource)]
     if not caches:
         return
-    ours = {role: roles.sha256(variables[role]) for role in latents.ENCODER_ROLES}
+    ours = {role: role_files.sha256(variables[role]) for role in latent_reader.ENCODER_ROLES}
     for cache in caches:
         changed = [role for role, found in ours.items() if cache.manifest["encoder"][role] != found]
         if changed:
@@ -215,7 +217,7 @@ def check_encoder(sources: Sequence[parts.Source], variables: parts.Variables) -
             )
 
 
-def check_classes(config: ml_collections.ConfigDict, source: parts.Source) -> None:
+def check_classes(config: ml_collections.ConfigDict, source: loading.Source) -> None:
     """Raises ValueError where the data have another number of classes than the model."""
     if source.num_classes != config.model.dit.num_classes:
         raise ValueError(
@@ -235,7 +237,7 @@ def token_norms(
     config: ml_collections.ConfigDict,
     stage: rfm_step.Stage,
     frozen: rfm_step.Variables,
-    source: parts.Source,
+    source: loading.Source,
     workdir: pathlib.Path,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
@@ -248,7 +250,7 @@ def token_norms(
       mean, deviation, and images or tokens; what was measured stands in `workdir/latents.json`.
     """
     path = workdir / NORMS_FILE
-    if isinstance(source, latents.LatentSource):
+    if isinstance(source, latent_reader.LatentSource):
         return source.manifest["norms"]
     if path.exists():
         return json.loads(path.read_text())
@@ -259,9 +261,9 @@ def token_norms(
         norms = jnp.linalg.norm(autoencoder.encode(stage.modules, frozen, scaled).tokens, axis=-1)
         return jnp.stack([jnp.mean(norms, axis=-1), jnp.mean(norms**2, axis=-1)], axis=-1)
 
-    size = parts.device_multiple(config.eval.batch_size, mesh)
+    size = sharding.device_multiple(config.eval.batch_size, mesh)
     count = -(-min(MEASURED_IMAGES, len(source)) // size)
-    batches = parts.training_batches(source, config, mesh, ("image",), size)
+    batches = loading.training_batches(source, config, mesh, ("image",), size)
     found = [
         sharding.gather(moments(frozen, sharding.put_batch(batch, mesh)["image"]))
         for batch, _ in zip(batches, range(count), strict=False)
@@ -283,4 +285,4 @@ def write_samples(generator: Generator, seed: int, batch_size: int, path: pathli
     if jax.process_index() == 0:
         rows = images.reshape(count, SHOWN_EACH, *images.shape[1:])
         names = [generator.label_names[label] for label in classes]
-        pictures.write_png(path, pictures.class_grid(rows, names))
+        png.write_png(path, pictures.class_grid(rows, names))

@@ -9,12 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from dinosae_jax.runtime.fsdp import (
-    BATCH_AXES,
-    SMALLEST_SHARDED_BYTES,
-    is_stacked,
-    partition_rule,
-)
+from dinosae_jax.runtime.fsdp import BATCH_AXES, SMALLEST_SHARDED_BYTES, is_stacked, partition_rule
 
 Tree = Any
 
@@ -74,6 +69,11 @@ def shardings(shapes: Tree, mesh: Mesh) -> Tree:
         return NamedSharding(mesh, axes)
 
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def device_multiple(count: int, mesh: Mesh) -> int:
+    """`count` rounded up to a multiple of the devices."""
+    return -(-count // mesh.size) * mesh.size
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> NDArray[np.int64]:

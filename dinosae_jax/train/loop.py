@@ -16,8 +16,9 @@ import numpy as np
 from orbax.checkpoint import CheckpointManager
 
 from dinosae_jax.runtime import console, sharding, stopping, tracing
-from dinosae_jax.train import checkpoint, metric_writer
+from dinosae_jax.train import metric_writer
 from dinosae_jax.train import state as state_lib
+from dinosae_jax.weights import checkpoint
 
 Batch = dict[str, np.ndarray]
 STOP_LAG = 2  # steps that a signal is known later on several processes, so that no host waits

@@ -25,7 +25,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(config):
-    return images.open_source(config, "train")
+    return images.open_images(config, "train")
 
 
 def take(count, source, config, **options):
@@ -110,12 +110,12 @@ def test_small_sets_are_decoded_once_within_the_budget(folder, monkeypatch):
     decoded = []
     decode = crops.decode_rgb
     monkeypatch.setattr(crops, "decode_rgb", lambda data: decoded.append(0) or decode(data))
-    source = images.open_source(folder_config(folder), "train")
+    source = images.open_images(folder_config(folder), "train")
     rounds = [[source[i]["image"] for i in range(12)] for _ in range(3)]
     np.testing.assert_array_equal(rounds[0][7], rounds[2][7])
     assert len(decoded) == 13  # one more for the first image, when the set was opened
     monkeypatch.setattr(images, "CACHE_BYTES", 12 * 40 * 50 * 3)
-    source = images.open_source(folder_config(folder), "train")
+    source = images.open_images(folder_config(folder), "train")
     decoded.clear()
     for _ in range(2):
         for i in range(12):  # later images are larger than the first: the last do not fit
@@ -129,7 +129,7 @@ def test_source_can_be_pickled_after_reading(source):
 
 
 def test_evaluation_reads_every_tile_once_and_pads(config):
-    evaluation = images.open_source(config, "eval")
+    evaluation = images.open_images(config, "eval")
     batches = list(images.eval_batches(evaluation, config, batch_size=10))
     assert [batch["mask"].sum() for batch in batches] == [10, 10, 3]
     index = np.concatenate([batch["index"] for batch in batches])
@@ -160,7 +160,7 @@ def folder_config(folder, **changes):
 
 def test_crop_kinds(folder):
     config = folder_config(folder)
-    source = images.open_source(config, "train")
+    source = images.open_images(config, "train")
     batch = next(images.train_batches(source, config, batch_size=4, seed=0))
     for picture, index in zip(batch["image"], batch["index"], strict=True):
         expected = crops.adm_center_crop(source[int(index)]["image"], 32)
@@ -179,7 +179,7 @@ def test_crop_kinds(folder):
 def test_unreadable_image_is_replaced_counted_and_named(folder, caplog):
     (folder / "05.png").write_bytes((folder / "05.png").read_bytes()[:200])
     config = folder_config(folder)
-    source = images.open_source(config, "train")
+    source = images.open_images(config, "train")
     batches = list(itertools.islice(images.train_batches(source, config, batch_size=12, seed=0), 2))
     for batch in batches:
         np.testing.assert_array_equal(
@@ -194,7 +194,7 @@ def test_too_many_unreadable_images_stop_the_reading(folder):
     for name in ("05.png", "06.png"):
         (folder / name).write_bytes(b"damaged")
     config = folder_config(folder)
-    source = images.open_source(config, "train")
+    source = images.open_images(config, "train")
     with pytest.raises(ValueError, match=r"2 of 12 are, the last one 0[56]\.png"):
         list(images.eval_batches(source, config, batch_size=4))
 
@@ -202,7 +202,7 @@ def test_too_many_unreadable_images_stop_the_reading(folder):
 def test_a_source_without_any_readable_image_is_refused_when_it_is_opened(tmp_path):
     (tmp_path / "only.png").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"only\.png"):
-        images.open_source(folder_config(tmp_path), "train")
+        images.open_images(folder_config(tmp_path), "train")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_source_without_any_readable_image_is_refused_when_it_is_opened(tmp_pa
 )
 def test_wrong_recipes_are_refused(folder, changes, message):
     with pytest.raises(ValueError, match=message):
-        images.open_source(folder_config(folder, **changes), "train")
+        images.open_images(folder_config(folder, **changes), "train")
 
 
 def test_rows_that_are_not_of_the_batch_are_refused(source, config):

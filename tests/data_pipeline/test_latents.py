@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from dinosae_jax.data import images, latent_format, latent_shards, latents
+from dinosae_jax.data import images
+from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
 from dinosae_jax.train import rfm_step
 
 TOKENS, WIDTH, COUNT = 4, 32, 11
@@ -27,7 +28,7 @@ def tokens_of(index):
 
 def make_plan(stored="bfloat16", **changes):
     plan = {
-        "images": {field: CONFIG[field] for field in latents.IMAGE_FIELDS},
+        "images": {field: CONFIG[field] for field in latent_reader.IMAGE_FIELDS},
         "flipped": True,
         "format": stored,
         "tokens": TOKENS,
@@ -47,13 +48,13 @@ def encoded(indices, size=2):
 
 
 def write(folder, plan, numbers=None):
-    latent_shards.claim(folder / "train", plan)
+    latent_writer.claim(folder / "train", plan)
     for number in range(plan["num_shards"]) if numbers is None else numbers:
-        found = encoded(latent_shards.shard_range(plan, number))
-        latent_shards.write_shard(folder / "train", plan, number, found)
+        found = encoded(latent_writer.shard_range(plan, number))
+        latent_writer.write_shard(folder / "train", plan, number, found)
 
 
-@pytest.fixture(params=latent_format.FORMATS)
+@pytest.fixture(params=latent_record.FORMATS)
 def stored(request):
     return request.param
 
@@ -62,7 +63,7 @@ def stored(request):
 def cache(tmp_path, stored):
     plan = make_plan(stored)
     write(tmp_path, plan)
-    latent_shards.finish(tmp_path / "train", plan)
+    latent_writer.finish(tmp_path / "train", plan)
     return {**CONFIG, "latents": str(tmp_path)}
 
 
@@ -75,7 +76,9 @@ STAGE = rfm_step.Stage(None, None, "linear", 1.0, None, "", 1)  # a Euclidean pa
 
 
 def take(count, source, config, **options):
-    return list(itertools.islice(latents.train_batches(source, config, seed=3, **options), count))
+    return list(
+        itertools.islice(latent_reader.train_batches(source, config, seed=3, **options), count)
+    )
 
 
 def assert_same(batches, others):
@@ -86,7 +89,7 @@ def assert_same(batches, others):
 
 
 def test_tokens_come_back_within_the_rounding_of_their_format(cache, stored):
-    source = latents.open_source(cache, "train")
+    source = latent_reader.open_latents(cache, "train")
     for batch in take(3, source, cache, batch_size=4):
         tokens = restored(batch)
         for row, index in enumerate(batch["index"]):
@@ -103,9 +106,9 @@ def test_tokens_come_back_within_the_rounding_of_their_format(cache, stored):
 @pytest.mark.parametrize(("stored", "degrees"), [("bfloat16", 0.11), ("int8", 0.6)])
 def test_angles_at_full_width(stored, degrees):
     tokens = np.random.default_rng(0).standard_normal((16, 1024)).astype(np.float32)
-    fields = latent_format.layout(stored, 16, 1024)
-    batch = latent_format.empty_batch(fields, 1)
-    latent_format.unpack_into(latent_format.pack(tokens, 5, stored), fields, batch, 0)
+    fields = latent_record.layout(stored, 16, 1024)
+    batch = latent_record.empty_batch(fields, 1)
+    latent_record.unpack_into(latent_record.pack(tokens, 5, stored), fields, batch, 0)
     assert batch["label"] == 5
     unit, exact = (
         array / np.linalg.norm(array, axis=-1, keepdims=True)
@@ -129,7 +132,9 @@ def test_images_and_flips_are_those_of_training_on_images(cache):
 
     config = {**cache, "threads": 0}
     theirs = images.train_batches(Pictures(), config, batch_size=8, seed=3)
-    ours = latents.train_batches(latents.open_source(cache, "train"), config, batch_size=8, seed=3)
+    ours = latent_reader.train_batches(
+        latent_reader.open_latents(cache, "train"), config, batch_size=8, seed=3
+    )
     flips = []
     for batch, other in itertools.islice(zip(ours, theirs, strict=False), 4):
         np.testing.assert_array_equal(batch["index"], other["index"])
@@ -141,7 +146,7 @@ def test_images_and_flips_are_those_of_training_on_images(cache):
 
 
 def test_batches_depend_on_seed_and_step_alone(cache):
-    source = latents.open_source(cache, "train")
+    source = latent_reader.open_latents(cache, "train")
     reference = take(5, source, cache, batch_size=8)
     assert_same(take(5, source, {**cache, "threads": 0}, batch_size=8), reference)
     assert_same(take(3, source, cache, batch_size=8, start_step=2), reference[2:])
@@ -154,8 +159,8 @@ def test_batches_depend_on_seed_and_step_alone(cache):
 
 
 def test_evaluation_is_one_pass_in_order_without_flips(cache):
-    source = latents.open_source(cache, "train")
-    batches = list(latents.eval_batches(source, cache, batch_size=8))
+    source = latent_reader.open_latents(cache, "train")
+    batches = list(latent_reader.eval_batches(source, cache, batch_size=8))
     assert [batch["mask"].sum() for batch in batches] == [8, 3]
     index = np.concatenate([batch["index"] for batch in batches])
     np.testing.assert_array_equal(index, [*range(COUNT), *[-1] * 5])
@@ -166,7 +171,7 @@ def test_evaluation_is_one_pass_in_order_without_flips(cache):
 
 
 def test_norm_statistics(cache):
-    norms = latents.open_source(cache, "train").manifest["norms"]
+    norms = latent_reader.open_latents(cache, "train").manifest["norms"]
     wanted = np.linalg.norm([tokens_of(index) for index in range(COUNT)], axis=-1)
     assert norms["tokens"] == wanted.size == COUNT * 2 * TOKENS
     assert norms["mean"] == pytest.approx(wanted.mean(), rel=1e-6)
@@ -176,21 +181,21 @@ def test_norm_statistics(cache):
 def test_writing_goes_on_and_repairs(tmp_path):
     plan, folder = make_plan(), tmp_path / "train"
     write(tmp_path, plan, numbers=[1])
-    assert latent_shards.missing_shards(folder, plan) == [0, 2]
-    assert latent_shards.missing_shards(folder, plan, 0, 2) == [0, 2]
-    assert latent_shards.missing_shards(folder, plan, 1, 2) == []
+    assert latent_writer.missing_shards(folder, plan) == [0, 2]
+    assert latent_writer.missing_shards(folder, plan, 0, 2) == [0, 2]
+    assert latent_writer.missing_shards(folder, plan, 1, 2) == []
     with pytest.raises(ValueError, match="lacks number 0"):
-        latent_shards.finish(folder, plan)
+        latent_writer.finish(folder, plan)
     with pytest.raises(ValueError, match=r"run configs/encode\.py again"):
-        latents.open_source({**CONFIG, "latents": str(tmp_path)}, "train")
+        latent_reader.open_latents({**CONFIG, "latents": str(tmp_path)}, "train")
     write(tmp_path, plan, numbers=[0, 2])
-    whole = latent_shards.finish(folder, plan)
+    whole = latent_writer.finish(folder, plan)
     assert {path.suffix for path in folder.iterdir()} == {".array_record", ".json"}
     assert len(list(folder.glob("*.json"))) == 1
-    damage(folder / latent_shards.shard_name(plan, 2))
-    assert latent_shards.missing_shards(folder, plan) == [2]
+    damage(folder / latent_writer.shard_name(plan, 2))
+    assert latent_writer.missing_shards(folder, plan) == [2]
     write(tmp_path, plan, numbers=[2])
-    assert latent_shards.finish(folder, plan) == whole
+    assert latent_writer.finish(folder, plan) == whole
 
 
 def damage(path):
@@ -204,19 +209,19 @@ def test_missing_and_damaged_shards_are_refused_at_the_start(cache, tmp_path, mo
     content = shard.read_bytes()
     damage(shard)
     with pytest.raises(ValueError, match="has changed") as error:
-        latents.open_source(cache, "train")
+        latent_reader.open_latents(cache, "train")
     assert shard.name in str(error.value) and "\n" not in str(error.value)
-    monkeypatch.setattr(latents, "HASHED_BYTES", 0)  # a large cache: found when it is read
+    monkeypatch.setattr(latent_reader, "HASHED_BYTES", 0)  # a large cache: found when it is read
     with pytest.raises(ValueError, match=r"cannot be read .* configs/encode\.py") as error:
-        source = latents.open_source(cache, "train")
+        source = latent_reader.open_latents(cache, "train")
         take(20, source, cache, batch_size=8)
     assert "\n" not in str(error.value)
     shard.write_bytes(content[:-1])
     with pytest.raises(ValueError, match="missing or has not"):
-        latents.open_source(cache, "train")
+        latent_reader.open_latents(cache, "train")
     shard.unlink()
     with pytest.raises(ValueError, match="missing or has not"):
-        latents.open_source(cache, "train")
+        latent_reader.open_latents(cache, "train")
 
 
 @pytest.mark.parametrize(
@@ -229,36 +234,36 @@ def test_missing_and_damaged_shards_are_refused_at_the_start(cache, tmp_path, mo
 )
 def test_a_cache_of_other_images_is_refused(tmp_path, changes, message):
     write(tmp_path, make_plan())
-    latent_shards.finish(tmp_path / "train", make_plan())
+    latent_writer.finish(tmp_path / "train", make_plan())
     with pytest.raises(ValueError, match=message) as error:
-        latents.open_source({**CONFIG, "latents": str(tmp_path), **changes}, "train")
+        latent_reader.open_latents({**CONFIG, "latents": str(tmp_path), **changes}, "train")
     assert "\n" not in str(error.value)
 
 
 def test_flips_need_a_cache_with_flips(tmp_path):
     plan = make_plan(flipped=False)
     write(tmp_path, plan)
-    latent_shards.finish(tmp_path / "train", plan)
+    latent_writer.finish(tmp_path / "train", plan)
     with pytest.raises(ValueError, match=r"--config\.data\.flip=False"):
-        latents.open_source({**CONFIG, "latents": str(tmp_path)}, "train")
+        latent_reader.open_latents({**CONFIG, "latents": str(tmp_path)}, "train")
 
 
 def test_a_folder_holds_one_cache(tmp_path):
     write(tmp_path, make_plan(), numbers=[0])
     with pytest.raises(ValueError, match="format bfloat16 instead of int8"):
-        latent_shards.claim(tmp_path / "train", make_plan("int8"))
-    latent_shards.claim(tmp_path / "train", make_plan())
+        latent_writer.claim(tmp_path / "train", make_plan("int8"))
+    latent_writer.claim(tmp_path / "train", make_plan())
 
 
 def test_tokens_that_are_not_finite_are_refused(tmp_path):
     plan = make_plan()
-    latent_shards.claim(tmp_path / "train", plan)
+    latent_writer.claim(tmp_path / "train", plan)
     bad = [(np.full((1, 2, TOKENS, WIDTH), np.nan, np.float32), np.zeros(1, np.int32))]
     with pytest.raises(ValueError, match="must be finite"):
-        latent_shards.write_shard(tmp_path / "train", plan, 0, bad)
+        latent_writer.write_shard(tmp_path / "train", plan, 0, bad)
     assert json.loads((tmp_path / "train" / "plan.json").read_text()) == plan
 
 
 def test_the_number_of_shards_follows_the_size():
-    assert latent_shards.shard_count(1_281_167, True, "bfloat16", 256, 1024) == 1252
-    assert latent_shards.shard_count(10, True, "int8", 16, 64) == 1
+    assert latent_writer.shard_count(1_281_167, True, "bfloat16", 256, 1024) == 1252
+    assert latent_writer.shard_count(10, True, "int8", 16, 64) == 1

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinosae_jax.eval import archive_npz, distances, features, frechet, interpolation, results
+from dinosae_jax.data import adm_npz
+from dinosae_jax.eval import distances, features, frechet, interpolation, results
 from dinosae_jax.models import autoencoder
 from dinosae_jax.models.efficientnet import EfficientNetLite0
 from dinosae_jax.models.inception import InceptionFID
@@ -34,8 +35,8 @@ def network():
 def archive(tmp_path_factory):
     path = tmp_path_factory.mktemp("npz") / "samples.npz"
     images = np.random.default_rng(0).integers(0, 256, (21, 8, 8, 3)).astype(np.uint8)
-    archive_npz.write_images(path, [images], len(images))
-    return archive_npz.open_images(path)
+    adm_npz.write_images(path, [images], len(images))
+    return adm_npz.open_archive(path)
 
 
 def collector_for(network, keep=None):
@@ -116,7 +117,7 @@ def test_inception_gives_every_tap_under_its_recipe():
     recipe = network.recipe("pool3", resolution=256)
     assert (recipe.network, recipe.network_sha256) == ("inception_fid", "6726825d")
     with pytest.raises(ValueError, match="got resize 'tf1_bilinear' and 'half_pixel_bilinear'"):
-        frechet.check_comparable(archive_npz.ADM_RECIPE, recipe)
+        frechet.check_comparable(adm_npz.ADM_RECIPE, recipe)
     with pytest.raises(ValueError, match="resize is one of"):
         features.inception({}, "", "bilinear")
 
@@ -134,7 +135,7 @@ def test_efficientnet_says_its_name_and_is_never_called_fid():
     assert (recipe.network_sha256, recipe.resolution) == ("57934424", 64)
     assert all("FID" not in name for name, _ in network.metrics.values())
     with pytest.raises(ValueError, match="got network 'efficientnet_lite0' and 'inception_fid'"):
-        frechet.check_comparable(recipe, archive_npz.ADM_RECIPE)
+        frechet.check_comparable(recipe, adm_npz.ADM_RECIPE)
 
 
 def test_the_encoder_computes_in_float32_and_is_never_called_fid():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dinosae_jax.data import png
 from dinosae_jax.eval import pictures
 
 
@@ -13,7 +14,7 @@ def flat(*levels, side=8):
 
 def test_as_picture_rounds_clips_and_survives_nan():
     levels = np.asarray([-1.0, 0.5 / 255 + 1e-4, 2.0, np.nan], np.float32).reshape(1, 4, 1)
-    np.testing.assert_array_equal(pictures.as_picture(levels)[0, :, 0], [0, 1, 255, 0])
+    np.testing.assert_array_equal(png.as_picture(levels)[0, :, 0], [0, 1, 255, 0])
 
 
 def test_grid_reads_left_to_right_and_fills_the_last_row_with_background():
@@ -49,15 +50,15 @@ def test_class_grid_names_every_row():
 
 def test_files_come_back_as_written(tmp_path):
     sheet = pictures.captioned(pictures.grid(flat(0.1, 0.9), 2), "stage1")
-    pictures.write_png(tmp_path / "sheet.png", sheet)
-    np.testing.assert_array_equal(pictures.decode_png((tmp_path / "sheet.png").read_bytes()), sheet)
+    png.write_png(tmp_path / "sheet.png", sheet)
+    np.testing.assert_array_equal(png.decode_png((tmp_path / "sheet.png").read_bytes()), sheet)
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pictures.as_picture(np.zeros((4, 4, 2))), "1 or 3 channels"),
+        (lambda: png.as_picture(np.zeros((4, 4, 2))), "1 or 3 channels"),
         (lambda: pictures.pairs(flat(0.0), flat(0.0, 0.0)), "one shape"),
         (lambda: pictures.class_grid(flat(0.0)[None], ["a", "b"]), "one name a row"),
     ],

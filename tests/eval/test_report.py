@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from dinosae_jax.data import png
 from dinosae_jax.eval import curves, pictures, report, run_files
 
 NOTE = "The frozen ViT is randomly initialised (random_frozen_ok), so alignment means little."
@@ -23,7 +24,7 @@ def write_stage(folder, psnr, finished=True, seed=0):
     metrics += [{"step": step, "eval/psnr": psnr - 400 / step} for step in (50, 100, 200)]
     timing = [{"step": step, "seconds": step / 9, "images_per_second": 144.0} for step in (20, 200)]
     images = generator.uniform(size=(4, 32, 48, 3)).astype(np.float32)
-    pictures.write_png(folder / "reconstructions.png", pictures.pairs(images, images, 2))
+    png.write_png(folder / "reconstructions.png", pictures.pairs(images, images, 2))
     config = {"batch_size": 16, "optimizer": {"betas": [0.9, 0.999]}, "init_from": ""}
     for name, rows in (("metrics.jsonl", metrics), ("timing.jsonl", timing)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -114,10 +115,10 @@ def test_configuration_and_parameters_are_shown(chain):
 
 
 def test_chain_gathers_pictures_curves_and_metrics(chain):
-    one = pictures.decode_png((chain / "stage1" / "reconstructions.png").read_bytes())
-    both = pictures.decode_png((chain / "reconstructions.png").read_bytes())
+    one = png.decode_png((chain / "stage1" / "reconstructions.png").read_bytes())
+    both = png.decode_png((chain / "reconstructions.png").read_bytes())
     assert both.shape[0] > 2 * one.shape[0]
-    assert pictures.decode_png((chain / "curves.png").read_bytes()).shape[1] > 1000
+    assert png.decode_png((chain / "curves.png").read_bytes()).shape[1] > 1000
     assert not (chain / "samples.png").exists()
     rows = [json.loads(line) for line in (chain / "metrics.jsonl").read_text().splitlines()]
     assert [rows[0]["stage"], rows[-1]["stage"]] == ["stage1", "stage4"]
@@ -144,8 +145,8 @@ def test_convergence_shows_psnr_of_every_stage_and_kid_of_the_flow(tmp_path):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / name / "metrics.jsonl").write_text(text)
     stages = [run_files.read_stage(tmp_path / name) for name in rows]
-    whole = pictures.decode_png(curves.convergence_png(stages))
-    alone = pictures.decode_png(curves.convergence_png(stages[2:]))
+    whole = png.decode_png(curves.convergence_png(stages))
+    alone = png.decode_png(curves.convergence_png(stages[2:]))
     assert whole.shape == alone.shape and (whole != alone).any()
     (tmp_path / "chain.json").write_text(json.dumps({"stages": list(rows)}))
     text = parse(report.write_report(tmp_path)).text

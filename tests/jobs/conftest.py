@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dinosae_jax.eval import pictures
+from dinosae_jax.data import png
 from dinosae_jax.jobs import train
 from tests import tiny_stage
 from tests.jobs.small_flow import small_flow
@@ -29,7 +29,7 @@ def squares(tmp_path_factory):
             place.mkdir(parents=True)
             found = tiny_stage.images(EACH, SIDE, SIDE, seed=10 * seed + number) // 4
             for index, image in enumerate(found + np.uint8(191 * (name == "bright"))):
-                pictures.write_png(place / f"{index}.png", image)
+                png.write_png(place / f"{index}.png", image)
     return root
 
 

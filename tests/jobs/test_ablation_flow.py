@@ -10,10 +10,11 @@ import pytest
 
 from configs import ablation_flow as ablation_config
 from dinosae_jax import rules
-from dinosae_jax.eval import curves, features, pictures
+from dinosae_jax.data import png
+from dinosae_jax.eval import curves, features
 from dinosae_jax.jobs import ablation, ablation_flow, train
 from dinosae_jax.runtime import stopping
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 
 
 def test_arms_differ_in_their_path_alone():
@@ -64,7 +65,7 @@ def test_the_autoencoder_starts_from_norms_that_differ(tmp_path, monkeypatch):
     for _ in range(2):  # the second time it finds what the first one drew
         workdir = ablation_flow.train_autoencoder(config, tmp_path, stopping.StopRequest())
     assert [str(place) for _, place in ran] == [workdir] * 2
-    norm = initialise.open_source(ran[0][0].init_from).variables["vit"]["params"]["norm"]
+    norm = weight_source.open_weights(ran[0][0].init_from).variables["vit"]["params"]["norm"]
     assert norm["scale"].std() > 0.3
     power = np.mean(norm["scale"] ** 2 + norm["bias"] ** 2)
     assert power == pytest.approx(1.0, rel=1e-5)  # tokens keep the norm sqrt(d) of unit variance
@@ -140,6 +141,6 @@ def test_a_folder_without_weights_is_refused_before_anything_is_trained(tmp_path
 
 def test_the_sweeps_are_drawn():
     panels = {"over steps": {"a": ((5, 10), [[2.0, 1.0], [3.0, 1.5]])}, "b": {"b": ((1,), [[2.0]])}}
-    picture = pictures.decode_png(curves.sweeps_png(panels))
+    picture = png.decode_png(curves.sweeps_png(panels))
     assert picture.shape[1] > 1000
     assert 0 < (picture < 250).any(axis=-1).mean() < 0.2

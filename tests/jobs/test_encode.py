@@ -8,7 +8,8 @@ import pytest
 from configs import encode as encode_config
 from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder
-from dinosae_jax.data import images, latent_format, latent_shards, latents
+from dinosae_jax.data import images
+from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
 from dinosae_jax.jobs import encode, flow_figures, train, train_flow
 from dinosae_jax.runtime import precision, sharding
 from tests import tiny_stage
@@ -67,7 +68,7 @@ def metrics(workdir):
 
 
 def test_configs_are_valid():
-    assert rules.LATENT_FORMATS == latent_format.FORMATS
+    assert rules.LATENT_FORMATS == latent_record.FORMATS
     for argument in ("tiny", "int8,tiny"):
         rules.validate(encode_config.get_config(argument))
     with pytest.raises(ValueError, match="encode needs trained weights"):
@@ -82,16 +83,16 @@ def test_configs_are_valid():
 
 def test_the_cache_holds_latents_of_images_and_of_flipped_images(root):
     config = flow_of(root)
-    source = latents.open_source(config.data, "train")
+    source = latent_reader.open_latents(config.data, "train")
     assert source.manifest["norms"]["tokens"] == 3 * 2 * TOKENS
     autoencoder = Autoencoder.load(root / "stage")
-    pictures = images.open_source(config.data, "train")
+    pictures = images.open_images(config.data, "train")
     recipe = images.recipe_of(config.data)
     for index in range(3):
         picture = recipe.evaluate(pictures[index]["image"]).astype(np.float32) / 255.0
         for flip in (False, True):
             view = picture[:, ::-1] if flip else picture
-            batch = latent_format.empty_batch(source.fields, 1)
+            batch = latent_record.empty_batch(source.fields, 1)
             source.read_into(batch, 0, index, flip)
             wanted = autoencoder.encode(view[None])
             np.testing.assert_allclose(  # half a step of bfloat16, and the batch's own rounding
@@ -193,7 +194,7 @@ def test_a_missing_shard_is_refused(root, tmp_path):
 
 def test_a_signal_keeps_finished_shards(root, tmp_path, monkeypatch):
     finished = []
-    write = latent_shards.write_shard
+    write = latent_writer.write_shard
 
     def stopping(folder, plan, number, encoded):
         if finished:
@@ -201,11 +202,11 @@ def test_a_signal_keeps_finished_shards(root, tmp_path, monkeypatch):
         write(folder, plan, number, encoded)
         finished.append(number)
 
-    monkeypatch.setattr(latent_shards, "write_shard", stopping)
+    monkeypatch.setattr(latent_writer, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         encode.run(config_of(root), str(tmp_path))
-    monkeypatch.setattr(latent_shards, "write_shard", write)
+    monkeypatch.setattr(latent_writer, "write_shard", write)
     plan = json.loads((tmp_path / "train" / "plan.json").read_text())
-    assert latent_shards.missing_shards(tmp_path / "train", plan) == [1]
+    assert latent_writer.missing_shards(tmp_path / "train", plan) == [1]
     encode.run(config_of(root), str(tmp_path))
     assert (tmp_path / "eval" / "manifest.json").exists()

@@ -16,11 +16,11 @@ from configs import evaluate as config_file
 from configs import rfm_dit
 from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder, random_source
-from dinosae_jax.data import images
-from dinosae_jax.eval import archive_npz, features, frechet, image_quality
+from dinosae_jax.data import adm_npz, images
+from dinosae_jax.eval import features, frechet, image_quality
 from dinosae_jax.jobs import evaluate, measure, train_flow
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import checkpoint
+from dinosae_jax.weights import checkpoint
 from tests import tiny_stage
 
 
@@ -43,13 +43,13 @@ def read(folder):
 
 
 def pixels_of(config, split):
-    source = images.open_source(config.data, split)
+    source = images.open_images(config.data, split)
     crop = images.recipe_of(config.data)
     return np.stack([crop.evaluate(source[i]["image"]) for i in range(len(source))])
 
 
 def write_npz(path, pixels):
-    archive_npz.write_images(path, [pixels], len(pixels))
+    adm_npz.write_images(path, [pixels], len(pixels))
     return str(path)
 
 
@@ -168,11 +168,11 @@ def test_a_published_reference_brings_its_own_moments(with_inception, tmp_path):
     wanted.samples = write_npz(tmp_path / "samples.npz", fake)
     rows = np.random.default_rng(0).normal(size=(50, 6))
     pool, spatial = (
-        frechet.statistics(rows[:, :width], dataclasses.replace(archive_npz.ADM_RECIPE, tap=tap))
+        frechet.statistics(rows[:, :width], dataclasses.replace(adm_npz.ADM_RECIPE, tap=tap))
         for width, tap in ((6, "pool3"), (3, "spatial"))
     )
     reference = tmp_path / "VIRTUAL.npz"
-    archive_npz.write_reference(reference, [real], len(real), pool, spatial)
+    adm_npz.write_reference(reference, [real], len(real), pool, spatial)
     wanted.reference = str(reference)
     evaluate.run(wanted, str(tmp_path / "out"))
     _, found = read(tmp_path / "out")

@@ -9,7 +9,7 @@ import pytest
 
 from configs import evaluate as config_file
 from dinosae_jax import rules
-from dinosae_jax.eval import archive_npz
+from dinosae_jax.data import adm_npz
 from dinosae_jax.jobs import evaluate, measure
 from dinosae_jax.runtime import precision, sharding
 from tests import tiny_stage
@@ -106,7 +106,7 @@ def test_samples_get_every_number_of_the_papers(config, tmp_path):
     """The reference is an .npz of ten images; samples are these in another order, and one more."""
     images = tiny_stage.images(11, 32, 32, seed=5)
     for name, pixels in (("reference", images[:10]), ("samples", images[::-1])):
-        archive_npz.write_images(tmp_path / f"{name}.npz", [pixels], len(pixels))
+        adm_npz.write_images(tmp_path / f"{name}.npz", [pixels], len(pixels))
     wanted = config(random_frozen_ok=(), samples=str(tmp_path / "samples.npz"))
     wanted.reference = str(tmp_path / "reference.npz")
     evaluate.run(wanted, str(tmp_path / "out"))

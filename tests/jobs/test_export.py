@@ -11,7 +11,7 @@ from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.jobs import export
 from dinosae_jax.runtime import sharding
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 from tests import tiny_stage
 from tests.weights_conversion.layouts import save
 from weights_conversion.convert import convert_file
@@ -57,7 +57,7 @@ def test_the_export_of_converted_weights_states_their_convention(data_dir, tmp_p
     convert_file("dinosae", [tmp_path / "a.safetensors"], tmp_path / "converted")
     config = make(init_from=str(tmp_path / "converted"), pixel_range="symmetric")
     export.run(config, str(tmp_path / "export"))
-    source = initialise.open_source(tmp_path / "export")
+    source = weight_source.open_weights(tmp_path / "export")
     assert source.model["pixel_range"] == source.convention["pixels"] == "symmetric"
     assert any("a.safetensors" in note for note in source.notes)
     assert Autoencoder.load(tmp_path / "export").modules.pixel_range == "symmetric"
@@ -69,7 +69,7 @@ def test_tiny_needs_no_weights(tmp_path):
     export.run(config, str(tmp_path / "export"))
     assert (
         "randomly initialised"
-        in json.loads((tmp_path / "export" / initialise.EXPORT_FILE).read_text())["notes"][0]
+        in json.loads((tmp_path / "export" / weight_source.EXPORT_FILE).read_text())["notes"][0]
     )
 
 

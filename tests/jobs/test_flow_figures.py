@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from dinosae_jax.data import images
+from dinosae_jax.data import images, loading
 from dinosae_jax.eval import features, kernel_distance
 from dinosae_jax.generator import Generator, Sampling, compile_generate, decode_parts
-from dinosae_jax.jobs import flow_figures, parts, train_flow
+from dinosae_jax.jobs import flow_figures, train_flow
 from dinosae_jax.models import autoencoder
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 from tests.jobs.small_flow import small_flow
 
 
@@ -21,10 +21,10 @@ def config():
 
 def distance_on(config, workdir, devices):
     mesh = sharding.make_mesh(1, jax.devices()[:devices])
-    found = initialise.open_source(workdir)
+    found = weight_source.open_weights(workdir)
     variables = jax.device_put(found.variables, sharding.replicated(mesh))
     stage = train_flow.make_stage(config)
-    source = images.open_source(config.data, "train")
+    source = images.open_images(config.data, "train")
     distance = flow_figures.SampleDistance(config, stage, variables, source, mesh)
     return distance, Generator.load(workdir, "float32", mesh), variables
 
@@ -32,8 +32,8 @@ def distance_on(config, workdir, devices):
 def test_the_number_is_kid_of_samples_and_training_images(config, flow_workdir):
     distance, generator, variables = distance_on(config, flow_workdir, 1)
     value = distance(generator)[flow_figures.KID]
-    source = images.open_source(config.data, "train")
-    found = parts.training_batches(source, config, distance.mesh, ("image", "label"), 12)
+    source = images.open_images(config.data, "train")
+    found = loading.training_batches(source, config, distance.mesh, ("image", "label"), 12)
     batch = next(found)
     drawn = generator.sample(batch["label"], key=jax.random.PRNGKey(config.seed))
     pixels = [np.floor(255 * drawn + 0.5) / np.float32(255), batch["image"] / np.float32(255)]

@@ -5,6 +5,7 @@ import pytest
 
 from configs import pca as config_file
 from dinosae_jax import rules
+from dinosae_jax.data import png
 from dinosae_jax.eval import pictures
 from dinosae_jax.jobs import pca
 
@@ -13,9 +14,9 @@ def test_images_teacher_and_student_below_one_another(make_measurement, tmp_path
     config = make_measurement(config_file, count=3)
     rules.validate(config)
     pca.run(config, str(tmp_path))
-    picture = pictures.decode_png((tmp_path / "pca.png").read_bytes())
+    picture = png.decode_png((tmp_path / "pca.png").read_bytes())
     assert picture.shape == (3 * 32 + 2 * pictures.GAP, 3 * 32 + 2 * pictures.GAP, 3)
-    shown = pictures.as_picture(pca.choose_images(config))
+    shown = png.as_picture(pca.choose_images(config))
     np.testing.assert_array_equal(picture[:32, :32], shown[0])
     tokens = picture[36:68, :32]  # the teacher's 2 x 2 tokens of the first image
     np.testing.assert_array_equal(tokens[:16, :16], np.broadcast_to(tokens[0, 0], (16, 16, 3)))

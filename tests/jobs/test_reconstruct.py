@@ -11,10 +11,10 @@ from PIL import Image
 from configs import reconstruct as reconstruct_config
 from dinosae_jax import rules
 from dinosae_jax.autoencoder import Autoencoder, random_source
-from dinosae_jax.data import crops
+from dinosae_jax.data import crops, png
 from dinosae_jax.eval import image_quality, pictures
 from dinosae_jax.jobs import reconstruct
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 from tests import tiny_stage
 from tests.weights_conversion import layouts
 
@@ -60,7 +60,7 @@ def test_every_usable_image_has_a_row_and_a_picture(done):
     for row in rows:
         assert tuple(row["size_before_cropping"]) == SIZES[row["name"]]
         assert row["size"] == [side - side % 16 for side in SIZES[row["name"]]]
-        picture = pictures.decode_png((workdir / row["picture"]).read_bytes())
+        picture = png.decode_png((workdir / row["picture"]).read_bytes())
         assert picture.shape == (row["size"][0], 2 * row["size"][1] + pictures.GAP, 3)
 
 
@@ -68,7 +68,7 @@ def test_the_figures_are_those_of_the_pictures(done):
     """The written file alone is enough to compute PSNR and SSIM again."""
     workdir, results = done
     for row in results["per_image"]:
-        picture = pictures.decode_png((workdir / row["picture"]).read_bytes()) / np.float32(255)
+        picture = png.decode_png((workdir / row["picture"]).read_bytes()) / np.float32(255)
         width = row["size"][1]
         original, shown = picture[None, :, :width], picture[None, :, -width:]
         psnr = -10.0 * np.log10(np.mean((shown.astype(np.float64) - original) ** 2))
@@ -89,7 +89,7 @@ def test_the_pictures_are_the_autoencoders(done, folder):
     row = results["per_image"][2]
     original = crops.decode_rgb((folder / "c.png").read_bytes())[4:36, 1:33]
     shown = model.reconstruct(original[None].astype(np.float32) / 255.0)[0]
-    picture = pictures.decode_png((workdir / row["picture"]).read_bytes())
+    picture = png.decode_png((workdir / row["picture"]).read_bytes())
     np.testing.assert_array_equal(picture[:, :32], original)
     # Another batch size: rounding may move a value over the edge of a level.
     assert np.abs(picture[:, -32:] - np.floor(shown * 255.0)).max() <= 1
@@ -116,9 +116,7 @@ def test_converted_official_weights_reconstruct_any_sides(folder, data_dir, tmp_
     model = Autoencoder.load(official)
     original = crops.decode_rgb((folder / "b.png").read_bytes())
     shown = model.reconstruct(original[None].astype(np.float32) / 255.0)[0]
-    picture = pictures.decode_png(
-        (tmp_path / "out" / results["per_image"][1]["picture"]).read_bytes()
-    )
+    picture = png.decode_png((tmp_path / "out" / results["per_image"][1]["picture"]).read_bytes())
     assert np.abs(picture[:, -48:] - np.floor(shown * 255.0)).max() <= 1
 
 
@@ -152,7 +150,7 @@ def test_lpips_is_measured_with_weights(tmp_path, monkeypatch, capsys):
         asked.append((role, path))
         return {"scale": 3.0}
 
-    monkeypatch.setattr(initialise, "load_frozen", load_frozen)
+    monkeypatch.setattr(weight_source, "load_frozen", load_frozen)
     monkeypatch.setattr(reconstruct, "LPIPS", MeanDifference)
     config = make(images=str(place), short_side=32, batch_size=2)
     config.weights.lpips = "weights/lpips"
@@ -161,7 +159,7 @@ def test_lpips_is_measured_with_weights(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     row = results["per_image"][0]
     assert row["size"] == [32, 48] and row["size_before_cropping"] == [32, 48]
-    picture = pictures.decode_png((tmp_path / "out" / row["picture"]).read_bytes()) / 255.0
+    picture = png.decode_png((tmp_path / "out" / row["picture"]).read_bytes()) / 255.0
     expected = 3.0 * np.abs(picture[:, :48] - picture[:, -48:]).mean()
     assert row["lpips"] == results["mean"]["lpips"] == pytest.approx(expected, rel=1e-4)
     printed = capsys.readouterr().out

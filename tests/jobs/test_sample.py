@@ -11,12 +11,12 @@ import pytest
 import dinosae_jax
 from configs import sample as sample_config
 from dinosae_jax import rules
-from dinosae_jax.eval import archive_npz
+from dinosae_jax.data import adm_npz
 from dinosae_jax.generator import Generator
 from dinosae_jax.jobs import sample
 from dinosae_jax.runtime import sharding, stopping
 from dinosae_jax.runtime.precision import BFLOAT16_LAYERS, cast_kernels_to_bfloat16
-from dinosae_jax.train import initialise
+from dinosae_jax.weights import weight_source
 
 KEY = jax.random.PRNGKey(5)
 LABELS = np.array([0, 3, 3, 9, 7])
@@ -40,8 +40,8 @@ def test_images_are_float32_in_the_unit_range(images):
 
 
 def test_every_kind_of_folder_gives_the_same_images(flow_workdir, generator, images, tmp_path):
-    source = initialise.open_source(flow_workdir)
-    initialise.export(source, tmp_path / "export", ("decoder", "dit"))
+    source = weight_source.open_weights(flow_workdir)
+    weight_source.export(source, tmp_path / "export", ("decoder", "dit"))
     for folder in (flow_workdir / "checkpoints" / "2", tmp_path / "export"):
         other = dinosae_jax.Generator.load(folder, mesh=generator.mesh)
         assert other.convention == generator.convention
@@ -136,7 +136,7 @@ def test_guidance_without_a_null_label_is_refused():
 
 
 def test_a_convention_that_does_not_fit_is_refused(flow_workdir, generator):
-    source = initialise.open_source(flow_workdir)
+    source = weight_source.open_weights(flow_workdir)
 
     def build(**changes):
         fields = {**source.convention, **changes}
@@ -186,7 +186,7 @@ def test_a_stopped_job_goes_on_with_the_missing_chunks(flow_workdir, tmp_path, m
     sample.run(config_for(flow_workdir), str(folder))
     assert drawn == [0, 8, 16]
     ours, theirs = (
-        np.concatenate([*archive_npz.open_images(f / "samples.npz").batches(64)])
+        np.concatenate([*adm_npz.open_archive(f / "samples.npz").batches(64)])
         for f in (folder, tmp_path / "whole")
     )
     assert ours.shape == (20, 64, 64, 3)

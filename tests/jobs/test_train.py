@@ -16,7 +16,8 @@ from configs import quickstart, sae_stage1, sae_stage4
 from dinosae_jax import main
 from dinosae_jax.jobs import train
 from dinosae_jax.runtime import stopping
-from dinosae_jax.train import checkpoint, loop
+from dinosae_jax.train import loop
+from dinosae_jax.weights import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TINIEST = {

@@ -9,7 +9,7 @@ from configs import sae_stage4
 from dinosae_jax.eval import robustness
 from dinosae_jax.jobs import train_autoencoder
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import checkpoint, initialise
+from dinosae_jax.weights import checkpoint, weight_source
 from tests import tiny_stage
 from tests.weights_conversion import layouts
 
@@ -35,7 +35,7 @@ def test_a_stage_continues_official_weights(data_dir, tmp_path):
     source = layouts.official(data_dir, tmp_path)
     config = sae_stage4.get_config("tiny")
     config.update_from_flattened_dict({**tiny_stage.TINIEST, "losses.gan": 0.0})
-    for role, part in initialise.open_source(source).model.items():
+    for role, part in weight_source.open_weights(source).model.items():
         given = {name: value for name, value in part.items() if name in config.model[role]}
         single = {n: v[0] if n in ("block_type", "norm", "act") else v for n, v in given.items()}
         config.model[role].update(

@@ -9,10 +9,12 @@ from PIL import Image
 
 from configs import hae_dit, rfm_ddt, rfm_dit
 from dinosae_jax import rules
+from dinosae_jax.data import loading
 from dinosae_jax.flow import matching, samplers, schedule
 from dinosae_jax.jobs import parts, train, train_flow
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import checkpoint, initialise, optim
+from dinosae_jax.train import optim
+from dinosae_jax.weights import checkpoint, weight_source
 from tests.jobs.small_flow import small_flow
 
 
@@ -34,7 +36,7 @@ def test_workdir_of_a_finished_run(flow_workdir):
     with Image.open(flow_workdir / "samples.png") as picture:
         assert picture.height == 10 * 64 + 9 * 4  # a row for each of ten classes
     norms = json.loads((flow_workdir / "latents.json").read_text())
-    source = initialise.open_source(flow_workdir)
+    source = weight_source.open_weights(flow_workdir)
     assert source.convention["decode_radius"] == norms["mean"]
     assert norms["mean"] == pytest.approx(8.0, rel=0.01)  # LayerNorm of 64 channels, fresh affine
     assert norms["deviation"] < 0.1
@@ -56,7 +58,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(flow_workdir, tmp_path):
 
 
 def test_another_autoencoder_or_decode_radius_is_refused(flow_workdir):
-    source = initialise.open_source(flow_workdir)
+    source = weight_source.open_weights(flow_workdir)
     record = {
         "frozen": {"stem": ["a", "1"], "decoder": ["b", "2"]},
         "convention": source.convention,
@@ -160,7 +162,7 @@ def test_batches_hold_images_and_labels():
     config = small_flow()
     source = train_flow.images.open_source(config.data, "train")
     mesh = sharding.make_mesh()
-    batch = next(parts.training_batches(source, config, mesh, ("image", "label"), 8))
+    batch = next(loading.training_batches(source, config, mesh, ("image", "label"), 8))
     assert {name: value.shape for name, value in batch.items()} == {
         "image": (8, 64, 64, 3),
         "label": (8,),

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinosae_jax import weights
 from dinosae_jax.data import photos
 from dinosae_jax.models.efficientnet import EfficientNetLite0, preprocess
+from dinosae_jax.weights import conversion
 from tests.models.metrics_weights import (
     EFFICIENTNET_BLOCKS,
     efficientnet_state,
@@ -105,7 +105,7 @@ def test_published_weights_know_the_photos():
     folder = os.environ.get("DINOSAE_EFFICIENTNET")
     if not folder:
         pytest.skip("DINOSAE_EFFICIENTNET is not set: there are no published weights to ask")
-    variables = weights.load(folder, ("efficientnet",)).variables["efficientnet"]
+    variables = conversion.load(folder, ("efficientnet",)).variables["efficientnet"]
     classify = jax.jit(lambda v, x: EfficientNetLite0().apply(v, x)["logits"])
     for name, expected in CLASSES.items():
         photo = np.asarray(Image.open(photos.photo_path(name)).convert("RGB"))

@@ -15,7 +15,7 @@ import pytest
 from configs import sae_stage1
 from dinosae_jax.jobs import train
 from dinosae_jax.runtime import sharding, stopping
-from dinosae_jax.train import checkpoint
+from dinosae_jax.weights import checkpoint
 from tests import tiny_stage
 from tests.train import recorded_main
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dinosae_jax import weights
+from dinosae_jax.weights import conversion
 from tests.models.metrics_weights import efficientnet_state
 from tests.weights_conversion import layouts
 from tests.weights_conversion.layouts import save
@@ -85,7 +85,7 @@ def test_diffusers_layout_equals_efficientvits(tmp_path, data_dir):
         source = save(tmp_path / f"{name}.safetensors", tensors)
         convert.convert_file("dcae_decoder", [source], tmp_path / name)
     assert_round_trip(tmp_path, "dcae_decoder", tmp_path / "b.safetensors", renamed)
-    first, second = weights.load(tmp_path / "a"), weights.load(tmp_path / "b")
+    first, second = conversion.load(tmp_path / "a"), conversion.load(tmp_path / "b")
     assert first.config == second.config
     kernel = ("stages_0", "op_list_0", "context_module", "main", "qkv", "conv", "kernel")
     for loaded in (first, second):
@@ -107,7 +107,7 @@ def test_the_four_layouts_of_dinov3_give_the_same_tree(tmp_path, data_dir):
         source = save(tmp_path / f"{i}.safetensors", state)
         options = {"overrides": {"vit": {"num_heads": 4}}}
         convert.convert_file("dinov3", [source], tmp_path / str(i), **options)
-        trees.append(weights.load(tmp_path / str(i)).params["vit"])
+        trees.append(conversion.load(tmp_path / str(i)).params["vit"])
     for tree in trees[1:]:
         np.testing.assert_array_equal(
             tree["blocks"]["attn"]["qkv"]["bias"], trees[0]["blocks"]["attn"]["qkv"]["bias"]
@@ -123,7 +123,7 @@ def test_periods_can_be_rounded_as_in_facebooks_files(tmp_path, data_dir):
     options = {"overrides": {"vit": {"num_heads": 3}}, "round_periods_to_bf16": True}
     metadata = convert.convert_file("dinov3", [source], tmp_path / "out", **options)
     assert metadata["round_periods_to_bf16"]
-    periods = weights.load(tmp_path / "out").params["vit"]["rope_embed"]["periods"]
+    periods = conversion.load(tmp_path / "out").params["vit"]["rope_embed"]["periods"]
     np.testing.assert_array_equal(periods, facebook["rope_embed.periods"])
 
 
@@ -146,10 +146,10 @@ def test_half_precision_stays_on_disk_and_loads_as_float32(tmp_path, data_dir):
     source = write_torch(tmp_path / "a.pth", {"model": collections.OrderedDict(state)})
     expected = {f"model.{key}": value for key, value in state.items()}
     assert_round_trip(tmp_path, "dinov3", source, expected)
-    stored = weights.restore(tmp_path / "out", weights.read_metadata(tmp_path / "out"))
+    stored = conversion.restore(tmp_path / "out", conversion.read_metadata(tmp_path / "out"))
     assert stored["vit"]["params"]["blocks"]["attn"]["qkv"]["kernel"].dtype == np.float16
     assert stored["vit"]["params"]["norm"]["scale"].dtype == ml_dtypes.bfloat16
-    vit = weights.load(tmp_path / "out").params["vit"]
+    vit = conversion.load(tmp_path / "out").params["vit"]
     assert vit["norm"]["scale"].dtype == vit["blocks"]["norm1"]["bias"].dtype == np.float32
 
 
@@ -219,7 +219,7 @@ def test_discriminator_from_two_files(tmp_path, data_dir):
     files = [save(tmp_path / f"{i}.safetensors", state) for i, state in enumerate(parts)]
     metadata = convert.convert_file("dino_discriminator", files, tmp_path / "out")
     assert set(metadata["config"]) == {"dino", "disc_heads"}
-    loaded = weights.load(tmp_path / "out")
+    loaded = conversion.load(tmp_path / "out")
     heads = loaded.variables["disc_heads"]
     kernel = parts[1]["heads.1.1.fn.0.weight_orig"]
     np.testing.assert_array_equal(
@@ -254,7 +254,7 @@ def test_lpips(tmp_path, data_dir, prefix):
     others = {"classifier.0.weight": np.ones((2, 2))} if prefix == "features" else {}
     state = {**vgg(prefix), **heads, **others}
     assert_round_trip(tmp_path, "lpips_vgg16", save(tmp_path / "a.safetensors", state), state)
-    lpips = weights.load(tmp_path / "out").params["lpips"]
+    lpips = conversion.load(tmp_path / "out").params["lpips"]
     assert lpips["features_17"]["kernel"].shape == (3, 3, 256, 512)
     assert lpips["features_17"]["kernel"][0, 0, 0, 0] == 17
     np.testing.assert_array_equal(
@@ -274,7 +274,7 @@ def test_inception(tmp_path, data_dir):
     }
     state["Mixed_7c.branch_pool.bn.running_var"] += 3
     assert_round_trip(tmp_path, "inception_fid", save(tmp_path / "a.safetensors", state), state)
-    loaded = weights.load(tmp_path / "out").variables["inception"]
+    loaded = conversion.load(tmp_path / "out").variables["inception"]
     assert loaded["batch_stats"]["Mixed_7c"]["branch_pool"]["bn"]["var"][0] == 3
 
 
@@ -283,7 +283,7 @@ def test_efficientnet(tmp_path):
     source = write_torch(tmp_path / "a.pth", collections.OrderedDict(state))
     metadata = assert_round_trip(tmp_path, "efficientnet_lite0", source, state)
     assert sum(t["target"].startswith("buffers/") for t in metadata["tensors"]) == 49
-    loaded = weights.load(tmp_path / "out").variables["efficientnet"]
+    loaded = conversion.load(tmp_path / "out").variables["efficientnet"]
     depthwise = loaded["params"]["_blocks_3"]["_depthwise_conv"]["kernel"]
     expected = state["_blocks.3._depthwise_conv.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(depthwise, expected)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dinosae_jax import weights
+from dinosae_jax.weights import conversion
 from weights_conversion.convert import convert_file
 from weights_conversion.modules import build
 
@@ -37,7 +37,7 @@ def converted(tmp_path, kind, module, **overrides):
     """Our modules and variables for a torch module's state dict, by way of a .pth file."""
     torch.save(module.state_dict(), tmp_path / "a.pth")
     convert_file(kind, [tmp_path / "a.pth"], tmp_path / "out", overrides=overrides or None)
-    loaded = weights.load(tmp_path / "out")
+    loaded = conversion.load(tmp_path / "out")
     return {r: build(r, c) for r, c in loaded.config.items()}, loaded.variables
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dinosae_jax import weights
+from dinosae_jax.weights import conversion
 from tests.weights_conversion.layouts import save
 from weights_conversion.convert import convert_file
 from weights_conversion.golden import read_golden
@@ -24,23 +24,23 @@ def convert(tmp_path, state):
 
 def test_roles_and_configuration(tmp_path, state):
     directory = convert(tmp_path, state)
-    loaded = weights.load(directory)
+    loaded = conversion.load(directory)
     assert set(loaded.variables) == set(loaded.config) == {"stem", "vit", "decoder"}
     assert loaded.config["vit"]["num_heads"] == 2
     assert loaded.config["decoder"]["depth_list"] == [1, 1, 1, 1, 1]
     kernel = loaded.params["vit"]["patch_embed"]["proj"]["kernel"]
     source = state["TEACHER_ONLY.patch_embed.proj.weight"]
     np.testing.assert_array_equal(kernel, source.transpose(2, 3, 1, 0))
-    assert set(weights.load(directory, ["stem"]).variables) == {"stem"}
+    assert set(conversion.load(directory, ["stem"]).variables) == {"stem"}
     with pytest.raises(ValueError, match=r"holds the roles stem, vit, decoder, not dit"):
-        weights.load(directory, ["dit"])
+        conversion.load(directory, ["dit"])
 
 
 def test_the_official_file_has_no_teacher_patches(tmp_path, state):
     state = {key: value for key, value in state.items() if not key.startswith("TEACHER_ONLY")}
     directory = convert(tmp_path, state)
-    assert "patch_embed" not in weights.load(directory).params["vit"]
-    absent = weights.read_metadata(directory)["absent"]
+    assert "patch_embed" not in conversion.load(directory).params["vit"]
+    absent = conversion.read_metadata(directory)["absent"]
     assert absent == [f"vit/params/patch_embed/proj/{leaf}" for leaf in ("bias", "kernel")]
 
 
@@ -53,7 +53,7 @@ def test_the_key_bias_is_masked(tmp_path, state, mask):
         elif mask == "nan":
             state[key] = np.full_like(state[key], np.nan)
     directory = convert(tmp_path, state)
-    bias = weights.load(directory).params["vit"]["blocks"]["attn"]["qkv"]["bias"]
+    bias = conversion.load(directory).params["vit"]["blocks"]["attn"]["qkv"]["bias"]
     for i in range(2):
         source = state[f"dino_model.blocks.{i}.attn.qkv.bias"]
         assert source[32:64].any()
@@ -65,17 +65,17 @@ def test_the_key_bias_is_masked(tmp_path, state, mask):
 def test_a_stored_mask_is_obeyed(tmp_path, state):
     key = "dino_model.blocks.1.attn.qkv.bias_mask"
     state[key] = np.zeros_like(state[key])
-    bias = weights.load(convert(tmp_path, state)).params["vit"]["blocks"]["attn"]["qkv"]["bias"]
+    bias = conversion.load(convert(tmp_path, state)).params["vit"]["blocks"]["attn"]["qkv"]["bias"]
     assert bias[0].any() and not bias[1].any()
 
 
 def test_other_directories_are_refused(tmp_path, state):
     with pytest.raises(ValueError, match=r"weights_conversion\.convert --kind"):
-        weights.load(tmp_path)
+        conversion.load(tmp_path)
     directory = convert(tmp_path, state)
-    path = directory / weights.METADATA_FILE
+    path = directory / conversion.METADATA_FILE
     metadata = json.loads(path.read_text())
     path.write_text(json.dumps({**metadata, "format_version": 99}))
     with pytest.raises(ValueError, match="format version 99, this code reads 1"):
-        weights.load(directory)
-    assert weights.is_conversion(directory) and not weights.is_conversion(tmp_path)
+        conversion.load(directory)
+    assert conversion.is_conversion(directory) and not conversion.is_conversion(tmp_path)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dinosae_jax.runtime import sharding
-from dinosae_jax.train import checkpoint, optim, roles
+from dinosae_jax.train import optim
 from dinosae_jax.train import state as state_lib
+from dinosae_jax.weights import checkpoint, role_files
 
 
 def make_state(step, width=64):
@@ -135,11 +136,11 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path):
 
 def test_role_files_are_checked(tmp_path):
     tree = {"params": {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}}
-    file = roles.write(tmp_path, "vit", tree)
-    equal(roles.read(tmp_path, file), tree)
+    file = role_files.write(tmp_path, "vit", tree)
+    equal(role_files.read(tmp_path, file), tree)
     path = tmp_path / file.name
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="not the file that was saved"):
-        roles.read(tmp_path, file)
+        role_files.read(tmp_path, file)

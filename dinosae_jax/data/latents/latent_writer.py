@@ -16,7 +16,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from numpy.typing import NDArray
 
-from dinosae_jax.data import latent_format
+from dinosae_jax.data.latents import latent_record
 from dinosae_jax.data.manifest import MANIFEST, is_whole, read_manifest
 from dinosae_jax.runtime.files import file_sha256, write_json
 
@@ -29,7 +29,7 @@ Encoded = tuple[NDArray[np.float32], NDArray[np.int32]]
 
 def shard_count(count: int, flipped: bool, stored: str, tokens: int, width: int) -> int:
     """Into how many shards of about 1 GiB a cache of `count` images is cut."""
-    record = sum(field.nbytes for field in latent_format.layout(stored, tokens, width))
+    record = sum(field.nbytes for field in latent_record.layout(stored, tokens, width))
     return min(count, math.ceil(count * (1 + flipped) * record / SHARD_BYTES))
 
 
@@ -91,7 +91,7 @@ def write_shard(
     writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
     moments = np.zeros(3)  # of the norms: how many, sum, sum of squares
     for tokens, labels in encoded:
-        norms = latent_format.norms_of(tokens)
+        norms = latent_record.norms_of(tokens)
         moments += norms.size, norms.sum(), (norms**2).sum()
         for record in _records(tokens, labels, plan["format"]):
             writer.write(record)
@@ -141,7 +141,7 @@ def _records(
 ) -> Iterator[bytes]:
     for variants, label in zip(tokens, labels, strict=True):
         for variant in variants:
-            yield latent_format.pack(variant, int(label), stored)
+            yield latent_record.pack(variant, int(label), stored)
 
 
 def _entries(folder: pathlib.Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:

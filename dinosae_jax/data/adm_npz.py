@@ -62,7 +62,7 @@ class Archive:
                 yield np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def open_images(path: pathlib.Path) -> Archive:
+def open_archive(path: pathlib.Path) -> Archive:
     """Opens the images of an .npz file and holds their layout; nothing is read yet.
 
     Raises:
@@ -117,7 +117,7 @@ def read_moments(path: pathlib.Path, tap: str, recipe: Recipe = ADM_RECIPE) -> S
     if tap not in MOMENTS:
         raise ValueError(f"a reference stores the taps {sorted(MOMENTS)}, got {tap!r}")
     names = MOMENTS[tap]
-    resolution = open_images(path).shape[1]
+    resolution = open_archive(path).shape[1]
     with _as_one_line(path), np.load(path) as archive:
         if names[0] not in archive.files:
             return None

@@ -12,9 +12,9 @@ import pathlib
 from typing import Any, NamedTuple
 
 from dinosae_jax import config as config_lib
-from dinosae_jax import weights
-from dinosae_jax.flow.convention import LatentConvention
-from dinosae_jax.train import checkpoint, roles
+from dinosae_jax.latent_convention import LatentConvention
+from dinosae_jax.runtime import files
+from dinosae_jax.weights import checkpoint, conversion, role_files
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
@@ -39,7 +39,7 @@ NETWORKS = {
 }
 
 
-class Source(NamedTuple):
+class WeightSource(NamedTuple):
     """What another run, checkpoint or export offers.
 
     Attributes:
@@ -60,7 +60,7 @@ class Source(NamedTuple):
     flow: dict[str, Any] = {}  # noqa: RUF012  (never changed)
 
 
-def open_source(path: str | pathlib.Path) -> Source:
+def open_weights(path: str | pathlib.Path) -> WeightSource:
     """Reads a workdir (its newest checkpoint), one checkpoint, or an export.
 
     Raises:
@@ -69,11 +69,11 @@ def open_source(path: str | pathlib.Path) -> Source:
     folder = pathlib.Path(path).expanduser()
     if (folder / EXPORT_FILE).exists():
         return _open_export(folder)
-    if weights.is_conversion(folder):
-        converted = weights.load(folder)
-        files = ", ".join(file["name"] for file in converted.metadata["files"])
-        note = f"Starts from converted weights: {files}."
-        return Source(converted.variables, converted.config, {}, [note], folder)
+    if conversion.is_conversion(folder):
+        converted = conversion.load(folder)
+        names = ", ".join(file["name"] for file in converted.metadata["files"])
+        note = f"Starts from converted weights: {names}."
+        return WeightSource(converted.variables, converted.config, {}, [note], folder)
     step = folder if folder.name.isdigit() and (folder / "state").exists() else None
     step = step or checkpoint.newest(folder)
     if step is None:
@@ -90,8 +90,8 @@ def open_source(path: str | pathlib.Path) -> Source:
     }
     frozen = step.parent.parent / FROZEN_FOLDER
     for role, file in record["frozen"].items():
-        variables.setdefault(role, roles.read(frozen, roles.RoleFile(*file)))
-    return Source(
+        variables.setdefault(role, role_files.read(frozen, role_files.RoleFile(*file)))
+    return WeightSource(
         variables,
         record["config"]["model"],
         record["convention"],
@@ -101,7 +101,7 @@ def open_source(path: str | pathlib.Path) -> Source:
     )
 
 
-def export(source: Source, output: pathlib.Path, wanted: tuple[str, ...]) -> None:
+def export(source: WeightSource, output: pathlib.Path, wanted: tuple[str, ...]) -> None:
     """Writes roles as one self-contained folder that `open_source` reads.
 
     Raises:
@@ -109,7 +109,9 @@ def export(source: Source, output: pathlib.Path, wanted: tuple[str, ...]) -> Non
     """
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"an export needs an empty folder; got {output}; name another one")
-    written = {role: list(roles.write(output, role, source.variables[role])) for role in wanted}
+    written = {
+        role: list(role_files.write(output, role, source.variables[role])) for role in wanted
+    }
     record = {
         "roles": written,
         "model": source.model,
@@ -122,7 +124,10 @@ def export(source: Source, output: pathlib.Path, wanted: tuple[str, ...]) -> Non
 
 
 def check_agreement(
-    source: Source, model: dict[str, Any], convention: LatentConvention, wanted: tuple[str, ...]
+    source: WeightSource,
+    model: dict[str, Any],
+    convention: LatentConvention,
+    wanted: tuple[str, ...],
 ) -> None:
     """Compares architecture (of the roles wanted) and latent convention with this run's.
 
@@ -156,7 +161,7 @@ def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:
     Raises:
       ValueError: where there are no such weights, or of another architecture.
     """
-    converted = weights.load(path, (role,))
+    converted = conversion.load(path, (role,))
     if role in model:
         lines = _differences(role, model[role], converted.config[role], shared=True)
         if lines:
@@ -191,12 +196,13 @@ def require_frozen(role: str, random_ok: tuple[str, ...]) -> str:
     )
 
 
-def _open_export(folder: pathlib.Path) -> Source:
+def _open_export(folder: pathlib.Path) -> WeightSource:
     record = json.loads((folder / EXPORT_FILE).read_text())
     variables = {
-        role: roles.read(folder, roles.RoleFile(*file)) for role, file in record["roles"].items()
+        role: role_files.read(folder, role_files.RoleFile(*file))
+        for role, file in record["roles"].items()
     }
-    return Source(
+    return WeightSource(
         variables,
         record["model"],
         record["convention"],

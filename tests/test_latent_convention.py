@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dinosae_jax.flow.convention import LatentConvention
+from dinosae_jax.latent_convention import LatentConvention
 
 OURS = LatentConvention(tokens=256, width=1024, radius=32.0, decode_radius=14.0)
 

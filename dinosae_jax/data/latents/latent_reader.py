@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from dinosae_jax.data import latent_format
+from dinosae_jax.data.latents import latent_record
 from dinosae_jax.data.manifest import MANIFEST, check_shards, read_manifest
 from dinosae_jax.data.order import Share, crop_generator, draw_flip, share_of, training_index
 from dinosae_jax.data.records import fingerprint_of
@@ -48,7 +48,7 @@ class LatentSource:
         self.label_names = tuple(manifest["label_names"])
         self.num_classes = len(self.label_names)
         self.fingerprint = fingerprint_of(shard["sha256"] for shard in manifest["shards"])
-        self.fields = latent_format.layout(
+        self.fields = latent_record.layout(
             manifest["format"], manifest["tokens"], manifest["width"]
         )
         paths = [str(folder / shard["name"]) for shard in manifest["shards"]]
@@ -72,10 +72,10 @@ class LatentSource:
                 f"Record {number} of the latent cache cannot be read ({reason}): run {ENCODE} "
                 "again with the same --workdir, it finds and repairs the damaged shard."
             ) from error
-        latent_format.unpack_into(record, self.fields, batch, row)
+        latent_record.unpack_into(record, self.fields, batch, row)
 
 
-def open_source(data_config: Mapping[str, Any], split: str) -> LatentSource:
+def open_latents(data_config: Mapping[str, Any], split: str) -> LatentSource:
     """Opens one split of the cache in `latents` and compares it with the config's image recipe.
 
     Shards must have their sizes; up to `HASHED_BYTES` in all, also their sha256. (Larger caches
@@ -120,7 +120,7 @@ class _Rows:
 
     def fill(self, wanted: list[tuple[int, int, bool]]) -> dict[str, NDArray]:
         """A batch of this process; `wanted` are (row, index, flip), other rows stay zero."""
-        batch = latent_format.empty_batch(self.source.fields, self.share.local)
+        batch = latent_record.empty_batch(self.source.fields, self.share.local)
         batch["index"] = np.full(self.share.local, -1, np.int64)
 
         def read(one: tuple[int, int, bool]) -> None:
