@@ -3,7 +3,10 @@
 import importlib
 from typing import Any
 
-_LAZY = {"Autoencoder": "dinosae_jax.autoencoder", "Generator": "dinosae_jax.generator"}
+_LAZY = {
+    "Autoencoder": "dinosae_jax.inference.autoencoder",
+    "Generator": "dinosae_jax.inference.generator",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+from dinosae_jax.names import PATCH_SIZE
+
 NORMS = ("layernorm_affine", "layernorm")
 PIXELS = ("imagenet", "unit", "symmetric")
 
@@ -47,6 +49,24 @@ class LatentConvention:
                     f"latent convention: unknown {name} {getattr(self, name)!r}: "
                     f"choose one of {', '.join(known)}"
                 )
+
+    @classmethod
+    def of(cls, config: Any, decode_radius: float | None = None) -> "LatentConvention":
+        """Make the convention of a training config, of an autoencoder's stage or of a flow.
+
+        Args:
+            config: data.image_size, model and, of a flow, flow.
+            decode_radius: measured; the config's own where it is None, if it has one.
+        """
+        width = config.model.vit.embed_dim
+        flow = config.get("flow", {})
+        return cls(
+            tokens=(config.data.image_size // PATCH_SIZE) ** 2,
+            width=width,
+            radius=flow.get("radius") or math.sqrt(width),
+            decode_radius=decode_radius or flow.get("decode_radius") or None,
+            pixels=config.model.pixel_range,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""

@@ -6,36 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dinosae_jax.models.ddt import DiTDH
-from dinosae_jax.models.decoder import Decoder
-from dinosae_jax.models.dino_v1 import IMAGE_SIDE, DinoV1
-from dinosae_jax.models.discriminator import DiscriminatorHeads
-from dinosae_jax.models.dit import LightningDiT
-from dinosae_jax.models.efficientnet import EfficientNetLite0
-from dinosae_jax.models.inception import InceptionFID
-from dinosae_jax.models.lpips import LPIPS
-from dinosae_jax.models.stem import ConvStem
-from dinosae_jax.models.vit import VisionTransformer
+from dinosae_jax.models import registry
+from dinosae_jax.models.dino_v1 import IMAGE_SIDE
 from weights_conversion.stored import short
 
 Config = dict[str, Any]
-
-
-def build(role: str, config: Config) -> Any:
-    """Makes the module of a role.
-
-    Args:
-      role: stem, vit, decoder, disc_heads, dino, lpips, inception, efficientnet or dit.
-      config: Keyword arguments of its class; for dit also `model`, "LightningDiT" or "DiTDH".
-
-    Returns:
-      A Linen module.
-    """
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    if role == "dit":
-        classes: dict[str, Any] = {"LightningDiT": LightningDiT, "DiTDH": DiTDH}
-        return classes[config.pop("model")](**config)
-    return _CLASSES[role](**config)
 
 
 def shapes(config: dict[str, Config]) -> dict[str, tuple[int, ...]]:
@@ -53,7 +28,7 @@ def shapes(config: dict[str, Config]) -> dict[str, tuple[int, ...]]:
     found = {}
     for role, kwargs in config.items():
         try:
-            module = build(role, kwargs)
+            module = registry.build(role, kwargs)
             variables = functools.partial(module.init, jax.random.key(0), *_inputs(role, module))
             tree = jax.eval_shape(variables)
         except (TypeError, ZeroDivisionError) as error:
@@ -85,15 +60,3 @@ def _inputs(role: str, module: Any) -> tuple:
         case _:
             inputs = image
     return inputs
-
-
-_CLASSES: dict[str, Any] = {
-    "stem": ConvStem,
-    "vit": VisionTransformer,
-    "decoder": Decoder,
-    "disc_heads": DiscriminatorHeads,
-    "dino": DinoV1,
-    "lpips": LPIPS,
-    "inception": InceptionFID,
-    "efficientnet": EfficientNetLite0,
-}

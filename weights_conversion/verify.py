@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dinosae_jax.models import registry
 from dinosae_jax.weights import conversion
 from weights_conversion import containers, modules, recorded_config, rules, tables
 from weights_conversion.convert import nest
@@ -48,7 +49,7 @@ def variables_of(
     variables = {role: conversion.as_float32(tree[role]) for role in layout.config}
     if "vit" in variables:
         conversion.mask_key_bias(variables["vit"]["params"], buffers)
-    return {role: modules.build(role, c) for role, c in layout.config.items()}, variables
+    return {role: registry.build(role, c) for role, c in layout.config.items()}, variables
 
 
 def verify(kind: str, golden: Golden) -> tuple[list[str], bool]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dinosae_jax.data.adm_npz import Archive
 from dinosae_jax.eval import frechet
 from dinosae_jax.eval.recipe import Recipe
+from dinosae_jax.inference import batching
 from dinosae_jax.models import autoencoder
 from dinosae_jax.models.efficientnet import EfficientNetLite0
 from dinosae_jax.models.inception import InceptionFID
@@ -270,7 +271,7 @@ def extract(
     """
     taps = collector.taps
     running = ({**batch, "taps": network(batch["image"], taps)} for batch in batches)
-    for done in one_behind(running):
+    for done in batching.one_behind(running):
         found = {tap: sharding.gather(rows) for tap, rows in done["taps"].items()}
         collector.add(found, sharding.gather(done["index"]), sharding.gather(done["mask"]))
     return collector.finish()
@@ -290,18 +291,6 @@ def place(batches: Iterable[Batch], mesh: jax.sharding.Mesh) -> Iterator[dict[st
         index = batch["index"].astype(np.int32)
         fields = {"image": batch["image"], "index": index, "mask": batch["mask"]}
         yield sharding.put_batch(fields, mesh)
-
-
-def one_behind(items: Iterator[Any]) -> Iterator[Any]:
-    """Yields each item when the next one has been made, so that devices do not wait for hosts."""
-    nothing = object()
-    previous: Any = nothing
-    for item in items:
-        if previous is not nothing:
-            yield previous
-        previous = item
-    if previous is not nothing:
-        yield previous
 
 
 def archive_batches(archive: Archive, batch_size: int, rows: NDArray[np.int64]) -> Iterator[Batch]:

@@ -20,6 +20,11 @@ def dimension_shift(tokens: int, width: int) -> float:
     return max(1.0, math.sqrt(tokens * width / BASE_DIMENSION))
 
 
+def default_shift(given: float, tokens: int, width: int) -> float:
+    """Return the time shift of a config, `dimension_shift` where it is 0."""
+    return given or dimension_shift(tokens, width)
+
+
 def shift_time(t: Times, shift: float) -> Times:
     """Move times toward noise: s t / (1 + (s-1) t), written so that 0 and 1 stay exactly."""
     return t / (t + (1 - t) / shift)

@@ -20,11 +20,13 @@ import ml_collections
 import numpy as np
 
 from dinosae_jax import config as config_lib
-from dinosae_jax.autoencoder import ROLES, Autoencoder, map_batches, random_source
 from dinosae_jax.data import images, png
 from dinosae_jax.eval import curves, features, frechet, kernel_distance, pictures
-from dinosae_jax.generator import Generator
+from dinosae_jax.inference.autoencoder import Autoencoder, random_source
+from dinosae_jax.inference.batching import map_batches
+from dinosae_jax.inference.generator import Generator
 from dinosae_jax.jobs import measure, train
+from dinosae_jax.models.autoencoder import ROLES
 from dinosae_jax.runtime import console, files, sharding, stopping
 from dinosae_jax.weights import weight_source
 

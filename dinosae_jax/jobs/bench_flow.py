@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import pathlib
@@ -12,17 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
-from dinosae_jax.generator import Generator
-from dinosae_jax.jobs import encode, train_flow
-from dinosae_jax.models import autoencoder
-from dinosae_jax.runtime import console, jit, precision, sharding
-from dinosae_jax.runtime.precision import cast_kernels_to_bfloat16
-from dinosae_jax.train import rfm_step
+from dinosae_jax.inference import encoding
+from dinosae_jax.inference.generator import random_generator
+from dinosae_jax.runtime import console, precision, sharding
 
 
 def measure_latents(config: ml_collections.ConfigDict) -> dict[str, dict[str, float]]:
@@ -108,12 +103,13 @@ def measure_flow(config: ml_collections.ConfigDict) -> dict[str, float]:
     stage_config = precision.resolve_config(config.stages[config.flow.stage])
     mesh = sharding.make_mesh()
     size = config.flow.batch_per_device * mesh.size
-    stage = train_flow.make_stage(stage_config)
-    generator = _random_generator(stage_config, stage, mesh)
+    generator = random_generator(stage_config, mesh)
     side = stage_config.data.image_size
     image = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
     placed = jax.device_put(image, sharding.batch_sharding(mesh))
-    run = functools.partial(encode.compiled_encode(stage.modules), generator.variables)
+    run = functools.partial(
+        encoding.compiled_encode(generator.networks.modules), generator.variables
+    )
     labels = np.zeros(size, np.int32)
     draw = functools.partial(
         generator.sample,
@@ -134,34 +130,6 @@ def measure_flow(config: ml_collections.ConfigDict) -> dict[str, float]:
         f"{rates['sampled_images_per_second']:.2f} images/s in {config.flow.sampling_steps} steps"
     )
     return rates
-
-
-def _random_generator(
-    config: ml_collections.ConfigDict, stage: rfm_step.Stage, mesh: jax.sharding.Mesh
-) -> Generator:
-    """A generator of random weights that holds the encoder's roles, too."""
-
-    def draw(key: jax.Array) -> dict[str, Any]:
-        drawn = autoencoder.init(stage.modules, key, config.data.image_size)
-        return {**drawn, "dit": rfm_step.init(stage.dit, jax.random.fold_in(key, 3))}
-
-    dtype = jnp.dtype(config.dtype)
-    key = jax.random.PRNGKey(config.seed)
-    variables = jit.jit_once(draw, out_shardings=sharding.replicated(mesh))(key)
-    if dtype == jnp.bfloat16:
-        variables = cast_kernels_to_bfloat16(variables)
-    convention = train_flow.convention_of(config)
-    names = [str(label) for label in range(config.model.dit.num_classes)]
-    generator = Generator(
-        config.model.to_dict(),
-        variables,
-        dataclasses.replace(convention, decode_radius=convention.radius),
-        train_flow.flow_record(config, stage, names),
-        mesh,
-        dtype,
-    )
-    generator.variables |= {role: variables[role] for role in latent_reader.ENCODER_ROLES}
-    return generator
 
 
 def _seconds(function: Callable[[], Any]) -> float:

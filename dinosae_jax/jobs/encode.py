@@ -11,26 +11,23 @@ from __future__ import annotations
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.experimental import multihost_utils
 
-from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.data import images
 from dinosae_jax.data.latents import latent_reader, latent_writer
-from dinosae_jax.eval.features import one_behind
+from dinosae_jax.inference import encoding
+from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.jobs import measure
-from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.runtime import console, sharding, stopping
 from dinosae_jax.weights import role_files
 
 SPLITS = ("train", "eval")
-Encode = Callable[[np.ndarray], jax.Array]
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -102,14 +99,14 @@ def write_split(
     """Encodes the shards that are missing, then writes the manifest."""
     process = _process()
     wanted = latent_writer.missing_shards(folder, plan, *process)
-    encode = functools.partial(compiled_encode(autoencoder.modules), autoencoder.variables)
+    encode = functools.partial(encoding.compiled_encode(autoencoder.modules), autoencoder.variables)
     size = sharding.device_multiple(config.batch_size, autoencoder.mesh)
     started, done = time.monotonic(), 0
     for number in wanted:
         indices = latent_writer.shard_range(plan, number)
         found = images.range_batches(source, config.data, indices, size)
         batches = console.progress(f"{config.name} {plan['split']}", found, len(indices), size)
-        encoded = encode_batches(encode, batches, size, plan["flipped"], autoencoder.mesh)
+        encoded = encoding.encode_batches(encode, batches, size, plan["flipped"], autoencoder.mesh)
         latent_writer.write_shard(folder, plan, number, interruptible(encoded, stop))
         done += len(indices)
         rate = done / (time.monotonic() - started)
@@ -127,43 +124,6 @@ def write_split(
         f"{len(wanted)} shards written by this process, token norm {norms['mean']:.4g} (deviation "
         f"{norms['deviation']:.2g})"
     )
-
-
-def encode_batches(
-    encode: Encode,
-    batches: Iterator[dict[str, np.ndarray]],
-    size: int,
-    flipped: bool,
-    mesh: jax.sharding.Mesh,
-) -> Iterator[latent_writer.Encoded]:
-    """Tokens float32 [b,v,n,d] of images and of flipped images, and labels, batch by batch."""
-    place = sharding.batch_sharding(mesh)
-
-    def start(image: np.ndarray) -> jax.Array:
-        filled = np.zeros((size, *image.shape[1:]), np.uint8)
-        filled[: len(image)] = image
-        return encode(jax.device_put(filled, place))
-
-    def running() -> Iterator[tuple[list[jax.Array], np.ndarray]]:
-        for batch in batches:
-            image = batch["image"]
-            views = (image, image[:, :, ::-1]) if flipped else (image,)
-            yield [start(view) for view in views], batch["label"]
-
-    for variants, labels in one_behind(running()):
-        tokens = np.stack([np.asarray(found) for found in variants], axis=1)
-        yield tokens[: len(labels)], labels
-
-
-@functools.lru_cache
-def compiled_encode(modules: autoencoder_lib.AutoencoderModules) -> Callable[..., jax.Array]:
-    """Jit of (variables, images uint8 [b,h,w,3]) -> tokens float32 [b,n,d]."""
-
-    def encode(variables: autoencoder_lib.Variables, image: jax.Array) -> jax.Array:
-        pixels = image.astype(jnp.float32) / 255.0
-        return autoencoder_lib.encode(modules, variables, pixels).tokens
-
-    return jax.jit(encode)
 
 
 def interruptible(items: Iterator[Any], stop: stopping.StopRequest) -> Iterator[Any]:

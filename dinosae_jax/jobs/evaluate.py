@@ -18,9 +18,9 @@ import jax
 import ml_collections
 
 from dinosae_jax import rules
-from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.data import adm_npz
 from dinosae_jax.eval import features, results
+from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.jobs import evaluate_autoencoder, evaluate_samples, measure
 from dinosae_jax.jobs.evaluate_samples import Subject, check_file
 from dinosae_jax.runtime import console, precision, sharding

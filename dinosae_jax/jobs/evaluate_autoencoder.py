@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.data import images
 from dinosae_jax.eval import distances, features, image_quality, interpolation, results
 from dinosae_jax.flow import sphere
+from dinosae_jax.inference import batching
+from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.jobs import evaluate_samples, measure
 from dinosae_jax.jobs.evaluate_samples import Subject
 from dinosae_jax.models import autoencoder as autoencoder_lib
@@ -110,7 +111,7 @@ def _measure(
             yield {**batch, **made, "taps": taken}
 
     figures: dict[str, list[np.ndarray]] = {}
-    for done in features.one_behind(running()):
+    for done in batching.one_behind(running()):
         index, mask = sharding.gather(done["index"]), sharding.gather(done["mask"])
         _check_finite(sharding.gather(done["finite"]), index)
         for name, each in done["figures"].items():

@@ -13,11 +13,12 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.data import adm_npz, images
 from dinosae_jax.eval import distances, features, frechet, results
 from dinosae_jax.eval.recipe import Recipe, check_comparable
-from dinosae_jax.jobs import measure, sample
+from dinosae_jax.inference import drawing
+from dinosae_jax.inference.autoencoder import Autoencoder
+from dinosae_jax.jobs import measure
 from dinosae_jax.runtime import console, files, sharding
 from dinosae_jax.weights import weight_source
 
@@ -123,7 +124,7 @@ def draw_samples(config: ml_collections.ConfigDict, folder: pathlib.Path) -> adm
     wanted = config.sample.copy_and_resolve_references()
     wanted.name = f"{config.name} samples"
     wanted.init_from, wanted.seed, wanted.dtype = config.init_from, config.seed, config.dtype
-    sample.run(wanted, str(folder / "samples"))
+    drawing.run(wanted, str(folder / "samples"))
     multihost_utils.sync_global_devices("samples are written")
     return adm_npz.open_archive(folder / "samples" / "samples.npz")
 
@@ -253,7 +254,7 @@ def _expected(config: ml_collections.ConfigDict, subject: Subject) -> tuple[int,
     assert subject.source is not None
     dit = subject.source.model["dit"]
     wanted = (config.sample.labels, config.sample.count, dit["num_classes"], config.seed)
-    return len(sample.choose_labels(*wanted)), 16 * dit["input_size"], config.sample.labels
+    return len(drawing.choose_labels(*wanted)), 16 * dit["input_size"], config.sample.labels
 
 
 def _side_of(archive: adm_npz.Archive, what: str) -> int:

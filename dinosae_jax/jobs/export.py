@@ -7,13 +7,14 @@ import pathlib
 import jax
 import ml_collections
 
-from dinosae_jax import autoencoder
+from dinosae_jax.inference import autoencoder
 from dinosae_jax.jobs import measure
+from dinosae_jax.models.autoencoder import ROLES
 from dinosae_jax.runtime import console
 from dinosae_jax.weights import weight_source
 
 # What an export holds of a run, where it has them; critics and optimizers stay behind.
-EXPORTED = (*autoencoder.ROLES, "dit")
+EXPORTED = (*ROLES, "dit")
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dinosae_jax.data import loading
 from dinosae_jax.eval import features, image_quality, kernel_distance
-from dinosae_jax.generator import Generator
+from dinosae_jax.inference.generator import Generator
 from dinosae_jax.runtime import sharding
 from dinosae_jax.train import rfm_step
 from dinosae_jax.train import state as state_lib

@@ -14,9 +14,9 @@ import ml_collections
 import numpy as np
 
 from dinosae_jax import config as config_lib
-from dinosae_jax.autoencoder import Autoencoder, random_source
 from dinosae_jax.data import images
 from dinosae_jax.eval import features
+from dinosae_jax.inference.autoencoder import Autoencoder, random_source
 from dinosae_jax.runtime import files, sharding
 from dinosae_jax.weights import checkpoint, conversion, weight_source
 

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.data import images, loading
-from dinosae_jax.eval import features, probe, results
+from dinosae_jax.eval import probe, results
 from dinosae_jax.eval.recipe import check_features
+from dinosae_jax.inference import batching
+from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.jobs import measure
 from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.runtime import console, precision, sharding
@@ -117,7 +118,7 @@ def training_features(
     found = loading.training_batches(source, config, mesh, fields, config.batch_size)
     placed = (sharding.put_batch(batch, mesh) for batch in found)
     running = ((extract(batch["image"]), batch["label"]) for batch in placed)
-    for rows, labels in features.one_behind(running):
+    for rows, labels in batching.one_behind(running):
         if not jnp.isfinite(rows).all():  # waits: or the host would run ahead without bound
             raise ValueError(
                 "a probe needs finite features; got NaN or infinity; check the weights, or pass "

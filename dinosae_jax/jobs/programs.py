@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from dinosae_jax import generator
 from dinosae_jax.flow import samplers
+from dinosae_jax.inference import sampling_program
 from dinosae_jax.jobs import train_autoencoder, train_flow
-from dinosae_jax.models import autoencoder, flops
-from dinosae_jax.runtime import sharding
-from dinosae_jax.runtime.precision import cast_kernels_to_bfloat16
+from dinosae_jax.models import autoencoder, flops, registry
+from dinosae_jax.runtime import precision, sharding
 from dinosae_jax.train import rfm_step, sae_step
 
 Tree = Any
@@ -75,7 +74,7 @@ def _draw_autoencoder(stage: Any, config: ml_collections.ConfigDict, key: jax.Ar
 def _draw_flow(stage: Any, config: ml_collections.ConfigDict, key: jax.Array) -> Variables:
     variables = autoencoder.init(stage.modules, key, config.data.image_size)
     del variables["decoder"]  # not a part of the step
-    return {**variables, "dit": rfm_step.init(stage.dit, jax.random.fold_in(key, 3))}
+    return {**variables, "dit": registry.init_dit(stage.dit, jax.random.fold_in(key, 3))}
 
 
 AUTOENCODER = Kind(
@@ -107,7 +106,7 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Program
         variables = kind.draw(stage, config, key)
         ours = {role: tree for role, tree in variables.items() if role in trained}
         frozen = {role: tree for role, tree in variables.items() if role not in trained}
-        frozen = cast_kernels_to_bfloat16(frozen) if config.dtype == "bfloat16" else frozen
+        frozen = precision.frozen(frozen, config.dtype)
         return kind.step.create_state(stage, ours, config.seed), frozen
 
     state, frozen = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
@@ -135,30 +134,30 @@ def build_sampler(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
     """
     sharding.check_batch(config.batch_size, 1, mesh)
     stage = train_flow.make_stage(config)
-    networks = generator.Networks(
+    networks = sampling_program.Networks(
         stage.modules, stage.dit, stage.path, stage.radius, stage.times.shift
     )
     chosen = config.sampling
-    sampling = generator.Sampling(
+    sampling = sampling_program.Sampling(
         chosen.sampler,
         chosen.steps,
         chosen.guidance != 1.0,
         tuple(chosen.interval),
-        generator.decode_parts(config.batch_size // mesh.size),
+        sampling_program.decode_parts(config.batch_size // mesh.size),
     )
 
     def make(key: jax.Array) -> Variables:
-        dit = rfm_step.init(stage.dit, jax.random.fold_in(key, 3))
+        dit = registry.init_dit(stage.dit, jax.random.fold_in(key, 3))
         drawn = autoencoder.init(stage.modules, key, config.data.image_size)
         variables = {"dit": dit, "decoder": drawn["decoder"]}
-        return cast_kernels_to_bfloat16(variables) if config.dtype == "bfloat16" else variables
+        return precision.frozen(variables, config.dtype)
 
     variables = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
     split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     b, n, d = config.batch_size, stage.dit.input_size**2, stage.dit.in_channels
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     return Sampler(
-        generator.compile_generate(networks, sampling),
+        sampling_program.compile_generate(networks, sampling),
         (
             _place(variables, jax.tree.map(lambda _: everywhere, variables)),
             jax.ShapeDtypeStruct((b, n, d), jnp.float32, sharding=split),

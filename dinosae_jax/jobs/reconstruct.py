@@ -20,11 +20,11 @@ import ml_collections
 import numpy as np
 from numpy.typing import NDArray
 
-from dinosae_jax import autoencoder
-from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.data import crops, png, sources
 from dinosae_jax.data.records import Records
 from dinosae_jax.eval import image_quality, pictures
+from dinosae_jax.inference import autoencoder, batching
+from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.jobs import measure
 from dinosae_jax.models.lpips import LPIPS
 from dinosae_jax.runtime import console, files
@@ -187,7 +187,7 @@ def _measure(
             found = model.reconstruct(originals.astype(np.float32) / 255.0)
             shown = np.asarray(image_quality.to_uint8(jnp.asarray(found), CONVERSION))
             pair = np.stack([shown, originals], axis=1)
-            figures = autoencoder.map_batches(figures_of, pair, config.batch_size, model.mesh)
+            figures = batching.map_batches(figures_of, pair, config.batch_size, model.mesh)
             for place, index in enumerate(indices):
                 rows[index] = {
                     "name": records.name(index),

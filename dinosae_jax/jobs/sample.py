@@ -1,242 +1,37 @@
-"""Draws images from a trained flow, in chunks, so that an interrupted run goes on where it was.
+"""Draws images from a trained flow and lays the first of them out as one picture.
 
-A workdir holds config.json, labels.npy, images/ (PNG files), chunks/ while the run
-goes, and at the end samples.npz, grid.png and DONE. Image i depends on (seed, i, its label) alone.
+The workdir holds what `inference.drawing` writes, and grid.png.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
-import time
-from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
-from dinosae_jax import config as config_lib
 from dinosae_jax.data import adm_npz, png
 from dinosae_jax.eval import pictures
-from dinosae_jax.generator import Generator
-from dinosae_jax.jobs import train_flow
-from dinosae_jax.latent_convention import LatentConvention
-from dinosae_jax.runtime import console, files, sharding, stopping
-from dinosae_jax.weights import checkpoint
+from dinosae_jax.inference import drawing
+from dinosae_jax.runtime import console
 
-BALANCED_EACH = 50  # images a class, the usual 50,000 of ImageNet
 GRID_IMAGES, GRID_COLUMNS = 100, 10
-# What a run that goes on may change: how it is computed, not what.
-CONTINUABLE = ("batch_size", "chunk", "compile_cache")
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Draws what the config describes; chunks that are there already are kept.
+    """Draws what the config describes; finished chunks are kept.
 
     Args:
       config: of `config.sample_defaults`.
       workdir: folder of the images.
 
     Raises:
-      ValueError: before compilation, for labels or settings that the flow cannot do, or a workdir
-        that holds other samples.
+      ValueError: as of `drawing.run`.
       stopping.Interrupted: after a signal, with every finished chunk saved.
     """
+    drawing.run(config, workdir)
     folder = pathlib.Path(workdir).expanduser()
-    generator = open_generator(config)
-    labels = generator.check_labels(
-        choose_labels(config.labels, config.count, generator.num_classes, config.seed)
-    )
-    given = config.sampling.to_dict()
-    settings = generator.settings(**given)
-    if config.weaker and settings["guidance"] == 1.0:
-        raise ValueError(
-            "a weaker flow guides at a scale other than 1; got guidance=1 with "
-            f"weaker={config.weaker!r}; pass --config.sampling.guidance=1.42, or leave it out"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, config, generator)
-    for note in generator.notes:
-        console.report(f"{config.name}: {note}")
-    if (folder / "DONE").exists():
-        console.report(f"{config.name}: finished before, the images are in {folder}")
-        return
-    console.report(
-        f"{config.name}: {len(labels)} images, "
-        + ", ".join(f"{name} {value}" for name, value in settings.items())
-    )
-    with stopping.StopRequest() as stop:
-        draw_chunks(generator, config, labels, folder, stop)
-    if jax.process_index() == 0:
-        finish(folder, labels, config.chunk)
-        console.report(f"{config.name}: wrote {folder / 'samples.npz'} and {folder / 'grid.png'}")
-
-
-def open_generator(config: ml_collections.ConfigDict) -> Generator:
-    """The flow of `init_from`, guided by `weaker`, or `random_flow` drawn at random."""
-    if config.init_from:
-        generator = Generator.load(config.init_from, config.dtype)
-        if not config.weaker:
-            return generator
-        return generator.guided_by(Generator.load(config.weaker, config.dtype, generator.mesh))
-    flow_config = config.random_flow.copy_and_resolve_references()
-    flow_config.dtype = "float32"
-    stage = train_flow.make_stage(flow_config)
-    convention = train_flow.convention_of(flow_config)
-    variables, _ = train_flow.initial_variables(flow_config, stage)
-    mesh = sharding.make_mesh()
-    names = [str(label) for label in range(flow_config.model.dit.num_classes)]
-    return Generator(
-        flow_config.model.to_dict(),
-        sharding.replicate(variables, mesh),
-        LatentConvention(**{**convention.to_dict(), "decode_radius": convention.radius}),
-        train_flow.flow_record(flow_config, stage, names),
-        mesh,
-        notes=[
-            "All networks are randomly initialised (init_from is empty): these are no pictures."
-        ],
-    )
-
-
-def choose_labels(labels: str, count: int, num_classes: int, seed: int) -> np.ndarray:
-    """The label of each sample.
-
-    Args:
-      labels: 'all' (0 to K-1), 'balanced' (the same 50 times), 'random' (uniform), or numbers
-        joined by commas.
-      count: above 0, the sequence is cut or repeated to this length.
-      num_classes: K.
-      seed: of the random labels.
-
-    Returns:
-      int64 [n].
-
-    Raises:
-      ValueError: for another word, 'random' without a count, or a count that is not balanced.
-    """
-    if labels == "random":
-        if not count:
-            raise ValueError("labels='random' needs a number of images; got count=0; set count")
-        return np.random.default_rng(seed).integers(0, num_classes, count)
-    if labels == "balanced" and count % num_classes:
-        raise ValueError(
-            f"labels='balanced' draws the same number of each class; got count={count} for "
-            f"{num_classes} classes; take a multiple of it, or labels='random'"
-        )
-    if labels in ("all", "balanced"):
-        natural = np.tile(np.arange(num_classes), BALANCED_EACH if labels == "balanced" else 1)
-    else:
-        try:
-            natural = np.array([int(label) for label in labels.split(",") if label.strip()])
-        except ValueError:
-            raise ValueError(
-                f"labels is balanced, all, random or numbers joined by commas; got {labels!r}; "
-                "take one of these"
-            ) from None
-    return np.resize(natural, count or len(natural))
-
-
-def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, generator: Generator) -> None:
-    """Writes what the samples are made of, or compares it with what is there.
-
-    Raises:
-      ValueError: where the workdir holds samples of another config or of other weights.
-    """
-    record = json.loads(config_lib.to_json(config))
-    record["weights"] = {
-        role: sum(checkpoint.checksums(generator.variables[role]).values()) % 2**32
-        for role in generator.variables
-    }
-    path = folder / "config.json"
-    if path.exists():
-        saved = json.loads(path.read_text())
-        ours, theirs = (
-            {name: value for name, value in tree.items() if name not in CONTINUABLE}
-            for tree in (record, saved)
-        )
-        lines = config_lib.differences(ours, theirs)
-        if lines:
-            raise ValueError(
-                f"{folder} holds other samples ({'; '.join(lines[:5])}); use another --workdir or "
-                "delete it"
-            )
-        record["chunk"] = saved["chunk"]
-        config.chunk = saved["chunk"]  # the chunks that are there have this length
-    if jax.process_index() == 0:
-        files.write_json(path, record)
-
-
-def draw_chunks(
-    generator: Generator,
-    config: ml_collections.ConfigDict,
-    labels: np.ndarray,
-    folder: pathlib.Path,
-    stop: stopping.StopRequest,
-) -> None:
-    """Draws the chunks that are missing; each is written when it is complete."""
-    given: dict[str, Any] = config.sampling.to_dict()
-    key = jax.random.PRNGKey(config.seed)
-    size = min(config.batch_size, len(labels))  # one shape for all batches, one compilation
-    started, drawn = time.monotonic(), 0
-    done = first_missing(folder, len(labels), config.chunk)
-    for start in range(done, len(labels), config.chunk):
-        if stopped := stop.agreed():
-            raise stopping.Interrupted(
-                f"{config.name} stopped at image {start} of {len(labels)}", stopped
-            )
-        chunk = labels[start : start + config.chunk]
-        padded = np.resize(chunk, -(-len(chunk) // size) * size)
-        images = generator.sample(padded, key=key, first_index=start, batch_size=size, **given)
-        if not np.isfinite(images).all():  # as 8 bits they would be black
-            raise ValueError(
-                f"samples must be finite; got NaN or infinity among the {len(images)} from number "
-                f"{start} on; check the weights, or pass --config.dtype=float32"
-            )
-        if jax.process_index() == 0:
-            write_chunk(folder, start, png.as_picture(images[: len(chunk)]))
-        drawn += len(chunk)
-        rate = drawn / (time.monotonic() - started)
-        console.report(f"{config.name} {start + len(chunk)}/{len(labels)}  {rate:.2f} images/s")
-
-
-def first_missing(folder: pathlib.Path, count: int, chunk: int) -> int:
-    """Index of the first image that has to be drawn; the first process's files decide."""
-    start = 0
-    while start < count and chunk_path(folder, start).exists():
-        start += chunk
-    if jax.process_count() == 1:
-        return start
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int64(start)))
-
-
-def chunk_path(folder: pathlib.Path, start: int) -> pathlib.Path:
-    """The file of the chunk that begins with image `start`."""
-    return folder / "chunks" / f"{start:07d}.npy"
-
-
-def write_chunk(folder: pathlib.Path, start: int, images: np.ndarray) -> None:
-    """Writes uint8 images [b, h, w, 3] as PNG files, then the chunk that says they are there."""
-    for name in ("images", "chunks"):
-        (folder / name).mkdir(exist_ok=True)
-    for index, image in enumerate(images, start):
-        png.write_png(folder / "images" / f"{index:07d}.png", image)
-    path = chunk_path(folder, start)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, images)
-    partial.replace(path)
-
-
-def finish(folder: pathlib.Path, labels: np.ndarray, chunk: int) -> None:
-    """Writes samples.npz, labels.npy and grid.png from the chunks, then removes these."""
-    paths = [chunk_path(folder, start) for start in range(0, len(labels), chunk)]
-    adm_npz.write_images(folder / "samples.npz", (np.load(path) for path in paths), len(labels))
-    np.save(folder / "labels.npy", labels)
-    first = next(adm_npz.open_archive(folder / "samples.npz").batches(GRID_IMAGES))
-    png.write_png(folder / "grid.png", pictures.grid(first, GRID_COLUMNS))
-    files.write_json(folder / "DONE", {"images": len(labels)})
-    for path in paths:
-        path.unlink()
-    (folder / "chunks").rmdir()
+    if jax.process_index() == 0 and not (folder / "grid.png").exists():
+        first = next(adm_npz.open_archive(folder / "samples.npz").batches(GRID_IMAGES))
+        png.write_png(folder / "grid.png", pictures.grid(first, GRID_COLUMNS))
+        console.report(f"{config.name}: wrote {folder / 'grid.png'}")

@@ -21,24 +21,12 @@ from dinosae_jax.jobs import parts
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder
 from dinosae_jax.models.lpips import LPIPS
-from dinosae_jax.runtime import console, files, sharding
-from dinosae_jax.runtime.precision import cast_kernels_to_bfloat16
+from dinosae_jax.runtime import console, files, precision, sharding
 from dinosae_jax.train import gan, loop, sae_step, step_flops
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
 SHOWN = 10  # pictures a row
-
-
-def convention_of(config: ml_collections.ConfigDict) -> LatentConvention:
-    """The latent convention of an autoencoder config; the decode radius is not measured yet."""
-    width = config.model.vit.embed_dim
-    return LatentConvention(
-        tokens=(config.data.image_size // 16) ** 2,
-        width=width,
-        radius=float(np.sqrt(width)),
-        pixels=config.model.pixel_range,
-    )
 
 
 def make_stage(config: ml_collections.ConfigDict) -> sae_step.Stage:
@@ -71,15 +59,13 @@ def prepare(
     frozen_files = parts.store(workdir, variables, (*stage.trainable, "disc_heads"))
     record = {
         "config": json.loads(json.dumps(config.to_dict())),
-        "convention": convention_of(config).to_dict(),
+        "convention": LatentConvention.of(config).to_dict(),
         "frozen": frozen_files,
         "data": train_source.fingerprint,
         "notes": notes,
     }
     frozen = {role: variables[role] for role in frozen_files}
-    frozen = sharding.replicate(
-        cast_kernels_to_bfloat16(frozen) if config.dtype == "bfloat16" else frozen, mesh
-    )
+    frozen = sharding.replicate(precision.frozen(frozen, config.dtype), mesh)
     trained = {role: variables[role] for role in variables if role not in frozen_files}
 
     def restore(manager: CheckpointManager) -> state_lib.TrainState:
@@ -121,8 +107,8 @@ def initial_variables(
     """
     draw = functools.partial(_draw, stage, image_size=config.data.image_size)
     trained = (*stage.trainable, "disc_heads")
-    variables, notes = parts.find_variables(config, draw, trained, convention_of(config))
-    if stage.aligns and not sae_step.has_teacher(variables):
+    variables, notes = parts.find_variables(config, draw, trained, LatentConvention.of(config))
+    if stage.aligns and not autoencoder.has_teacher(variables):
         raise ValueError(
             "alignment needs the teacher, DINOv3 behind its own patch convolution; "
             f"{config.init_from} holds none (the official DINO-SAE file leaves it out); set "

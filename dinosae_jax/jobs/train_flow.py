@@ -18,12 +18,11 @@ from dinosae_jax.data import images, loading, png
 from dinosae_jax.data.latents import latent_reader
 from dinosae_jax.eval import pictures
 from dinosae_jax.flow import schedule
-from dinosae_jax.generator import Generator
+from dinosae_jax.inference.generator import Generator, flow_record
 from dinosae_jax.jobs import flow_figures, parts
 from dinosae_jax.latent_convention import LatentConvention
-from dinosae_jax.models import autoencoder
-from dinosae_jax.runtime import console, files, sharding
-from dinosae_jax.runtime.precision import cast_kernels_to_bfloat16
+from dinosae_jax.models import autoencoder, registry
+from dinosae_jax.runtime import console, files, precision, sharding
 from dinosae_jax.train import loop, rfm_step, step_flops
 from dinosae_jax.train import state as state_lib
 from dinosae_jax.weights import role_files
@@ -37,45 +36,18 @@ NORMS_FILE = "latents.json"
 def make_stage(config: ml_collections.ConfigDict) -> rfm_step.Stage:
     """The static part of a flow's training."""
     dtype = jnp.dtype(config.dtype)
-    convention = convention_of(config)
+    convention = LatentConvention.of(config)
     times = config.flow.time.to_dict()
-    times["shift"] = times["shift"] or schedule.dimension_shift(convention.tokens, convention.width)
+    times["shift"] = schedule.default_shift(times["shift"], convention.tokens, convention.width)
     return rfm_step.Stage(
         modules=autoencoder.build(config.model.to_dict(), dtype),
-        dit=rfm_step.build(config.model.dit.to_dict(), dtype),
+        dit=registry.build("dit", config.model.dit.to_dict(), dtype=dtype),
         path=config.flow.path,
         radius=convention.radius,
         times=rfm_step.Times(**times),
         jacobi=config.flow.jacobi,
         accumulation=config.accumulation,
     )
-
-
-def convention_of(
-    config: ml_collections.ConfigDict, decode_radius: float | None = None
-) -> LatentConvention:
-    """The latent convention of a flow config."""
-    width = config.model.vit.embed_dim
-    return LatentConvention(
-        tokens=(config.data.image_size // 16) ** 2,
-        width=width,
-        radius=config.flow.radius or float(np.sqrt(width)),
-        decode_radius=decode_radius or config.flow.decode_radius or None,
-        pixels=config.model.pixel_range,
-    )
-
-
-def flow_record(
-    config: ml_collections.ConfigDict, stage: rfm_step.Stage, label_names: list[str]
-) -> dict[str, Any]:
-    """What sampling needs to know beside networks and convention; saved with every checkpoint."""
-    sampling = config.sampling.to_dict()
-    return {
-        "path": stage.path,
-        "shift": stage.times.shift,
-        "sampling": {**sampling, "interval": list(sampling["interval"])},
-        "label_names": label_names,
-    }
 
 
 def prepare(
@@ -96,15 +68,13 @@ def prepare(
     # Latents of a cache need no encoder on the devices, but for the KID of samples.
     needed = ("stem", "vit") if config.eval.samples or not config.data.latents else ()
     frozen = {role: variables[role] for role in needed}
-    frozen = sharding.replicate(
-        cast_kernels_to_bfloat16(frozen) if config.dtype == "bfloat16" else frozen, mesh
-    )
+    frozen = sharding.replicate(precision.frozen(frozen, config.dtype), mesh)
     norms = token_norms(config, stage, frozen, train_source, workdir, mesh)
     console.report(
         f"{config.name}: tokens have norm {norms['mean']:.4g} (deviation {norms['deviation']:.2g})"
     )
-    convention = convention_of(config, config.flow.decode_radius or norms["mean"])
-    flow = flow_record(config, stage, list(train_source.label_names))
+    convention = LatentConvention.of(config, config.flow.decode_radius or norms["mean"])
+    flow = flow_record(config, train_source.label_names)
     record = {
         "config": json.loads(json.dumps(config.to_dict())),
         "convention": convention.to_dict(),
@@ -175,9 +145,9 @@ def initial_variables(
 
     def draw(key: jax.Array) -> parts.Variables:
         variables = autoencoder.init(stage.modules, key, config.data.image_size)
-        return {**variables, "dit": rfm_step.init(stage.dit, jax.random.fold_in(key, 3))}
+        return {**variables, "dit": registry.init_dit(stage.dit, jax.random.fold_in(key, 3))}
 
-    return parts.find_variables(config, draw, ("dit",), convention_of(config))
+    return parts.find_variables(config, draw, ("dit",), LatentConvention.of(config))
 
 
 def open_source(config: ml_collections.ConfigDict, split: str) -> loading.Source:
@@ -189,7 +159,7 @@ def open_source(config: ml_collections.ConfigDict, split: str) -> loading.Source
     if not config.data.latents:
         return images.open_images(config.data, split)
     source = latent_reader.open_latents(config.data, split)
-    convention = convention_of(config)
+    convention = LatentConvention.of(config)
     for name in ("tokens", "width", "norm"):
         ours, theirs = getattr(convention, name), source.manifest[name]
         if ours != theirs:

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from dinosae_jax.models import registry
 from dinosae_jax.models.decoder import Decoder
 from dinosae_jax.models.stem import ConvStem, PatchStem
 from dinosae_jax.models.vit import VisionTransformer
 
 Array = jax.Array
 Variables = Mapping[str, Any]
+
+ROLES = ("stem", "vit", "decoder")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -79,20 +82,15 @@ def build(model_config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> Autoen
     Raises:
       ValueError: if the widths of the parts differ or a name is unknown.
     """
-    stem_config = dict(model_config["stem"])
-    kind = stem_config.pop("kind", "conv")
-    stems: dict[str, Any] = {"conv": ConvStem, "patch": PatchStem}
     pixel_range = model_config.get("pixel_range", "imagenet")
-    if kind not in stems:
-        raise ValueError(f"The stem's kind is 'conv' or 'patch', got {kind!r}: choose one of them.")
     if pixel_range not in PIXEL_RANGES:
         raise ValueError(
             f"pixel_range is one of {', '.join(PIXEL_RANGES)}, got {pixel_range!r}: choose one."
         )
     modules = AutoencoderModules(
-        stems[kind](**stem_config, dtype=dtype),
-        VisionTransformer(**model_config["vit"], dtype=dtype),
-        Decoder(**model_config["decoder"], dtype=dtype),
+        registry.build("stem", model_config["stem"], dtype=dtype),
+        registry.build("vit", model_config["vit"], dtype=dtype),
+        registry.build("decoder", model_config["decoder"], dtype=dtype),
         pixel_range,
     )
     widths = (modules.stem.embed_dim, modules.vit.embed_dim, modules.decoder.latent_channels)
@@ -272,3 +270,8 @@ def decode_head(modules: AutoencoderModules, variables: Variables, features: Arr
     """
     output: Any = modules.decoder.apply(variables["decoder"], features, method=Decoder.head)
     return to_pixels(modules, output)
+
+
+def has_teacher(variables: Variables) -> bool:
+    """Whether the ViT has DINOv3's own patch convolution, which official DINO-SAE files lack."""
+    return "patch_embed" in variables["vit"]["params"]

@@ -39,6 +39,11 @@ def cast_kernels_to_bfloat16(variables: Variables) -> dict[str, Tree]:
     return {role: one(role, tree) for role, tree in variables.items()}
 
 
+def frozen(variables: Variables, dtype: str) -> Any:
+    """Weights that are not trained, in the form that a model of this dtype holds them in."""
+    return cast_kernels_to_bfloat16(variables) if dtype == "bfloat16" else variables
+
+
 def resolve_dtype(dtype: str) -> str:
     """'auto' is bfloat16 on accelerators and float32 on a CPU; other names stay as they are."""
     if dtype != "auto":

@@ -19,14 +19,13 @@ import optax
 from flax import traverse_util
 
 from dinosae_jax.flow import matching, schedule
-from dinosae_jax.models import autoencoder, ddt, dit
+from dinosae_jax.models import autoencoder, dit
 from dinosae_jax.runtime import fsdp, sharding
 from dinosae_jax.train import accumulate, optim
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
-MODELS: dict[str, Any] = {"LightningDiT": dit.LightningDiT, "DiTDH": ddt.DiTDH}
 LOSSES = ("rfm", "tangential", "radial")
 METRICS = ("loss", "tangential", "radial", "grad_norm", "learning_rate")
 
@@ -69,20 +68,6 @@ class Draws(NamedTuple):
     noise: jax.Array
     time: jax.Array
     label: jax.Array
-
-
-def build(model: Mapping[str, Any], dtype: Any) -> Any:
-    """The diffusion transformer of a config: `model` names the class, the rest its arguments."""
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
-    name: Any = arguments.pop("model")
-    return MODELS[name](**arguments, dtype=dtype)
-
-
-def init(network: Any, key: jax.Array) -> dict[str, Tree]:
-    """Random variables of a diffusion transformer; call it under `jax.jit`."""
-    side, channels = network.input_size, network.in_channels
-    latents = jnp.zeros((1, side * side, channels))
-    return dict(network.init(key, latents, jnp.zeros(1), jnp.zeros(1, jnp.int32)))
 
 
 def numbers(config: Any) -> dict[str, Any]:

@@ -403,16 +403,11 @@ def reconstruct(
         "psnr": image_quality.psnr(picture, image),
         "l1": jnp.mean(jnp.abs(picture - image), axis=(1, 2, 3)),
     }
-    if has_teacher(variables):
+    if autoencoder.has_teacher(variables):
         teacher = autoencoder.teach(modules, variables, image)
         cosines = alignment.cosine_similarity(code.tokens, teacher.tokens)
         found["cosine_similarity"] = jnp.mean(cosines, axis=-1)
     return found
-
-
-def has_teacher(variables: Variables) -> bool:
-    """Whether the ViT has DINOv3's own patch convolution, which official DINO-SAE files lack."""
-    return "patch_embed" in variables["vit"]["params"]
 
 
 def merge(params: dict[str, Tree], extra: dict[str, Tree]) -> Variables:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import ml_collections
 
-from dinosae_jax.models import autoencoder, dino_v1, flops
-from dinosae_jax.train import gan, rfm_step
+from dinosae_jax.models import autoencoder, dino_v1, flops, registry
+from dinosae_jax.train import gan
 
 
 def step_flops(config: ml_collections.ConfigDict) -> dict[str, int]:
@@ -29,7 +29,7 @@ def step_flops(config: ml_collections.ConfigDict) -> dict[str, int]:
     side = config.data.image_size
     modules = autoencoder.build(config.model.to_dict())
     if "flow" in config:
-        network = rfm_step.build(config.model.dit.to_dict(), jnp.float32)
+        network = registry.build("dit", config.model.dit.to_dict())
         forward = flops.forward_flops(network)
         encoder = 0 if config.data.latents else _encoder(modules, side)
         return {"encoder forward": encoder, "dit forward": forward, "dit backward": 2 * forward}

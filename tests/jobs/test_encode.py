@@ -7,9 +7,9 @@ import pytest
 
 from configs import encode as encode_config
 from dinosae_jax import rules
-from dinosae_jax.autoencoder import Autoencoder
 from dinosae_jax.data import images
 from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
+from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.jobs import encode, flow_figures, train, train_flow
 from dinosae_jax.runtime import precision, sharding
 from tests import tiny_stage

@@ -15,9 +15,9 @@ import pytest
 from configs import evaluate as config_file
 from configs import rfm_dit
 from dinosae_jax import rules
-from dinosae_jax.autoencoder import Autoencoder, random_source
 from dinosae_jax.data import adm_npz, images
 from dinosae_jax.eval import features, frechet, image_quality
+from dinosae_jax.inference.autoencoder import Autoencoder, random_source
 from dinosae_jax.jobs import evaluate, measure, train_flow
 from dinosae_jax.runtime import precision, sharding
 from dinosae_jax.weights import checkpoint

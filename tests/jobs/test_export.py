@@ -8,7 +8,7 @@ import pytest
 
 from configs import export as export_config
 from dinosae_jax import rules
-from dinosae_jax.autoencoder import Autoencoder
+from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.jobs import export
 from dinosae_jax.runtime import sharding
 from dinosae_jax.weights import weight_source

@@ -6,7 +6,8 @@ import pytest
 
 from dinosae_jax.data import images, loading
 from dinosae_jax.eval import features, kernel_distance
-from dinosae_jax.generator import Generator, Sampling, compile_generate, decode_parts
+from dinosae_jax.inference.generator import Generator
+from dinosae_jax.inference.sampling_program import Sampling, compile_generate, decode_parts
 from dinosae_jax.jobs import flow_figures, train_flow
 from dinosae_jax.models import autoencoder
 from dinosae_jax.runtime import precision, sharding

@@ -10,9 +10,9 @@ from PIL import Image
 
 from configs import reconstruct as reconstruct_config
 from dinosae_jax import rules
-from dinosae_jax.autoencoder import Autoencoder, random_source
 from dinosae_jax.data import crops, png
 from dinosae_jax.eval import image_quality, pictures
+from dinosae_jax.inference.autoencoder import Autoencoder, random_source
 from dinosae_jax.jobs import reconstruct
 from dinosae_jax.weights import weight_source
 from tests import tiny_stage

@@ -12,7 +12,8 @@ import dinosae_jax
 from configs import sample as sample_config
 from dinosae_jax import rules
 from dinosae_jax.data import adm_npz
-from dinosae_jax.generator import Generator
+from dinosae_jax.inference import drawing
+from dinosae_jax.inference.generator import Generator
 from dinosae_jax.jobs import sample
 from dinosae_jax.runtime import sharding, stopping
 from dinosae_jax.runtime.precision import BFLOAT16_LAYERS, cast_kernels_to_bfloat16
@@ -103,8 +104,8 @@ def test_a_weaker_flow_of_another_path_is_refused(generator):
 def test_the_job_takes_a_weaker_flow(flow_workdir, tmp_path):
     config = config_for(flow_workdir, weaker=str(flow_workdir))
     with pytest.raises(ValueError, match="a scale other than 1; got guidance=1"):
-        sample.run(config, str(tmp_path))
-    assert sample.open_generator(config).can_guide
+        drawing.run(config, str(tmp_path))
+    assert drawing.open_generator(config).can_guide
     config.init_from = ""
     with pytest.raises(ValueError, match="no init_from"):
         rules.validate(config)
@@ -169,9 +170,9 @@ def config_for(flow_workdir, **changes):
 
 
 def test_a_stopped_job_goes_on_with_the_missing_chunks(flow_workdir, tmp_path, monkeypatch):
-    sample.run(config_for(flow_workdir, chunk=20), str(tmp_path / "whole"))
+    drawing.run(config_for(flow_workdir, chunk=20), str(tmp_path / "whole"))
     folder = tmp_path / "parts"
-    real, drawn = sample.write_chunk, []
+    real, drawn = drawing.write_chunk, []
 
     def write_then_stop(target, start, images):
         real(target, start, images)
@@ -181,9 +182,9 @@ def test_a_stopped_job_goes_on_with_the_missing_chunks(flow_workdir, tmp_path, m
 
     monkeypatch.setattr(sample, "write_chunk", write_then_stop)
     with pytest.raises(stopping.Interrupted):
-        sample.run(config_for(flow_workdir), str(folder))
+        drawing.run(config_for(flow_workdir), str(folder))
     assert not (folder / "samples.npz").exists()
-    sample.run(config_for(flow_workdir), str(folder))
+    drawing.run(config_for(flow_workdir), str(folder))
     assert drawn == [0, 8, 16]
     ours, theirs = (
         np.concatenate([*adm_npz.open_archive(f / "samples.npz").batches(64)])
@@ -194,24 +195,24 @@ def test_a_stopped_job_goes_on_with_the_missing_chunks(flow_workdir, tmp_path, m
     assert len([*(folder / "images").glob("*.png")]) == 20
     assert not (folder / "chunks").exists()
     np.testing.assert_array_equal(np.load(folder / "labels.npy"), np.arange(20) % 10)
-    sample.run(config_for(flow_workdir), str(folder))  # finished: nothing is drawn again
+    drawing.run(config_for(flow_workdir), str(folder))  # finished: nothing is drawn again
     assert len(drawn) == 3
     with pytest.raises(ValueError, match="holds other samples \\(seed: 1 here, 0 there\\)"):
-        sample.run(config_for(flow_workdir, seed=1), str(folder))
+        drawing.run(config_for(flow_workdir, seed=1), str(folder))
 
 
 def test_samples_that_are_not_finite_are_no_black_images(flow_workdir, tmp_path, monkeypatch):
     config = config_for(flow_workdir)
     monkeypatch.setattr(Generator, "sample", lambda *_, **__: np.full((3, 32, 32, 3), np.nan))
     with pytest.raises(ValueError, match="samples must be finite; got NaN") as caught:
-        sample.run(config, str(tmp_path / "out"))
+        drawing.run(config, str(tmp_path / "out"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "samples.npz").exists()
 
 
 def test_a_random_flow_is_named_as_such():
     config = sample_config.get_config("tiny")
-    generator = sample.open_generator(config)
+    generator = drawing.open_generator(config)
     assert "randomly initialised" in generator.notes[0]
     assert generator.num_classes == 10
 
@@ -227,12 +228,12 @@ def test_a_random_flow_is_named_as_such():
     ],
 )
 def test_labels(labels, count, expected):
-    assert sample.choose_labels(labels, count, 3, 0).tolist() == expected
+    assert drawing.choose_labels(labels, count, 3, 0).tolist() == expected
 
 
 def test_random_and_balanced_labels():
-    assert np.bincount(sample.choose_labels("balanced", 0, 3, 0)).tolist() == [50, 50, 50]
-    long, short = (sample.choose_labels("random", n, 7, 4) for n in (100, 30))
+    assert np.bincount(drawing.choose_labels("balanced", 0, 3, 0)).tolist() == [50, 50, 50]
+    long, short = (drawing.choose_labels("random", n, 7, 4) for n in (100, 30))
     np.testing.assert_array_equal(long[:30], short)
     assert set(long) == set(range(7))
 
@@ -247,7 +248,7 @@ def test_random_and_balanced_labels():
 )
 def test_labels_that_cannot_be_chosen(labels, count, message):
     with pytest.raises(ValueError, match=message):
-        sample.choose_labels(labels, count, 3, 0)
+        drawing.choose_labels(labels, count, 3, 0)
 
 
 def test_sampling_without_a_flow_is_refused():

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from configs import rfm_ddt, rfm_dit
 from dinosae_jax.jobs import collectives, train_flow
+from dinosae_jax.models import registry
 from dinosae_jax.runtime import fsdp, jit, sharding
 from dinosae_jax.train import rfm_step
 
@@ -40,7 +41,7 @@ def test_no_large_leaf_of_the_full_networks_is_copied(flow, ways):
     config = flow.get_config()
     config.dtype = "float32"
     stage = train_flow.make_stage(config)
-    draw = functools.partial(rfm_step.init, stage.dit)
+    draw = functools.partial(registry.init_dit, stage.dit)
     shapes = jax.eval_shape(draw, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         axes = fsdp.partition_rule(leaf.shape, 4, fsdp.is_stacked(path), ways)
@@ -72,7 +73,7 @@ def test_a_split_step_is_the_whole_step(flow, monkeypatch):
     config.model.dit.remat = "dots"
     stage = train_flow.make_stage(config)
     drawn = jax.device_get(
-        jit.jit_once(functools.partial(rfm_step.init, stage.dit))(jax.random.PRNGKey(0))
+        jit.jit_once(functools.partial(registry.init_dit, stage.dit))(jax.random.PRNGKey(0))
     )
     random = np.random.default_rng(0)
     batch = {

@@ -10,7 +10,7 @@ import pytest
 from configs import rfm_ddt, rfm_dit
 from dinosae_jax.flow import matching
 from dinosae_jax.jobs import train_flow
-from dinosae_jax.models import autoencoder
+from dinosae_jax.models import autoencoder, registry
 from dinosae_jax.runtime import jit, sharding
 from dinosae_jax.train import rfm_step
 
@@ -28,7 +28,7 @@ def small_config(**changes):
 
 @functools.cache
 def initial(stage):
-    drawn = jit.jit_once(functools.partial(rfm_step.init, stage.dit))(jax.random.PRNGKey(0))
+    drawn = jit.jit_once(functools.partial(registry.init_dit, stage.dit))(jax.random.PRNGKey(0))
     return jax.device_get(drawn)
 
 
@@ -171,7 +171,7 @@ def test_position_table_and_frequencies_stay_and_have_no_optimizer_state():
 
 @pytest.mark.parametrize(("module", "trainable"), [(rfm_dit, 677_543_296), (rfm_ddt, 839_724_372)])
 def test_trainable_parameters_of_the_published_sizes(module, trainable):
-    network = rfm_step.build(module.get_config().model.dit.to_dict(), jnp.float32)
-    shapes = jax.eval_shape(functools.partial(rfm_step.init, network), jax.random.PRNGKey(0))
+    network = registry.build("dit", module.get_config().model.dit.to_dict())
+    shapes = jax.eval_shape(functools.partial(registry.init_dit, network), jax.random.PRNGKey(0))
     trained, _ = rfm_step.split_bases(shapes["params"])
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == trainable

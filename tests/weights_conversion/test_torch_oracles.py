@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from dinosae_jax.models.registry import build
 from dinosae_jax.weights import conversion
 from weights_conversion.convert import convert_file
-from weights_conversion.modules import build
 
 torch = pytest.importorskip("torch")
 

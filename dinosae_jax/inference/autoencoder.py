@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dinosae_jax.inference import batching
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder
 from dinosae_jax.runtime import jit, precision, sharding
@@ -29,7 +30,7 @@ from dinosae_jax.weights import weight_source
 Tree = Any
 Floats = NDArray[np.float32]
 
-ROLES = ("stem", "vit", "decoder")
+
 PATCH = 16
 ROUNDING = 1e-4  # how far float arithmetic may leave [0,1]
 CONVERTED_TOKENS = 256  # of 256 x 256 pixels; converted weights do not state it
@@ -64,12 +65,12 @@ class Autoencoder:
             raise ValueError(f"batch_size counts images, at least 1; got {batch_size}; raise it")
         source = complete(source, pixel_range)
         dtype = precision.resolve_dtype(dtype)
-        self.modules = autoencoder.build(_tuples(source.model), jnp.dtype(dtype))
+        self.modules = autoencoder.build(source.model, jnp.dtype(dtype))
         self.convention = LatentConvention.from_dict(source.convention)
         self.notes = list(source.notes)
         self.mesh = mesh or sharding.make_mesh()
         self.batch_size = batch_size
-        wanted = {role: source.variables[role] for role in ROLES}
+        wanted = {role: source.variables[role] for role in autoencoder.ROLES}
         self.variables = sharding.replicate(wanted, self.mesh)
 
     @classmethod
@@ -155,7 +156,7 @@ class Autoencoder:
 
     def _map(self, function: Callable[..., jax.Array], array: Floats) -> Floats:
         one = functools.partial(function, self.variables)
-        return map_batches(one, array, self.batch_size, self.mesh)
+        return batching.map_batches(one, array, self.batch_size, self.mesh)
 
     def _check_latents(
         self, z: ArrayLike, grid: tuple[int, int] | None
@@ -198,10 +199,10 @@ def complete(
     Raises:
       ValueError: where a role is missing, or `pixel_range` contradicts what the weights state.
     """
-    if not set(ROLES) <= set(source.variables):
+    if not set(autoencoder.ROLES) <= set(source.variables):
         raise ValueError(
-            f"an autoencoder needs the roles {', '.join(ROLES)}; {source.path} holds only "
-            f"{', '.join(sorted(source.variables))}; name a stage's workdir, a checkpoint, an "
+            f"an autoencoder needs the roles {', '.join(autoencoder.ROLES)}; {source.path} holds "
+            f"only {', '.join(sorted(source.variables))}; name a stage's workdir, a checkpoint, an "
             "export, or weights converted with --kind=dinosae"
         )
     stated = source.model.get("pixel_range")
@@ -228,8 +229,8 @@ def complete(
 
 def random_source(model: Mapping[str, Any], seed: int) -> weight_source.WeightSource:
     """Random weights of a model config (stem, vit, decoder), for trying things out."""
-    parts = {name: model[name] for name in (*ROLES, "pixel_range") if name in model}
-    draw = _compiled_draw(autoencoder.build(_tuples(parts)))
+    parts = {name: model[name] for name in (*autoencoder.ROLES, "pixel_range") if name in model}
+    draw = _compiled_draw(autoencoder.build(parts))
     return weight_source.WeightSource(
         jax.device_get(draw(jax.random.PRNGKey(seed))),
         parts,
@@ -272,45 +273,6 @@ def check_images(images: ArrayLike) -> Floats:
             "remove ImageNet's mean, the encoder does)"
         )
     return array
-
-
-def map_batches(
-    function: Callable[[jax.Array], Tree],
-    array: NDArray[Any],
-    batch_size: int,
-    mesh: jax.sharding.Mesh,
-) -> Any:
-    """Applies a jitted function to [b,...] in batches over the devices.
-
-    Short arrays make the next power of two, so that few batch sizes are compiled. The last batch
-    is filled up with copies of the last example; what comes of them is dropped.
-
-    Args:
-      function: [size,...] -> tree of [size,...].
-      array: [b,...], b at least 1, the same on every process.
-      batch_size: examples at once, rounded up to a multiple of the devices.
-      mesh: the devices.
-
-    Returns:
-      The tree of numpy arrays [b,...].
-    """
-    size = min(batch_size, 1 << (len(array) - 1).bit_length())
-    size += -size % mesh.size
-    place = sharding.batch_sharding(mesh)
-    found = []
-    for start in range(0, len(array), size):
-        kept = array[start : start + size]
-        filled = np.concatenate([kept, np.repeat(kept[-1:], size - len(kept), axis=0)])
-        batch = jax.make_array_from_callback(filled.shape, place, filled.__getitem__)
-        found.append(jax.tree.map(sharding.gather, function(batch)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(array)], *found)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON gives lists; modules, which are keys of compiled functions, need tuples."""
-    if isinstance(value, Mapping):
-        return {name: _tuples(part) for name, part in value.items()}
-    return tuple(_tuples(part) for part in value) if isinstance(value, list | tuple) else value
 
 
 @functools.lru_cache

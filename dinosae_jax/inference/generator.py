@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,37 +21,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dinosae_jax import rules
-from dinosae_jax.flow import guidance, matching, samplers, schedule, sphere
+from dinosae_jax.flow import matching, schedule
+from dinosae_jax.inference import sampling_program
 from dinosae_jax.latent_convention import LatentConvention
-from dinosae_jax.models import autoencoder
-from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import rfm_step
+from dinosae_jax.models import autoencoder, registry
+from dinosae_jax.runtime import jit, precision, sharding
 from dinosae_jax.weights import weight_source
 
 Tree = Any
 Variables = Mapping[str, Any]
-DECODED_AT_ONCE = 4  # images a device: activations of the decoder are what a sampler needs most
-
-
-class Networks(NamedTuple):
-    """What is static in a generator; hashable, part of the key of the compiled sampler."""
-
-    modules: autoencoder.AutoencoderModules
-    dit: Any
-    path: str
-    radius: float
-    shift: float
-    weaker: Any = None  # the transformer that guidance leads away from, see `Generator.guided_by`
-
-
-class Sampling(NamedTuple):
-    """How to sample: method, steps, whether guided and at which times, parts to decode in."""
-
-    sampler: str
-    steps: int
-    guided: bool
-    interval: tuple[float, float]
-    parts: int
 
 
 class Generator:
@@ -92,11 +69,10 @@ class Generator:
         Raises:
           ValueError: where convention and networks do not fit, or there is no decode radius.
         """
-        model = _tuples(model)
-        network = rfm_step.build(model["dit"], dtype)
+        network = registry.build("dit", model["dit"], dtype=dtype)
         modules = autoencoder.build(model, dtype)
         _check_convention(convention, network, modules)
-        self.networks = Networks(
+        self.networks = sampling_program.Networks(
             modules, network, flow["path"], convention.radius, float(flow["shift"])
         )
         self.variables = {role: variables[role] for role in ("dit", "decoder")}
@@ -261,15 +237,15 @@ class Generator:
         )
         size = min(batch_size, len(array))
         size += -size % self.mesh.size
-        sampling = Sampling(
+        sampling = sampling_program.Sampling(
             chosen["sampler"],
             int(chosen["steps"]),
             chosen["guidance"] != 1.0,
             tuple(chosen["interval"]),
-            decode_parts(size // self.mesh.size),
+            sampling_program.decode_parts(size // self.mesh.size),
         )
         numbers = {name: jnp.float32(chosen[name]) for name in ("guidance", "decode_radius")}
-        generate = compile_generate(self.networks, sampling)
+        generate = sampling_program.compile_generate(self.networks, sampling)
         found = []
         for start in range(0, len(array), size):
             kept = array[start : start + size]
@@ -286,7 +262,7 @@ class Generator:
         Every example runs through the same program of one example, so that its bits depend on
         nothing else; inside a batch the order of sums would follow the batch's shape.
         """
-        draw = _compiled_noise(self.networks)
+        draw = sampling_program.compile_noise(self.networks)
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         host = np.asarray(jax.random.key_data(key) if typed else key)
         array = np.asarray(indices, np.int32)
@@ -304,83 +280,51 @@ class Generator:
         return jax.make_array_from_callback(array.shape, place, lambda at: array[at])
 
 
-def decode_parts(images: int) -> int:
-    """Equal parts, as few as there can be, of at most `DECODED_AT_ONCE` of a device's images."""
-    return next(
-        n for n in range(1, images + 1) if images % n == 0 and images <= n * DECODED_AT_ONCE
-    )
+def flow_record(config: Any, label_names: Sequence[str]) -> dict[str, Any]:
+    """What sampling needs to know beside networks and convention; saved with every checkpoint.
+
+    Args:
+      config: of a flow: flow, sampling, data.image_size and model.
+      label_names: names of the classes in the order of the labels.
+
+    Returns:
+      path, shift, sampling and label_names, ready for JSON.
+    """
+    sampling = config.sampling.to_dict()
+    convention = LatentConvention.of(config)
+    return {
+        "path": config.flow.path,
+        "shift": schedule.default_shift(
+            config.flow.time.shift, convention.tokens, convention.width
+        ),
+        "sampling": {**sampling, "interval": list(sampling["interval"])},
+        "label_names": list(label_names),
+    }
 
 
-@functools.lru_cache
-def _compiled_noise(networks: Networks) -> Callable[..., jax.Array]:
-    path = matching.make_path(networks.path, networks.radius)
-    shape = (networks.dit.input_size**2, networks.dit.in_channels)
-    return jax.jit(lambda key, index: path.prior(matching.example_keys(key, index[None]), shape)[0])
+def random_generator(config: Any, mesh: jax.sharding.Mesh) -> Generator:
+    """A generator of random weights, for trying things out; it holds stem and ViT, too.
 
+    Args:
+      config: of a flow, its dtype resolved.
+      mesh: the devices.
+    """
+    model, dtype = config.model.to_dict(), jnp.dtype(config.dtype)
+    modules, dit = autoencoder.build(model, dtype), registry.build("dit", model["dit"], dtype=dtype)
 
-@functools.lru_cache
-def compile_generate(networks: Networks, sampling: Sampling) -> Callable[..., jax.Array]:
-    """Jit of (variables, noise, labels, {guidance, decode_radius}) -> images."""
-    return jax.jit(functools.partial(_generate, networks, sampling))
+    def draw(key: jax.Array) -> Variables:
+        drawn = autoencoder.init(modules, key, config.data.image_size)
+        return {**drawn, "dit": registry.init_dit(dit, jax.random.fold_in(key, 3))}
 
-
-def _generate(
-    networks: Networks,
-    sampling: Sampling,
-    variables: Variables,
-    noise: jax.Array,
-    labels: jax.Array,
-    numbers: Mapping[str, jax.Array],
-) -> jax.Array:
-    """Images [b, h, w, 3] in [0, 1] of noise [b, n, d] and labels [b]."""
-    path = matching.make_path(networks.path, networks.radius)
-
-    velocity = _velocity(networks, sampling, variables, labels, numbers["guidance"], path.tangent)
-    times = schedule.time_grid(sampling.steps, networks.shift)
-    z = samplers.sample(velocity, noise, times, sampling.sampler, path.radius)
-    if not path.keeps_norms:
-        z = sphere.project(z, numbers["decode_radius"])
-    side = networks.dit.input_size
-
-    def decode(tokens: jax.Array) -> jax.Array:
-        images = autoencoder.decode(networks.modules, variables, tokens, (side, side))
-        # Rows of numbers: as stacks of pictures a TPU would pad three channels to 128.
-        return jnp.clip(images, 0.0, 1.0).reshape(len(tokens), -1)
-
-    # Example i is in part i % parts, so that every part is spread over all devices.
-    parts = jnp.swapaxes(z.reshape(-1, sampling.parts, *z.shape[1:]), 0, 1)
-    rows = jnp.swapaxes(jax.lax.map(decode, parts), 0, 1)
-    height = side * networks.modules.vit.patch_size
-    return rows.reshape(len(z), height, height, 3)
-
-
-def _velocity(
-    networks: Networks,
-    sampling: Sampling,
-    variables: Variables,
-    labels: jax.Array,
-    scale: jax.Array,
-    tangent: guidance.Tangent,
-) -> guidance.Velocity:
-    """The velocity that is integrated: plain, classifier-free, or led away from a weaker flow."""
-
-    def bind(network: Any, weights: Tree) -> guidance.Network:
-        return lambda x, t, y: network.apply(weights, x, t, y)
-
-    apply = bind(networks.dit, variables["dit"])
-    if not sampling.guided:
-        return guidance.conditional(apply, labels)
-    options: Any = (scale, sampling.interval, tangent)
-    if networks.weaker is None:
-        return guidance.classifier_free(apply, labels, networks.dit.num_classes, *options)
-    return guidance.autoguided(apply, bind(networks.weaker, variables["weaker"]), labels, *options)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON gives lists; modules, which are keys of compiled functions, need tuples."""
-    if isinstance(value, Mapping):
-        return {name: _tuples(part) for name, part in value.items()}
-    return tuple(_tuples(part) for part in value) if isinstance(value, list | tuple) else value
+    everywhere = sharding.replicated(mesh)
+    drawn = jit.jit_once(draw, out_shardings=everywhere)(jax.random.PRNGKey(config.seed))
+    variables = precision.frozen(drawn, config.dtype)
+    convention = LatentConvention.of(config)
+    convention = dataclasses.replace(convention, decode_radius=convention.radius)
+    names = [str(label) for label in range(config.model.dit.num_classes)]
+    generator = Generator(model, variables, convention, flow_record(config, names), mesh, dtype)
+    generator.variables |= {role: variables[role] for role in ("stem", "vit")}
+    return generator
 
 
 def _check_convention(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import dinosae_jax
-from dinosae_jax.autoencoder import Autoencoder, map_batches, random_source
+from dinosae_jax.inference.autoencoder import Autoencoder, random_source
+from dinosae_jax.inference.batching import map_batches
 from dinosae_jax.models import autoencoder as functions
 from dinosae_jax.runtime import sharding
 from dinosae_jax.weights import weight_source

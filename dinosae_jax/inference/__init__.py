@@ -1,0 +1,1 @@
+"""Trained networks at work: the public classes and their compiled programs."""

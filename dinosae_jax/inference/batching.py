@@ -1,0 +1,56 @@
+"""Long arrays and long streams of batches through compiled functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from dinosae_jax.runtime import sharding
+
+
+def map_batches(
+    function: Callable[[jax.Array], Any],
+    array: NDArray[Any],
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Any:
+    """Applies a jitted function to [b,...] in batches over the devices.
+
+    Short arrays make the next power of two, so that few batch sizes are compiled. The last batch
+    is filled up with copies of the last example; what comes of them is dropped.
+
+    Args:
+      function: [size,...] -> tree of [size,...].
+      array: [b,...], b at least 1, the same on every process.
+      batch_size: examples at once, rounded up to a multiple of the devices.
+      mesh: the devices.
+
+    Returns:
+      The tree of numpy arrays [b,...].
+    """
+    size = min(batch_size, 1 << (len(array) - 1).bit_length())
+    size += -size % mesh.size
+    place = sharding.batch_sharding(mesh)
+    found = []
+    for start in range(0, len(array), size):
+        kept = array[start : start + size]
+        filled = np.concatenate([kept, np.repeat(kept[-1:], size - len(kept), axis=0)])
+        batch = jax.make_array_from_callback(filled.shape, place, filled.__getitem__)
+        found.append(jax.tree.map(sharding.gather, function(batch)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(array)], *found)
+
+
+def one_behind(items: Iterator[Any]) -> Iterator[Any]:
+    """Yields each item when the next one has been made, so that devices do not wait for hosts."""
+    nothing = object()
+    previous: Any = nothing
+    for item in items:
+        if previous is not nothing:
+            yield previous
+        previous = item
+    if previous is not nothing:
+        yield previous

@@ -1,0 +1,54 @@
+"""Batches of images to batches of latents, one batch ahead of the host."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dinosae_jax.data.latents import latent_writer
+from dinosae_jax.inference.batching import one_behind
+from dinosae_jax.models import autoencoder as autoencoder_lib
+from dinosae_jax.runtime import sharding
+
+Encode = Callable[[np.ndarray], jax.Array]
+
+
+def encode_batches(
+    encode: Encode,
+    batches: Iterator[dict[str, np.ndarray]],
+    size: int,
+    flipped: bool,
+    mesh: jax.sharding.Mesh,
+) -> Iterator[latent_writer.Encoded]:
+    """Tokens float32 [b,v,n,d] of images and of flipped images, and labels, batch by batch."""
+    place = sharding.batch_sharding(mesh)
+
+    def start(image: np.ndarray) -> jax.Array:
+        filled = np.zeros((size, *image.shape[1:]), np.uint8)
+        filled[: len(image)] = image
+        return encode(jax.device_put(filled, place))
+
+    def running() -> Iterator[tuple[list[jax.Array], np.ndarray]]:
+        for batch in batches:
+            image = batch["image"]
+            views = (image, image[:, :, ::-1]) if flipped else (image,)
+            yield [start(view) for view in views], batch["label"]
+
+    for variants, labels in one_behind(running()):
+        tokens = np.stack([np.asarray(found) for found in variants], axis=1)
+        yield tokens[: len(labels)], labels
+
+
+@functools.lru_cache
+def compiled_encode(modules: autoencoder_lib.AutoencoderModules) -> Callable[..., jax.Array]:
+    """Jit of (variables, images uint8 [b,h,w,3]) -> tokens float32 [b,n,d]."""
+
+    def encode(variables: autoencoder_lib.Variables, image: jax.Array) -> jax.Array:
+        pixels = image.astype(jnp.float32) / 255.0
+        return autoencoder_lib.encode(modules, variables, pixels).tokens
+
+    return jax.jit(encode)

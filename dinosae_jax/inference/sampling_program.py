@@ -1,0 +1,110 @@
+"""The compiled sampler: noise -> integrated flow -> decode radius -> decoder, one program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dinosae_jax.flow import guidance, matching, samplers, schedule, sphere
+from dinosae_jax.models import autoencoder
+
+Tree = Any
+Variables = Mapping[str, Any]
+DECODED_AT_ONCE = 4  # images a device: activations of the decoder are what a sampler needs most
+
+
+class Networks(NamedTuple):
+    """What is static in a generator; hashable, part of the key of the compiled sampler."""
+
+    modules: autoencoder.AutoencoderModules
+    dit: Any
+    path: str
+    radius: float
+    shift: float
+    weaker: Any = None  # the transformer that guidance leads away from, see `Generator.guided_by`
+
+
+class Sampling(NamedTuple):
+    """How to sample: method, steps, whether guided and at which times, parts to decode in."""
+
+    sampler: str
+    steps: int
+    guided: bool
+    interval: tuple[float, float]
+    parts: int
+
+
+def decode_parts(images: int) -> int:
+    """Equal parts, as few as there can be, of at most `DECODED_AT_ONCE` of a device's images."""
+    return next(
+        n for n in range(1, images + 1) if images % n == 0 and images <= n * DECODED_AT_ONCE
+    )
+
+
+@functools.lru_cache
+def compile_noise(networks: Networks) -> Callable[..., jax.Array]:
+    path = matching.make_path(networks.path, networks.radius)
+    shape = (networks.dit.input_size**2, networks.dit.in_channels)
+    return jax.jit(lambda key, index: path.prior(matching.example_keys(key, index[None]), shape)[0])
+
+
+@functools.lru_cache
+def compile_generate(networks: Networks, sampling: Sampling) -> Callable[..., jax.Array]:
+    """Jit of (variables, noise, labels, {guidance, decode_radius}) -> images."""
+    return jax.jit(functools.partial(_generate, networks, sampling))
+
+
+def _generate(
+    networks: Networks,
+    sampling: Sampling,
+    variables: Variables,
+    noise: jax.Array,
+    labels: jax.Array,
+    numbers: Mapping[str, jax.Array],
+) -> jax.Array:
+    """Images [b, h, w, 3] in [0, 1] of noise [b, n, d] and labels [b]."""
+    path = matching.make_path(networks.path, networks.radius)
+
+    velocity = _velocity(networks, sampling, variables, labels, numbers["guidance"], path.tangent)
+    times = schedule.time_grid(sampling.steps, networks.shift)
+    z = samplers.sample(velocity, noise, times, sampling.sampler, path.radius)
+    if not path.keeps_norms:
+        z = sphere.project(z, numbers["decode_radius"])
+    side = networks.dit.input_size
+
+    def decode(tokens: jax.Array) -> jax.Array:
+        images = autoencoder.decode(networks.modules, variables, tokens, (side, side))
+        # Rows of numbers: as stacks of pictures a TPU would pad three channels to 128.
+        return jnp.clip(images, 0.0, 1.0).reshape(len(tokens), -1)
+
+    # Example i is in part i % parts, so that every part is spread over all devices.
+    parts = jnp.swapaxes(z.reshape(-1, sampling.parts, *z.shape[1:]), 0, 1)
+    rows = jnp.swapaxes(jax.lax.map(decode, parts), 0, 1)
+    height = side * networks.modules.vit.patch_size
+    return rows.reshape(len(z), height, height, 3)
+
+
+def _velocity(
+    networks: Networks,
+    sampling: Sampling,
+    variables: Variables,
+    labels: jax.Array,
+    scale: jax.Array,
+    tangent: guidance.Tangent,
+) -> guidance.Velocity:
+    """The velocity that is integrated: plain, classifier-free, or led away from a weaker flow."""
+
+    def bind(network: Any, weights: Tree) -> guidance.Network:
+        return lambda x, t, y: network.apply(weights, x, t, y)
+
+    apply = bind(networks.dit, variables["dit"])
+    if not sampling.guided:
+        return guidance.conditional(apply, labels)
+    options: Any = (scale, sampling.interval, tangent)
+    if networks.weaker is None:
+        return guidance.classifier_free(apply, labels, networks.dit.num_classes, *options)
+    return guidance.autoguided(apply, bind(networks.weaker, variables["weaker"]), labels, *options)
