@@ -4,8 +4,8 @@ import numpy as np
 
 from configs import sae_stage1
 from dinosae_jax.data import png
-from dinosae_jax.jobs import train_autoencoder
 from dinosae_jax.runtime import precision, sharding
+from dinosae_jax.train import autoencoder_task
 from dinosae_jax.weights import checkpoint
 
 SMALLEST = {
@@ -47,7 +47,7 @@ def write_images(folder):
 
 
 def prepare(folder):
-    """(prepared stage, mesh) of `folder`/stage on pictures in `folder`/data."""
+    """(task, mesh) of `folder`/stage on pictures in `folder`/data."""
     write_images(folder / "data")
     config = sae_stage1.get_config("tiny")
     config.update_from_flattened_dict(TINIEST)
@@ -56,15 +56,15 @@ def prepare(folder):
     mesh = sharding.make_mesh()
     workdir = folder / "stage"
     workdir.mkdir()
-    return train_autoencoder.prepare(config, workdir, mesh), mesh
+    return autoencoder_task.prepare(config, workdir, mesh), mesh
 
 
 def write(folder):
     """The workdir of a stage at step 0, with a checkpoint and its frozen networks."""
-    prepared, _ = prepare(folder)
+    task, _ = prepare(folder)
     with checkpoint.open_manager(folder / "stage", keep=1) as manager:
-        state = prepared.restore(manager)
-        checkpoint.save(manager, state, prepared.record)
+        state = task.restore(manager)
+        checkpoint.save(manager, state, task.record)
         checkpoint.wait(manager)
     return folder / "stage"
 

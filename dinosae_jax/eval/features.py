@@ -151,7 +151,7 @@ def encoder(
 
     def apply(variables: Tree, images: jax.Array) -> dict[str, jax.Array]:
         with jax.default_matmul_precision("highest"):
-            pixels = images.astype(jnp.float32) / 255.0
+            pixels = autoencoder.unit_interval(images)
             tokens = autoencoder.encode(exact, variables, pixels).tokens
         return {ENCODER_TAP: jnp.mean(tokens, axis=1)}
 

@@ -139,7 +139,7 @@ class Autoencoder:
         grid = (checked.shape[1] // PATCH, checked.shape[2] // PATCH)
         return self.decode(self.encode(checked), grid)
 
-    def teach(self, images: ArrayLike) -> Floats:
+    def encode_teacher(self, images: ArrayLike) -> Floats:
         """Tokens of the frozen DINOv3 teacher on the same images, as `encode` returns them.
 
         Raises:
@@ -152,7 +152,7 @@ class Autoencoder:
                 "(the official DINO-SAE file leaves it out); use weights trained from a converted "
                 "DINOv3"
             )
-        return self._map(_compiled_teach(self.modules), check_images(images))
+        return self._map(_compiled_encode_teacher(self.modules), check_images(images))
 
     def _map(self, function: Callable[..., jax.Array], array: Floats) -> Floats:
         one = functools.partial(function, self.variables)
@@ -286,8 +286,8 @@ def _compiled_encode(modules: autoencoder.AutoencoderModules) -> Callable[..., j
 
 
 @functools.lru_cache
-def _compiled_teach(modules: autoencoder.AutoencoderModules) -> Callable[..., jax.Array]:
-    return jax.jit(lambda variables, x: autoencoder.teach(modules, variables, x).tokens)
+def _compiled_encode_teacher(modules: autoencoder.AutoencoderModules) -> Callable[..., jax.Array]:
+    return jax.jit(lambda variables, x: autoencoder.encode_teacher(modules, variables, x).tokens)
 
 
 @functools.lru_cache

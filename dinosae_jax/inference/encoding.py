@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dinosae_jax.data.latents import latent_writer
@@ -48,7 +47,7 @@ def compiled_encode(modules: autoencoder_lib.AutoencoderModules) -> Callable[...
     """Jit of (variables, images uint8 [b,h,w,3]) -> tokens float32 [b,n,d]."""
 
     def encode(variables: autoencoder_lib.Variables, image: jax.Array) -> jax.Array:
-        pixels = image.astype(jnp.float32) / 255.0
+        pixels = autoencoder_lib.unit_interval(image)
         return autoencoder_lib.encode(modules, variables, pixels).tokens
 
     return jax.jit(encode)

@@ -18,8 +18,9 @@ import numpy as np
 
 from dinosae_jax import rules
 from dinosae_jax.eval import curves
-from dinosae_jax.jobs import ablation_flow, measure, train
+from dinosae_jax.jobs import ablation_flow, measure
 from dinosae_jax.runtime import console, files, stopping
+from dinosae_jax.train import stages
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -41,7 +42,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         for arm in config.order:
             for seed in config.seeds:
                 stage = arm_config(config, arm, seed)
-                train.run_stage(stage, folder / arm / f"seed{seed}", stop)
+                stages.run_stage(stage, folder / arm / f"seed{seed}", stop)
         if of_flows:
             ablation_flow.compare(config, folder, stop)
             return

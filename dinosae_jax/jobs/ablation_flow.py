@@ -25,9 +25,10 @@ from dinosae_jax.eval import curves, features, frechet, kernel_distance, picture
 from dinosae_jax.inference.autoencoder import Autoencoder, random_source
 from dinosae_jax.inference.batching import map_batches
 from dinosae_jax.inference.generator import Generator
-from dinosae_jax.jobs import measure, train
+from dinosae_jax.jobs import measure
 from dinosae_jax.models.autoencoder import ROLES
 from dinosae_jax.runtime import console, files, sharding, stopping
+from dinosae_jax.train import stages
 from dinosae_jax.weights import weight_source
 
 METRICS = ("frechet", "kernel")
@@ -60,7 +61,7 @@ def train_autoencoder(
         weight_source.export(source, start, ROLES)
     stage = config.autoencoder.copy_and_resolve_references()
     stage.name, stage.init_from = "autoencoder", str(start)
-    train.run_stage(stage, workdir, stop)
+    stages.run_stage(stage, workdir, stop)
     return str(workdir)
 
 

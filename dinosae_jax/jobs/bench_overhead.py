@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import ml_collections
 
 from dinosae_jax.data import loading
-from dinosae_jax.jobs import parts, train_autoencoder
 from dinosae_jax.runtime import precision, sharding, stopping
-from dinosae_jax.train import loop, state
+from dinosae_jax.train import autoencoder_task, loop, state
+from dinosae_jax.train.task import Run, Task
 from dinosae_jax.weights import checkpoint
 
 
@@ -42,19 +42,19 @@ def measure_overhead(config: ml_collections.ConfigDict, folder: pathlib.Path) ->
     mesh = sharding.make_mesh(stage.mesh.fsdp)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    prepared = train_autoencoder.prepare(stage, folder, mesh)
+    task = autoencoder_task.prepare(stage, folder, mesh)
     bare, looped = [], []
     with checkpoint.open_manager(folder, keep=1) as manager:
-        current = prepared.restore(manager)
-        batch = sharding.put_batch(next(prepared.batches(0)), mesh)
-        current = prepared.task.step(current, batch)
+        current = task.restore(manager)
+        batch = sharding.put_batch(next(task.batches(0)), mesh)
+        current = task.step(current, batch)
         for _ in range(config.repeats):
-            seconds, current = timed(_repeat, prepared.task.step, current, batch, config.steps)
+            seconds, current = timed(_repeat, task.step, current, batch, config.steps)
             bare.append(seconds / config.steps)
-            seconds, current = _loop(prepared, current, stage, config.steps, manager, folder, mesh)
+            seconds, current = _loop(task, current, stage, config.steps, manager, folder, mesh)
             looped.append(seconds)
-        current = prepared.task.step(current, batch)
-        save, _ = timed(_save, manager, current, prepared.record)
+        current = task.step(current, batch)
+        save, _ = timed(_save, manager, current, task.record)
     average = jax.jit(state.update_ema)
     decay = jnp.float32(0.99)
     average(current.ema, current.params, decay)
@@ -89,7 +89,7 @@ def _save(manager: Any, current: state.TrainState, record: dict[str, Any]) -> No
 
 
 def _loop(
-    prepared: parts.Prepared,
+    task: Task,
     current: state.TrainState,
     stage: ml_collections.ConfigDict,
     steps: int,
@@ -113,8 +113,11 @@ def _loop(
     plan = stage.copy_and_resolve_references()
     plan.steps = start + steps + 2
     plan.log_every, plan.eval.every = start + steps + 1, plan.steps + 1
-    task = prepared.task._replace(evaluate=lambda _: {})
-    batches = watched(prepared.batches(start))
-    stop = stopping.StopRequest()
-    current = loop.run(task, current, batches, plan, folder, manager, prepared.record, mesh, stop)
-    return (requests[-1] - requests[1]) / steps, current
+    watched_task = task._replace(
+        evaluate=lambda _: {},
+        restore=lambda _: current,
+        batches=lambda step: watched(task.batches(step)),
+    )
+    run = Run(plan, folder, mesh, manager, stopping.StopRequest())
+    after = loop.run(watched_task, run)
+    return (requests[-1] - requests[1]) / steps, after

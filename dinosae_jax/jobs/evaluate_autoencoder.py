@@ -181,11 +181,11 @@ def _compiled_reconstruct(
 
     @jax.jit
     def reconstruct(variables: Any, lpips: Any, image: jax.Array) -> dict[str, Any]:
-        pixels = image.astype(jnp.float32) / 255.0
+        pixels = autoencoder_lib.unit_interval(image)
         encoded = autoencoder_lib.encode(modules, variables, pixels)
         decoded = autoencoder_lib.decode(modules, variables, encoded.tokens, encoded.grid)
         made = image_quality.to_uint8(decoded, conversion)
-        rounded = made.astype(jnp.float32) / 255.0
+        rounded = autoencoder_lib.unit_interval(made)
         functions: dict[str, Callable[..., Any]] = {
             "psnr": image_quality.psnr,
             "ssim": image_quality.ssim,
@@ -246,7 +246,7 @@ def _compiled_midpoints(
     @jax.jit
     def midpoints(variables: Any, first: jax.Array, second: jax.Array) -> jax.Array:
         a, b = (
-            autoencoder_lib.encode(modules, variables, each.astype(jnp.float32) / 255.0)
+            autoencoder_lib.encode(modules, variables, autoencoder_lib.unit_interval(each))
             for each in (first, second)
         )
         way = sphere.geodesic(a.tokens, b.tokens, 0.5)

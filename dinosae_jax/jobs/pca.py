@@ -9,6 +9,7 @@ import numpy as np
 from dinosae_jax.data import images, png
 from dinosae_jax.eval import pca
 from dinosae_jax.jobs import measure
+from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.runtime import console
 
 
@@ -33,7 +34,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     side = config.data.image_size // 16
     teacher, student = (
         function(shown).reshape(len(shown), side, side, -1)
-        for function in (autoencoder.teach, autoencoder.encode)
+        for function in (autoencoder.encode_teacher, autoencoder.encode)
     )
     for note in autoencoder.notes:
         console.report(f"{config.name}: {note}")
@@ -51,7 +52,7 @@ def choose_images(config: ml_collections.ConfigDict) -> np.ndarray:
     crop = images.recipe_of(config.data)
     chosen = np.linspace(0, len(source) - 1, min(config.count, len(source))).round()
     squares = [crop.evaluate(source[int(index)]["image"]) for index in chosen]
-    return np.stack(squares).astype(np.float32) / 255.0
+    return autoencoder_lib.unit_interval(np.stack(squares))
 
 
 def mean_cosine(first: np.ndarray, second: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.runtime import console, precision, sharding
 
 NETWORKS: dict[str, Callable[..., autoencoder_lib.EncoderOutput]] = {
-    "teacher": autoencoder_lib.teach,
+    "teacher": autoencoder_lib.encode_teacher,
     "student": autoencoder_lib.encode,
 }
 
@@ -181,7 +181,7 @@ def _compiled_features(
 ) -> Callable[..., jax.Array]:
     @jax.jit
     def extract(variables: Any, image: jax.Array) -> jax.Array:
-        output = NETWORKS[name](modules, variables, image.astype(jnp.float32) / 255.0)
+        output = NETWORKS[name](modules, variables, autoencoder_lib.unit_interval(image))
         return probe.probe_features(output.cls, output.tokens)
 
     return extract

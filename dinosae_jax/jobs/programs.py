@@ -12,10 +12,9 @@ import ml_collections
 
 from dinosae_jax.flow import samplers
 from dinosae_jax.inference import sampling_program
-from dinosae_jax.jobs import train_autoencoder, train_flow
 from dinosae_jax.models import autoencoder, flops, registry
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import rfm_step, sae_step
+from dinosae_jax.train import autoencoder_step, autoencoder_task, flow_step, flow_task
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
@@ -68,7 +67,7 @@ class Sampler(NamedTuple):
 
 
 def _draw_autoencoder(stage: Any, config: ml_collections.ConfigDict, key: jax.Array) -> Variables:
-    return train_autoencoder._draw(stage, key, config.data.image_size)
+    return autoencoder_task.draw_variables(stage, key, config.data.image_size)
 
 
 def _draw_flow(stage: Any, config: ml_collections.ConfigDict, key: jax.Array) -> Variables:
@@ -78,13 +77,13 @@ def _draw_flow(stage: Any, config: ml_collections.ConfigDict, key: jax.Array) ->
 
 
 AUTOENCODER = Kind(
-    train_autoencoder.make_stage,
+    autoencoder_task.step_spec,
     _draw_autoencoder,
     ("stem", "decoder", "disc_heads"),
-    sae_step,
+    autoencoder_step,
     labels=False,
 )
-FLOW = Kind(train_flow.make_stage, _draw_flow, ("dit",), rfm_step, labels=True)
+FLOW = Kind(flow_task.step_spec, _draw_flow, ("dit",), flow_step, labels=True)
 
 
 def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Program:
@@ -133,7 +132,7 @@ def build_sampler(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
       mesh: of devices or of a topology's descriptions of them.
     """
     sharding.check_batch(config.batch_size, 1, mesh)
-    stage = train_flow.make_stage(config)
+    stage = flow_task.step_spec(config)
     networks = sampling_program.Networks(
         stage.modules, stage.dit, stage.path, stage.radius, stage.times.shift
     )
@@ -169,7 +168,7 @@ def build_sampler(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
 
 def sampler_flops(config: ml_collections.ConfigDict) -> int:
     """FLOPs of one image of a sampler: its network calls and the decoder."""
-    stage = train_flow.make_stage(config)
+    stage = flow_task.step_spec(config)
     calls = samplers.SAMPLERS[config.sampling.sampler].evaluations * config.sampling.steps
     calls *= 1 if config.sampling.guidance == 1.0 else 2
     side = stage.dit.input_size

@@ -26,6 +26,7 @@ from dinosae_jax.eval import image_quality, pictures
 from dinosae_jax.inference import autoencoder, batching
 from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.jobs import measure
+from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.models.lpips import LPIPS
 from dinosae_jax.runtime import console, files
 from dinosae_jax.weights import weight_source
@@ -184,7 +185,7 @@ def _measure(
     rows: dict[int, Row] = {}
     for size in sorted(survey.groups):
         for indices, originals in _load(records, survey.groups[size], config):
-            found = model.reconstruct(originals.astype(np.float32) / 255.0)
+            found = model.reconstruct(autoencoder_lib.unit_interval(originals))
             shown = np.asarray(image_quality.to_uint8(jnp.asarray(found), CONVERSION))
             pair = np.stack([shown, originals], axis=1)
             figures = batching.map_batches(figures_of, pair, config.batch_size, model.mesh)
@@ -220,7 +221,7 @@ def _compiled_figures(with_lpips: bool) -> Callable[..., dict[str, jax.Array]]:
     @jax.jit
     def figures(variables: Any, pair: jax.Array) -> dict[str, jax.Array]:
         """Figures [b] of pairs uint8 [b,2,h,w,3], reconstruction first."""
-        images = pair.astype(jnp.float32) / 255.0
+        images = autoencoder_lib.unit_interval(pair)
         shown, original = images[:, 0], images[:, 1]
         found = {
             "psnr": image_quality.psnr(shown, original, PSNR),

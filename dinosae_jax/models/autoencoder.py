@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype
 
 from dinosae_jax.models import registry
@@ -122,6 +123,11 @@ def init(modules: AutoencoderModules, key: Array, image_size: int) -> dict[str, 
     return {"stem": dict(stem), "vit": dict(vit), "decoder": dict(decoder)}
 
 
+def unit_interval(images: Any) -> Any:
+    """8-bit images [...] uint8, of numpy or jax, as float32 in [0,1]: what `encode` takes."""
+    return images.astype(np.float32) / np.float32(255.0)
+
+
 def normalise(images: Array) -> Array:
     """Remove ImageNet's mean and deviation: [b,h,w,3] in [0,1] -> the same shape, float32."""
     return (images.astype(jnp.float32) - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
@@ -148,7 +154,9 @@ def encode(modules: AutoencoderModules, variables: Variables, images: Array) -> 
     return _transform(modules, variables, patches)
 
 
-def teach(modules: AutoencoderModules, variables: Variables, images: Array) -> EncoderOutput:
+def encode_teacher(
+    modules: AutoencoderModules, variables: Variables, images: Array
+) -> EncoderOutput:
     """Tokens of the teacher: DINOv3's own patch convolution, then the same ViT.
 
     Args:

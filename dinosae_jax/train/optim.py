@@ -13,7 +13,7 @@ Tree = Any
 SCHEDULES = ("constant", "cosine", "linear")
 
 
-def numbers(optimizer: Mapping[str, Any], steps: int) -> dict[str, jax.Array]:
+def hyperparameters(optimizer: Mapping[str, Any], steps: int) -> dict[str, jax.Array]:
     """The optimizer's numbers as float32 scalars, an argument of the compiled step.
 
     Args:
@@ -21,11 +21,11 @@ def numbers(optimizer: Mapping[str, Any], steps: int) -> dict[str, jax.Array]:
       steps: length of the run, where a decay ends.
     """
     schedule = SCHEDULES.index(optimizer["schedule"])
-    values = {**optimizer, "steps": steps, "schedule": schedule}
-    return {name: jnp.float32(value) for name, value in values.items()}
+    hyperparams = {**optimizer, "steps": steps, "schedule": schedule}
+    return {name: jnp.float32(value) for name, value in hyperparams.items()}
 
 
-def learning_rate(step: jax.Array, values: Mapping[str, jax.Array]) -> jax.Array:
+def learning_rate(step: jax.Array, hyperparams: Mapping[str, jax.Array]) -> jax.Array:
     """Rate of the update made at `step` (0-based).
 
     Warm-up: base * (step + 1) / warmup_steps. Afterwards constant, or from `decay_start` (at
@@ -34,19 +34,23 @@ def learning_rate(step: jax.Array, values: Mapping[str, jax.Array]) -> jax.Array
 
     Args:
       step: int32 [].
-      values: from `numbers`.
+      hyperparams: from `hyperparameters`.
 
     Returns:
       float32 [].
     """
     position = step.astype(jnp.float32)
-    base, warmup = values["learning_rate"], values["warmup_steps"]
-    start = jnp.maximum(values["decay_start"], warmup)
-    progress = jnp.clip((position - start) / jnp.maximum(values["steps"] - start, 1.0), 0.0, 1.0)
-    final = values["final_learning_rate"]
+    base, warmup = hyperparams["learning_rate"], hyperparams["warmup_steps"]
+    start = jnp.maximum(hyperparams["decay_start"], warmup)
+    progress = jnp.clip(
+        (position - start) / jnp.maximum(hyperparams["steps"] - start, 1.0), 0.0, 1.0
+    )
+    final = hyperparams["final_learning_rate"]
     cosine = final + (base - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     linear = base + (final - base) * progress
-    rate = jnp.select([values["schedule"] == 0, values["schedule"] == 1], [base, cosine], linear)
+    rate = jnp.select(
+        [hyperparams["schedule"] == 0, hyperparams["schedule"] == 1], [base, cosine], linear
+    )
     ramp = base * (position + 1.0) / jnp.maximum(warmup, 1.0)
     return jnp.where(position < warmup, ramp, rate)
 
@@ -61,7 +65,7 @@ def update(
     opt: Tree,
     params: Tree,
     step: jax.Array,
-    values: Mapping[str, jax.Array],
+    hyperparams: Mapping[str, jax.Array],
     grad_norm: jax.Array,
 ) -> tuple[Tree, Tree]:
     """One AdamW update, clipped by the global norm where `clip_norm` is above 0.
@@ -71,19 +75,19 @@ def update(
       opt: from `init`.
       params: float32.
       step: int32 [], the 0-based step whose rate is used.
-      values: from `numbers`.
+      hyperparams: from `hyperparameters`.
       grad_norm: global norm of `grads`, which the caller logs.
 
     Returns:
       (new parameters, new optimizer state).
     """
-    clip = values["clip_norm"]
+    clip = hyperparams["clip_norm"]
     shrink = jnp.where((clip > 0) & (grad_norm > clip), clip / jnp.maximum(grad_norm, 1e-12), 1.0)
     grads = jax.tree.map(lambda g: g * shrink, grads)
     # optax's transformations are pure functions of their numbers, which may be traced.
-    adam = optax.scale_by_adam(b1=values["b1"], b2=values["b2"], eps=values["eps"])  # type: ignore[arg-type]
+    adam = optax.scale_by_adam(b1=hyperparams["b1"], b2=hyperparams["b2"], eps=hyperparams["eps"])  # type: ignore[arg-type]
     updates, opt = adam.update(grads, opt, params)
-    rate = learning_rate(step, values)
-    decay = values["weight_decay"]
+    rate = learning_rate(step, hyperparams)
+    decay = hyperparams["weight_decay"]
     params = jax.tree.map(lambda p, u: p - rate * (u + decay * p), params, updates)
     return params, opt

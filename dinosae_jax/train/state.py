@@ -112,7 +112,7 @@ def select(condition: jax.Array, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def advance(state: TrainState, updated: TrainState, finite: jax.Array) -> TrainState:
+def next_state(state: TrainState, updated: TrainState, finite: jax.Array) -> TrainState:
     """The state after a step: `updated` where everything was finite, else `state`, counted."""
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
     return select(finite, updated, state).replace(

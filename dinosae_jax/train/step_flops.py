@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from dinosae_jax.models import autoencoder, dino_v1, flops, registry
-from dinosae_jax.train import gan
+from dinosae_jax.train import discriminator_step
 
 
 def step_flops(config: ml_collections.ConfigDict) -> dict[str, int]:
@@ -81,7 +81,7 @@ def _adversarial(
     config: ml_collections.ConfigDict, modules: autoencoder.AutoencoderModules, side: int
 ) -> dict[str, int]:
     """Pull on the generator, adaptive weight, discriminator step."""
-    critics = gan.build(config.model.dino, jnp.float32)
+    critics = discriminator_step.build(config.model.dino, jnp.float32)
     grid = side // modules.vit.patch_size
     tokens = (dino_v1.IMAGE_SIDE // critics.trunk.patch_size) ** 2
     trunk, heads = flops.dino_flops(critics.trunk), flops.heads_flops(critics.heads, tokens)

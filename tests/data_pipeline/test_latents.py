@@ -8,7 +8,7 @@ import pytest
 
 from dinosae_jax.data import images
 from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
-from dinosae_jax.train import rfm_step
+from dinosae_jax.train import flow_step
 
 TOKENS, WIDTH, COUNT = 4, 32, 11
 CONFIG = {
@@ -69,10 +69,12 @@ def cache(tmp_path, stored):
 
 def restored(batch):
     """Tokens as the training step sees them."""
-    return np.asarray(rfm_step.encode(STAGE, {}, batch))
+    return np.asarray(flow_step.flow_data(STAGE, {}, batch))
 
 
-STAGE = rfm_step.Stage(None, None, "linear", 1.0, None, "", 1)  # a Euclidean path leaves them alone
+STAGE = flow_step.StepSpec(
+    None, None, "linear", 1.0, None, "", 1
+)  # a Euclidean path leaves them alone
 
 
 def take(count, source, config, **options):

@@ -68,13 +68,19 @@ def test_the_methods_are_the_functions_of_the_model(tiny, pictures):
     def directly(x):
         z = functions.encode(tiny.modules, variables, x).tokens
         images = functions.decode(tiny.modules, variables, z, (2, 3))
-        return z, jnp.clip(images, 0.0, 1.0), functions.teach(tiny.modules, variables, x).tokens
+        return (
+            z,
+            jnp.clip(images, 0.0, 1.0),
+            functions.encode_teacher(tiny.modules, variables, x).tokens,
+        )
 
     z, images = tiny.encode(pictures), tiny.reconstruct(pictures)
     assert z.shape == (5, 6, 32) and images.shape == pictures.shape
     assert z.dtype == images.dtype == np.float32
     # The same float32 arithmetic in batches of another size: sums are ordered differently.
-    for ours, theirs in zip((z, images, tiny.teach(pictures)), directly(pictures), strict=True):
+    for ours, theirs in zip(
+        (z, images, tiny.encode_teacher(pictures)), directly(pictures), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
     np.testing.assert_array_equal(tiny.decode(z, grid=(2, 3)), images)
     assert images.min() >= 0.0 and images.max() <= 1.0
@@ -131,9 +137,9 @@ def test_the_official_layout_loads_without_the_teacher(converted, one_device):
     images = np.linspace(0.0, 1.0, 32 * 48 * 3, dtype=np.float32).reshape(1, 32, 48, 3)
     z = official.encode(images)
     full = Autoencoder.load(converted / "full", pixel_range="unit", mesh=one_device)
-    assert full.convention.pixels == "unit" and full.teach(images).shape == z.shape
+    assert full.convention.pixels == "unit" and full.encode_teacher(images).shape == z.shape
     with pytest.raises(ValueError, match="DINOv3's own patch convolution"):
-        official.teach(images)
+        official.encode_teacher(images)
     # The range decides how the same output is read: where neither is clipped they are affine.
     std, mean = np.array(functions.IMAGENET_STD), np.array(functions.IMAGENET_MEAN)
     raw, shown = full.decode(z, (2, 3)), official.decode(z, (2, 3))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dinosae_jax.data import png
-from dinosae_jax.jobs import train
+from dinosae_jax.train import stages
 from tests import tiny_stage
 from tests.jobs.small_flow import small_flow
 
@@ -15,7 +15,7 @@ SIDE, EACH = 32, 7
 def flow_workdir(tmp_path_factory):
     """The workdir of a finished run; do not change it."""
     workdir = tmp_path_factory.mktemp("flow") / "run"
-    train.run_stage(small_flow(), workdir)
+    stages.run_stage(small_flow(), workdir)
     return workdir
 
 

@@ -10,8 +10,9 @@ from dinosae_jax import rules
 from dinosae_jax.data import images
 from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
 from dinosae_jax.inference.autoencoder import Autoencoder
-from dinosae_jax.jobs import encode, flow_figures, train, train_flow
+from dinosae_jax.jobs import encode
 from dinosae_jax.runtime import precision, sharding
+from dinosae_jax.train import flow_evaluation, flow_task, stages
 from tests import tiny_stage
 from tests.jobs.small_flow import small_flow
 
@@ -134,14 +135,14 @@ def test_two_processes_write_what_one_does(root, tmp_path, monkeypatch):
 
 
 def test_training_on_the_cache_agrees_with_encoding_on_the_fly(root, tmp_path):
-    train.run_stage(flow_of(root), tmp_path / "cached")
-    train.run_stage(flow_of(root, **{"data.latents": ""}), tmp_path / "encoded")
+    stages.run_stage(flow_of(root), tmp_path / "cached")
+    stages.run_stage(flow_of(root, **{"data.latents": ""}), tmp_path / "encoded")
     rows, others = metrics(tmp_path / "cached"), metrics(tmp_path / "encoded")
     assert len(rows) == len(others) >= 3
-    assert any(flow_figures.KID in row for row in rows)
+    assert any(flow_evaluation.KID in row for row in rows)
     for row, other in zip(rows, others, strict=True):
         for name in set(row) - {"train/radial", "eval/radial"}:
-            rel = 2e-2 if name == flow_figures.KID else 2e-3  # a difference of means
+            rel = 2e-2 if name == flow_evaluation.KID else 2e-3  # a difference of means
             assert row[name] == pytest.approx(other[name], rel=rel), name
     # The whole autoencoder lies beside the flow although only its decoder was used.
     frozen = {path.name.split("-")[0] for path in (tmp_path / "cached" / "frozen").iterdir()}
@@ -157,7 +158,7 @@ def test_a_run_on_the_cache_without_kid_keeps_no_encoder_on_its_devices(
         sharding, "replicate", lambda tree, mesh: placed.extend(tree) or replicate(tree, mesh)
     )
     config = precision.resolve_config(flow_of(root, **{"eval.samples": 0}))
-    prepared = train_flow.prepare(config, tmp_path, sharding.make_mesh())
+    prepared = flow_task.prepare(config, tmp_path, sharding.make_mesh())
     assert not {"stem", "vit"} & set(placed)
     assert set(prepared.record["frozen"]) == {"stem", "vit", "decoder"}
 
@@ -180,7 +181,7 @@ def test_a_run_on_the_cache_without_kid_keeps_no_encoder_on_its_devices(
 )
 def test_a_cache_that_does_not_fit_is_refused(root, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
-        train.run_stage(flow_of(root, **changes), tmp_path / "flow")
+        stages.run_stage(flow_of(root, **changes), tmp_path / "flow")
     assert "\n" not in str(error.value)
 
 
@@ -189,7 +190,7 @@ def test_a_missing_shard_is_refused(root, tmp_path):
     next((tmp_path / "cache" / "eval").glob("*.array_record")).unlink()
     config = flow_of(root, **{"data.latents": str(tmp_path / "cache")})
     with pytest.raises(ValueError, match="missing or has not"):
-        train.run_stage(config, tmp_path / "flow")
+        stages.run_stage(config, tmp_path / "flow")
 
 
 def test_a_signal_keeps_finished_shards(root, tmp_path, monkeypatch):

@@ -18,8 +18,9 @@ from dinosae_jax import rules
 from dinosae_jax.data import adm_npz, images
 from dinosae_jax.eval import features, frechet, image_quality
 from dinosae_jax.inference.autoencoder import Autoencoder, random_source
-from dinosae_jax.jobs import evaluate, measure, train_flow
+from dinosae_jax.jobs import evaluate, measure
 from dinosae_jax.runtime import precision, sharding
+from dinosae_jax.train import flow_task
 from dinosae_jax.weights import checkpoint
 from tests import tiny_stage
 
@@ -270,7 +271,7 @@ def write_flow(folder):
     wanted = precision.resolve_config(wanted)
     workdir = folder / "flow"
     workdir.mkdir()
-    prepared = train_flow.prepare(wanted, workdir, sharding.make_mesh())
+    prepared = flow_task.prepare(wanted, workdir, sharding.make_mesh())
     with checkpoint.open_manager(workdir, keep=1) as manager:
         checkpoint.save(manager, prepared.restore(manager), prepared.record)
         checkpoint.wait(manager)

@@ -16,7 +16,7 @@ from configs import quickstart, sae_stage1, sae_stage4
 from dinosae_jax import main
 from dinosae_jax.jobs import train
 from dinosae_jax.runtime import stopping
-from dinosae_jax.train import loop
+from dinosae_jax.train import loop, stages
 from dinosae_jax.weights import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -145,17 +145,17 @@ def test_another_config_is_refused(make, tmp_path):
 def test_a_folder_of_something_else_is_refused(tmp_path, file, is_chain, what):
     (tmp_path / file).write_text("{}")
     with pytest.raises(ValueError, match=f"holds {what} .*; use another"):
-        train.check_kind(tmp_path, is_chain)
+        stages.check_kind(tmp_path, is_chain)
     (tmp_path / file).unlink()
     (tmp_path / ("chain.json" if is_chain else "config.json")).write_text("{}")
-    train.check_kind(tmp_path, is_chain)
+    stages.check_kind(tmp_path, is_chain)
 
 
 def test_a_finished_run_without_checkpoints_is_still_that_run(make, tmp_path):
-    train.claim(tmp_path, make())
-    (tmp_path / train.DONE).write_text('{"step": 6}')
+    stages.claim(tmp_path, make())
+    (tmp_path / stages.DONE).write_text('{"step": 6}')
     with pytest.raises(ValueError, match="holds a different run"):
-        train.claim(tmp_path, make(losses__l1=2.0))
+        stages.claim(tmp_path, make(losses__l1=2.0))
 
 
 def test_a_chain_names_the_stage_of_a_mistake_and_can_be_moved(make, tmp_path, monkeypatch):
@@ -164,13 +164,13 @@ def test_a_chain_names_the_stage_of_a_mistake_and_can_be_moved(make, tmp_path, m
     seen = []
 
     def run_stage(stage, workdir, stop, init_from):
-        train.claim(workdir, stage)
+        stages.claim(workdir, stage)
         seen.append(init_from)
 
     monkeypatch.setattr(train, "run_stage", run_stage)
     for name in config.chain:
         (tmp_path / "here" / name).mkdir(parents=True)
-        (tmp_path / "here" / name / train.DONE).write_text('{"step": 4}')
+        (tmp_path / "here" / name / stages.DONE).write_text('{"step": 4}')
     train.run(config, str(tmp_path / "here"))
     assert seen == [None, *(tmp_path / "here" / name for name in config.chain[:-1])]
     (tmp_path / "here").rename(tmp_path / "there")

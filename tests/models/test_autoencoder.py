@@ -59,7 +59,7 @@ def test_there_and_back_for_images_that_are_not_square():
     @jax.jit
     def run(x):
         student = ae.encode(modules, variables, x)
-        teacher = ae.teach(modules, variables, x)
+        teacher = ae.encode_teacher(modules, variables, x)
         grids.extend([student.grid, teacher.grid])
         return student, teacher, ae.decode(modules, variables, student.tokens, student.grid)
 
@@ -96,7 +96,9 @@ def test_patch_stem_with_the_teachers_weights_is_the_teacher():
     modules = ae.build(CONFIG | {"stem": {"kind": "patch", "embed_dim": 16}})
     vit = modules_and_variables()[1]["vit"]
     variables = {"vit": vit, "stem": {"params": vit["params"]["patch_embed"]}}
-    run = jax.jit(lambda x: (ae.encode(modules, variables, x), ae.teach(modules, variables, x)))
+    run = jax.jit(
+        lambda x: (ae.encode(modules, variables, x), ae.encode_teacher(modules, variables, x))
+    )
     student, teacher = run(images())
     np.testing.assert_array_equal(student.tokens, teacher.tokens)
 

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import rfm_ddt, rfm_dit
-from dinosae_jax.jobs import collectives, train_flow
+from dinosae_jax.jobs import collectives
 from dinosae_jax.models import registry
 from dinosae_jax.runtime import fsdp, jit, sharding
-from dinosae_jax.train import rfm_step
+from dinosae_jax.train import flow_step, flow_task
 
 CLEAN = {"all-gather", "all-reduce", "reduce-scatter"}
 
@@ -40,7 +40,7 @@ def test_the_rule(shape, stacked, ways, axis):
 def test_no_large_leaf_of_the_full_networks_is_copied(flow, ways):
     config = flow.get_config()
     config.dtype = "float32"
-    stage = train_flow.make_stage(config)
+    stage = flow_task.step_spec(config)
     draw = functools.partial(registry.init_dit, stage.dit)
     shapes = jax.eval_shape(draw, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -71,7 +71,7 @@ def test_a_split_step_is_the_whole_step(flow, monkeypatch):
     sizes = {"hidden_size": 64, "depth": 2, "num_heads": 2}
     config.model.dit.update({k: (v, v) if two else v for k, v in sizes.items()})
     config.model.dit.remat = "dots"
-    stage = train_flow.make_stage(config)
+    stage = flow_task.step_spec(config)
     drawn = jax.device_get(
         jit.jit_once(functools.partial(registry.init_dit, stage.dit))(jax.random.PRNGKey(0))
     )
@@ -83,11 +83,11 @@ def test_a_split_step_is_the_whole_step(flow, monkeypatch):
     after = {}
     for ways in (1, 4):
         mesh = sharding.make_mesh(ways, jax.devices()[:8])
-        create = functools.partial(rfm_step.create_state, stage, seed=0)
+        create = functools.partial(flow_step.create_state, stage, seed=0)
         places = sharding.shardings(jax.eval_shape(create, {"dit": drawn}), mesh)
         state = jit.jit_once(create, out_shardings=places)({"dit": drawn})
-        arguments = (state, {}, sharding.put_batch(batch, mesh), rfm_step.numbers(config))
-        compiled = rfm_step.compile_step(stage, mesh).lower(*arguments).compile()
+        arguments = (state, {}, sharding.put_batch(batch, mesh), flow_step.hyperparameters(config))
+        compiled = flow_step.compile_step(stage, mesh).lower(*arguments).compile()
         kinds = set(collectives.census(compiled.as_text()))
         # XLA:CPU makes no reduce-scatter: it sums and slices.
         assert kinds <= CLEAN and ("all-gather" in kinds) == (ways > 1), kinds

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from configs import sae_stage1
-from dinosae_jax.jobs import train_autoencoder
 from dinosae_jax.runtime import precision
-from dinosae_jax.train import sae_step
+from dinosae_jax.train import autoencoder_step, autoencoder_task
 from tests import tiny_stage
 
 TINIEST = {
@@ -39,18 +38,18 @@ def make_run():
 
     @functools.cache
     def variables_of(stage, size):
-        draw = functools.partial(train_autoencoder._draw, stage, image_size=size)
+        draw = functools.partial(autoencoder_task.draw_variables, stage, image_size=size)
         return jax.device_get(jax.jit(draw)(jax.random.PRNGKey(0)))
 
     def make(config, seed=0):
-        stage = train_autoencoder.make_stage(config)
+        stage = autoencoder_task.step_spec(config)
         variables = variables_of(stage, config.data.image_size)
         trained = (*stage.trainable, "disc_heads")
         frozen = {role: tree for role, tree in variables.items() if role not in trained}
-        state = sae_step.create_state(stage, variables, seed=0)
+        state = autoencoder_step.create_state(stage, variables, seed=0)
         side = config.data.image_size
         images = np.random.default_rng(seed).integers(0, 256, (config.batch_size, side, side, 3))
         batch = {"image": images.astype(np.uint8)}
-        return stage, state, frozen, sae_step.numbers(config), batch
+        return stage, state, frozen, autoencoder_step.hyperparameters(config), batch
 
     return make

@@ -14,7 +14,7 @@ from dinosae_jax.train import state as state_lib
 def make(steps=100, **changes):
     optimizer = config_lib.optimizer_defaults()
     optimizer.update(changes)
-    return optim.numbers(optimizer, steps)
+    return optim.hyperparameters(optimizer, steps)
 
 
 def rates(values, count):

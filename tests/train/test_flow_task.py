@@ -11,9 +11,8 @@ from configs import hae_dit, rfm_ddt, rfm_dit
 from dinosae_jax import rules
 from dinosae_jax.data import loading
 from dinosae_jax.flow import matching, samplers, schedule
-from dinosae_jax.jobs import parts, train, train_flow
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import optim
+from dinosae_jax.train import flow_task, optim, stages, task
 from dinosae_jax.weights import checkpoint, weight_source
 from tests.jobs.small_flow import small_flow
 
@@ -45,9 +44,9 @@ def test_workdir_of_a_finished_run(flow_workdir):
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(flow_workdir, tmp_path):
-    train.run_stage(small_flow(**{"steps": 1, "checkpoint.every": 1}), tmp_path)
+    stages.run_stage(small_flow(**{"steps": 1, "checkpoint.every": 1}), tmp_path)
     (tmp_path / "DONE").unlink()
-    train.run_stage(small_flow(**{"checkpoint.every": 1}), tmp_path)
+    stages.run_stage(small_flow(**{"checkpoint.every": 1}), tmp_path)
     ours, theirs = (
         checkpoint.load_fields(folder / "checkpoints" / "2", ("params", "ema", "opt"))[0]
         for folder in (tmp_path, flow_workdir)
@@ -63,29 +62,25 @@ def test_another_autoencoder_or_decode_radius_is_refused(flow_workdir):
         "frozen": {"stem": ["a", "1"], "decoder": ["b", "2"]},
         "convention": source.convention,
     }
-    parts.check_frozen(record, record)
-    train_flow.check_convention(record, record)
+    task.check_frozen(record, record)
+    flow_task.check_convention(record, record)
     with pytest.raises(ValueError, match=r"trained around another decoder"):
-        parts.check_frozen(record, {**record, "frozen": {"decoder": ["c", "3"]}})
+        task.check_frozen(record, {**record, "frozen": {"decoder": ["c", "3"]}})
     other = {**record, "convention": {**source.convention, "decode_radius": 9.0}}
     with pytest.raises(ValueError, match="decode_radius 9"):
-        train_flow.check_convention(record, other)
+        flow_task.check_convention(record, other)
 
 
 def test_a_flow_without_an_autoencoder_is_refused():
     config = small_flow(random_frozen_ok=("vit",))
     with pytest.raises(ValueError, match=r"frozen stem needs weights.*init_from"):
-        train_flow.initial_variables(
-            config, train_flow.make_stage(precision.resolve_config(config))
-        )
+        flow_task.initial_variables(config, flow_task.step_spec(precision.resolve_config(config)))
 
 
 def test_an_autoencoder_of_another_radius_is_refused(flow_workdir):
     config = small_flow(**{"init_from": str(flow_workdir), "flow.radius": 7.0})
     with pytest.raises(ValueError, match=r"radius 7\.0 != 8\.0"):
-        train_flow.initial_variables(
-            config, train_flow.make_stage(precision.resolve_config(config))
-        )
+        flow_task.initial_variables(config, flow_task.step_spec(precision.resolve_config(config)))
 
 
 def test_another_number_of_classes_is_refused():
@@ -93,7 +88,7 @@ def test_another_number_of_classes_is_refused():
         num_classes = 3
 
     with pytest.raises(ValueError, match=r"--config\.model\.dit\.num_classes=3"):
-        train_flow.check_classes(small_flow(), Source())
+        flow_task.check_classes(small_flow(), Source())
 
 
 @pytest.mark.parametrize("module", [rfm_dit, rfm_ddt, hae_dit])
@@ -101,7 +96,7 @@ def test_another_number_of_classes_is_refused():
 def test_configs_are_valid(module, argument):
     config = module.get_config(argument)
     rules.validate(config)
-    stage = train_flow.make_stage(precision.resolve_config(config))
+    stage = flow_task.step_spec(precision.resolve_config(config))
     assert stage.times.shift == (6.0 if argument == "tiny" else 8.0)
     assert stage.radius == pytest.approx(8.0 if argument == "tiny" else 32.0)
 
@@ -112,7 +107,7 @@ def test_the_recipe_of_rae(module):
     config = module.get_config("rae")
     rules.validate(config)
     assert (config.ema, config.optimizer.clip_norm) == (0.9995, 1.0)
-    numbers = optim.numbers(config.optimizer, config.steps)
+    numbers = optim.hyperparameters(config.optimizer, config.steps)
     rates = [optim.learning_rate(np.int32(1251 * epoch), numbers) for epoch in (0, 40, 80, 800)]
     np.testing.assert_allclose(rates, [2e-4, 2e-4, 1.905e-4, 2e-5], rtol=2e-4)
 
@@ -160,7 +155,7 @@ def test_rules_between_fields(field, value, message):
 
 def test_batches_hold_images_and_labels():
     config = small_flow()
-    source = train_flow.images.open_source(config.data, "train")
+    source = flow_task.images.open_source(config.data, "train")
     mesh = sharding.make_mesh()
     batch = next(loading.training_batches(source, config, mesh, ("image", "label"), 8))
     assert {name: value.shape for name, value in batch.items()} == {

@@ -8,7 +8,8 @@ numbers as one that was not.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,21 +18,26 @@ import ml_collections
 import numpy as np
 from numpy.typing import NDArray
 
-from dinosae_jax.data import loading
-from dinosae_jax.eval import features, image_quality, kernel_distance
+from dinosae_jax.data import loading, png
+from dinosae_jax.eval import features, image_quality, kernel_distance, pictures
+from dinosae_jax.flow import matching
 from dinosae_jax.inference.generator import Generator
 from dinosae_jax.runtime import sharding
-from dinosae_jax.train import rfm_step
+from dinosae_jax.train import (
+    flow_step,
+)
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
+LOSSES = ("rfm", "tangential", "radial")
+SHOWN_CLASSES, SHOWN_EACH = 10, 4
 KID = "eval/kid_encoder"  # in the encoder's features, comparable with itself alone
 
 
 def held_out_losses(
     config: ml_collections.ConfigDict,
-    stage: rfm_step.Stage,
-    frozen: rfm_step.Variables,
+    spec: flow_step.StepSpec,
+    frozen: flow_step.Variables,
     source: loading.Source,
     mesh: jax.sharding.Mesh,
     state: state_lib.TrainState,
@@ -39,8 +45,8 @@ def held_out_losses(
     """Mean losses of the moving averages over the evaluation images, on fixed noise and times."""
     weight = jnp.float32(config.flow.radial_weight)
     key = jax.random.PRNGKey(config.seed)
-    losses = _compiled_losses(stage)
-    sums = dict.fromkeys(rfm_step.LOSSES, 0.0)
+    losses = _compiled_losses(spec)
+    sums = dict.fromkeys(LOSSES, 0.0)
     count = start = 0
     for batch in loading.evaluation_batches(source, config, mesh):
         placed = sharding.put_batch(batch, mesh)
@@ -61,8 +67,8 @@ class SampleDistance:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        stage: rfm_step.Stage,
-        frozen: rfm_step.Variables,
+        spec: flow_step.StepSpec,
+        frozen: flow_step.Variables,
         source: loading.Source,
         mesh: jax.sharding.Mesh,
     ):
@@ -70,14 +76,14 @@ class SampleDistance:
 
         Args:
           config: eval, data and seed.
-          stage: of the flow.
+          spec: static.
           frozen: roles stem and vit at least, on the devices.
           source: of the training images.
           mesh: the devices.
         """
-        self.config, self.stage, self.source, self.mesh = config, stage, source, mesh
+        self.config, self.spec, self.source, self.mesh = config, spec, source, mesh
         self.size = sharding.device_multiple(config.eval.batch_size, mesh)
-        self.network = features.encoder(stage.modules, frozen, "", mesh)
+        self.network = features.encoder(spec.modules, frozen, "", mesh)
 
     @functools.cached_property
     def reference(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
@@ -118,7 +124,7 @@ class SampleDistance:
     def _of_training(self, batch: Tree) -> NDArray[np.float32]:
         if "image" in batch:
             return self._features(batch["image"])
-        return sharding.gather(jnp.mean(rfm_step.tokens_of(self.stage, {}, batch), axis=1))
+        return sharding.gather(jnp.mean(flow_step.tokens_of(self.spec, {}, batch), axis=1))
 
     def _features(self, pixels: jax.Array) -> NDArray[np.float32]:
         tap = features.ENCODER_TAP
@@ -126,11 +132,64 @@ class SampleDistance:
 
 
 @functools.lru_cache
-def _compiled_losses(stage: rfm_step.Stage) -> Callable[..., Tree]:
+def _compiled_losses(spec: flow_step.StepSpec) -> Callable[..., Tree]:
     @jax.jit
     def losses(ema: Tree, frozen: Tree, batch: Tree, start: int, key: Any, weight: Any) -> Tree:
         variables = {**frozen, "dit": {"params": ema["dit"]}}
         index = start + jnp.arange(batch["label"].shape[0])
-        return rfm_step.example_losses(stage, variables, batch, index, key, weight)
+        return example_losses(spec, variables, batch, index, key, weight)
 
     return losses
+
+
+def write_samples(generator: Generator, seed: int, batch_size: int, path: pathlib.Path) -> None:
+    """A class grid: up to `SHOWN_CLASSES` classes, `SHOWN_EACH` samples of each."""
+    count = min(generator.num_classes, SHOWN_CLASSES)
+    classes = np.linspace(0, generator.num_classes - 1, count).round().astype(np.int32)
+    labels = np.repeat(classes, SHOWN_EACH)
+    images = generator.sample(labels, key=jax.random.PRNGKey(seed), batch_size=batch_size)
+    if jax.process_index() == 0:
+        rows = images.reshape(count, SHOWN_EACH, *images.shape[1:])
+        names = [generator.label_names[label] for label in classes]
+        png.write_png(path, pictures.class_grid(rows, names))
+
+
+def example_losses(
+    spec: flow_step.StepSpec,
+    variables: flow_step.Variables,
+    batch: Mapping[str, jax.Array],
+    index: jax.Array,
+    key: jax.Array,
+    radial_weight: jax.Array,
+) -> dict[str, jax.Array]:
+    """The loss of each example with its label, on noise and times that `key` fixes.
+
+    Args:
+      spec: static.
+      variables: roles stem, vit and dit.
+      batch: as of `train_step`.
+      index: int32 [b], places in the evaluation set.
+      key: the same for every evaluation.
+      radial_weight: as in training.
+
+    Returns:
+      `LOSSES`, each float32 [b].
+    """
+    path = matching.make_path(spec.path, spec.radius)
+    data = flow_step.flow_data(spec, variables, batch)
+    draws = flow_step.draw(spec, key, index, batch["label"], data.shape[1:], jnp.float32(0.0))
+    moved = path.interpolate(data, draws.noise, draws.time)
+    prediction = spec.dit.apply(variables["dit"], moved, draws.time, draws.label)
+
+    def one(x0: jax.Array, x1: jax.Array, t: jax.Array, predicted: jax.Array) -> Any:
+        return matching.loss(
+            lambda *_: predicted[None],
+            path,
+            x0[None],
+            x1[None],
+            t[None],
+            radial_weight=radial_weight,  # type: ignore[arg-type]
+            jacobi=spec.jacobi or None,
+        )
+
+    return jax.vmap(one)(data, draws.noise, draws.time, prediction)

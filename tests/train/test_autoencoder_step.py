@@ -9,7 +9,7 @@ import pytest
 
 from dinosae_jax.losses import adversarial
 from dinosae_jax.runtime import sharding
-from dinosae_jax.train import gan, sae_step
+from dinosae_jax.train import autoencoder_step, discriminator_step
 from dinosae_jax.train import state as state_lib
 
 GAN = {"losses__gan": 0.5, "optimizer__learning_rate": 5e-4}  # the rate of stages 2-4, tiny
@@ -19,7 +19,7 @@ STAGES = {"1": {}, "2": GAN, "3": {**DECODER_ONLY, **GAN}, "4": {**NOISY, **GAN}
 
 
 def step_of(stage):
-    return jax.jit(functools.partial(sae_step.train_step, stage))
+    return jax.jit(functools.partial(autoencoder_step.train_step, stage))
 
 
 def leaves_equal(a, b):
@@ -57,7 +57,7 @@ def test_exactly_the_stages_roles_change(after_one, name):
 def test_the_alignment_reaches_the_stem_through_the_frozen_vit(make_config, make_run):
     def gradients(**changes):
         stage, state, frozen, values, batch = make_run(make_config(**changes))
-        one = functools.partial(sae_step.gradients, stage, state, frozen, values)
+        one = functools.partial(autoencoder_step.gradients, stage, state, frozen, values)
         return jax.jit(one)(batch["image"], jnp.arange(8)).params
 
     with_cosine, without = gradients(losses__cosine=0.5), gradients(losses__cosine=0.0)
@@ -81,16 +81,16 @@ def test_gradients_are_those_of_the_plain_loss(make_config, make_run):
     image = batch["image"].astype(np.float32) / 255.0
 
     def loss(params):
-        variables = {**frozen, **sae_step.merge(params, state.extra)}
+        variables = {**frozen, **autoencoder_step.merge(params, state.extra)}
         code = autoencoder.encode(stage.modules, variables, image)
-        teacher = autoencoder.teach(stage.modules, variables, image)
+        teacher = autoencoder.encode_teacher(stage.modules, variables, image)
         picture = autoencoder.decode(stage.modules, variables, code.tokens, code.grid)
         return reconstruction.l1(picture, image) + 0.5 * alignment.cosine(
             code.tokens, teacher.tokens
         )
 
     expected = jax.jit(jax.grad(loss))(state.params)
-    one = functools.partial(sae_step.gradients, stage, state, frozen, values)
+    one = functools.partial(autoencoder_step.gradients, stage, state, frozen, values)
     found = jax.jit(one)(batch["image"], jnp.arange(8)).params
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), found, expected
@@ -178,7 +178,7 @@ def test_one_and_eight_devices_agree(make_config, make_run, no_rounding, name):
     for devices in (1, 8):
         mesh = sharding.make_mesh(1, jax.devices()[:devices])
         place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
-        step = sae_step.compile_step.__wrapped__(stage, mesh)  # not the cache: see quantise
+        step = autoencoder_step.compile_step.__wrapped__(stage, mesh)  # not the cache: see quantise
         current, fixed = place(jax.tree.map(np.asarray, (state, frozen)))
         on_devices = sharding.put_batch(batch, mesh)
         for _ in range(3):
@@ -186,7 +186,7 @@ def test_one_and_eight_devices_agree(make_config, make_run, no_rounding, name):
         curves.append({n: float(m.compute()) for n, m in current.metrics.items()})
     for metric, value in curves[0].items():
         # AdamW's first steps are as long for a gradient near 0 as for any other.
-        rel, scale = (2e-5, 1e-6) if metric in gan.METRICS else (1e-5, 1e-7)
+        rel, scale = (2e-5, 1e-6) if metric in discriminator_step.METRICS else (1e-5, 1e-7)
         assert curves[1][metric] == pytest.approx(value, rel=rel, abs=scale), metric
 
 
@@ -196,7 +196,7 @@ def test_latent_noise_is_per_image_and_ramps(make_config, make_run):
     noise = {"tau": jnp.float32(0.8), "tau_end": jnp.float32(1.2), "ramp_steps": jnp.float32(10)}
 
     def draw(step, index):
-        return sae_step.add_latent_noise(
+        return autoencoder_step.add_latent_noise(
             tokens[: len(index)], state.replace(step=jnp.int32(step)), noise, jnp.array(index)
         )
 
@@ -210,10 +210,10 @@ def test_latent_noise_is_per_image_and_ramps(make_config, make_run):
     assert ratio > 0.0
     assert not np.array_equal(late, later)
     flat = {**noise, "ramp_steps": jnp.float32(0)}
-    constant = sae_step.add_latent_noise(
+    constant = autoencoder_step.add_latent_noise(
         tokens, state.replace(step=jnp.int32(5)), flat, jnp.arange(6)
     )
-    ramped = sae_step.add_latent_noise(
+    ramped = autoencoder_step.add_latent_noise(
         tokens, state.replace(step=jnp.int32(5)), noise, jnp.arange(6)
     )
     np.testing.assert_allclose(ramped, constant * (1.0 / 0.8), rtol=1e-5)
@@ -226,7 +226,7 @@ def test_the_state_is_donated_and_nothing_recompiles(make_config, make_run, name
     place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
     state, frozen = place(jax.tree.map(np.asarray, (state, frozen)))
     on_devices = sharding.put_batch(batch, mesh)
-    step = sae_step.compile_step(stage, mesh)
+    step = autoencoder_step.compile_step(stage, mesh)
     memory = step.lower(state, frozen, on_devices, values).compile().memory_analysis()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes == size

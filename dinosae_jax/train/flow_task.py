@@ -11,40 +11,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from orbax.checkpoint import CheckpointManager
 
-from dinosae_jax.data import images, loading, png
+from dinosae_jax.data import images, loading
 from dinosae_jax.data.latents import latent_reader
-from dinosae_jax.eval import pictures
 from dinosae_jax.flow import schedule
 from dinosae_jax.inference.generator import Generator, flow_record
-from dinosae_jax.jobs import flow_figures, parts
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder, registry
-from dinosae_jax.runtime import console, files, precision, sharding
-from dinosae_jax.train import loop, rfm_step, step_flops
+from dinosae_jax.runtime import console, precision, sharding
+from dinosae_jax.train import (
+    flow_evaluation,
+    flow_step,
+    latent_norms,
+    preparation,
+    step_flops,
+)
 from dinosae_jax.train import state as state_lib
+from dinosae_jax.train.task import Task
 from dinosae_jax.weights import role_files
 
 Tree = Any
-MEASURED_IMAGES = 10_000
-SHOWN_CLASSES, SHOWN_EACH = 10, 4
-NORMS_FILE = "latents.json"
 
 
-def make_stage(config: ml_collections.ConfigDict) -> rfm_step.Stage:
+def step_spec(config: ml_collections.ConfigDict) -> flow_step.StepSpec:
     """The static part of a flow's training."""
     dtype = jnp.dtype(config.dtype)
     convention = LatentConvention.of(config)
     times = config.flow.time.to_dict()
     times["shift"] = schedule.default_shift(times["shift"], convention.tokens, convention.width)
-    return rfm_step.Stage(
+    return flow_step.StepSpec(
         modules=autoencoder.build(config.model.to_dict(), dtype),
         dit=registry.build("dit", config.model.dit.to_dict(), dtype=dtype),
         path=config.flow.path,
         radius=convention.radius,
-        times=rfm_step.Times(**times),
+        times=flow_step.Times(**times),
         jacobi=config.flow.jacobi,
         accumulation=config.accumulation,
     )
@@ -52,24 +53,24 @@ def make_stage(config: ml_collections.ConfigDict) -> rfm_step.Stage:
 
 def prepare(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
-) -> parts.Prepared:
+) -> Task:
     """Opens images or cached latents, finds the autoencoder and its token norms, builds the task.
 
     Raises:
       ValueError: for unreadable data, another number of classes, missing weights, or weights,
         conventions or a latent cache that do not fit.
     """
-    train_source, eval_source = (open_source(config, split) for split in ("train", "eval"))
+    train_source, eval_source = (open_flow_data(config, split) for split in ("train", "eval"))
     check_classes(config, train_source)
-    stage = make_stage(config)
-    variables, notes = initial_variables(config, stage)
+    spec = step_spec(config)
+    variables, notes = initial_variables(config, spec)
     check_encoder((train_source, eval_source), variables)
-    frozen_files = parts.store(workdir, variables, ("dit",))
+    frozen_files = preparation.store_frozen(workdir, variables, ("dit",))
     # Latents of a cache need no encoder on the devices, but for the KID of samples.
     needed = ("stem", "vit") if config.eval.samples or not config.data.latents else ()
     frozen = {role: variables[role] for role in needed}
     frozen = sharding.replicate(precision.frozen(frozen, config.dtype), mesh)
-    norms = token_norms(config, stage, frozen, train_source, workdir, mesh)
+    norms = latent_norms.token_norms(config, spec, frozen, train_source, workdir, mesh)
     console.report(
         f"{config.name}: tokens have norm {norms['mean']:.4g} (deviation {norms['deviation']:.2g})"
     )
@@ -85,13 +86,13 @@ def prepare(
     }
 
     def restore(manager: CheckpointManager) -> state_lib.TrainState:
-        create = functools.partial(rfm_step.create_state, stage, seed=config.seed)
+        create = functools.partial(flow_step.create_state, spec, seed=config.seed)
         trained = {"dit": variables["dit"]}
-        state, saved = parts.restore(manager, create, trained, mesh)
+        state, saved = preparation.restore_or_create(manager, create, trained, mesh)
         if saved:
             console.report(f"{config.name}: goes on from step {int(state.step)}")
-            parts.check_data(saved, record, config)
-            parts.check_frozen(saved, record)
+            preparation.check_data(saved, record, config)
+            preparation.check_frozen(saved, record)
             check_convention(saved, record)
         return state
 
@@ -108,20 +109,14 @@ def prepare(
 
     distance = None
     if config.eval.samples:
-        distance = flow_figures.SampleDistance(config, stage, frozen, train_source, mesh)
+        distance = flow_evaluation.SampleDistance(config, spec, frozen, train_source, mesh)
 
     def evaluate(state: state_lib.TrainState) -> dict[str, float]:
-        found = flow_figures.held_out_losses(config, stage, frozen, eval_source, mesh, state)
+        found = flow_evaluation.held_out_losses(config, spec, frozen, eval_source, mesh, state)
         return found | (distance(generator_of(state)) if distance else {})
 
-    values = rfm_step.numbers(config)
-    compiled = rfm_step.compile_step(stage, mesh)
-    task = loop.Task(
-        step=lambda state, batch: compiled(state, frozen, batch, values),
-        evaluate=evaluate,
-        metric_names=rfm_step.METRICS,
-        flops_per_image=step_flops.train_flops(config),
-    )
+    hyperparams = flow_step.hyperparameters(config)
+    compiled = flow_step.compile_step(spec, mesh)
     batches = functools.partial(
         loading.training_batches,
         train_source,
@@ -133,24 +128,35 @@ def prepare(
 
     def finish(state: state_lib.TrainState) -> None:
         generator = generator_of(state)
-        write_samples(generator, config.seed, config.eval.batch_size, workdir / "samples.png")
+        flow_evaluation.write_samples(
+            generator, config.seed, config.eval.batch_size, workdir / "samples.png"
+        )
 
-    return parts.Prepared(task, record, batches, restore, finish)
+    return Task(
+        step=lambda state, batch: compiled(state, frozen, batch, hyperparams),
+        evaluate=evaluate,
+        batches=batches,
+        restore=restore,
+        finish=finish,
+        record=record,
+        metric_names=flow_step.METRICS,
+        flops_per_image=step_flops.train_flops(config),
+    )
 
 
 def initial_variables(
-    config: ml_collections.ConfigDict, stage: rfm_step.Stage
-) -> tuple[parts.Variables, list[str]]:
+    config: ml_collections.ConfigDict, spec: flow_step.StepSpec
+) -> tuple[preparation.Variables, list[str]]:
     """Roles stem, vit, decoder and dit at step 0, and the notes that go with the weights."""
 
-    def draw(key: jax.Array) -> parts.Variables:
-        variables = autoencoder.init(stage.modules, key, config.data.image_size)
-        return {**variables, "dit": registry.init_dit(stage.dit, jax.random.fold_in(key, 3))}
+    def draw(key: jax.Array) -> preparation.Variables:
+        variables = autoencoder.init(spec.modules, key, config.data.image_size)
+        return {**variables, "dit": registry.init_dit(spec.dit, jax.random.fold_in(key, 3))}
 
-    return parts.find_variables(config, draw, ("dit",), LatentConvention.of(config))
+    return preparation.find_variables(config, draw, ("dit",), LatentConvention.of(config))
 
 
-def open_source(config: ml_collections.ConfigDict, split: str) -> loading.Source:
+def open_flow_data(config: ml_collections.ConfigDict, split: str) -> loading.Source:
     """The images of a split, or their latents where `data.latents` names a cache of them.
 
     Raises:
@@ -171,7 +177,7 @@ def open_source(config: ml_collections.ConfigDict, split: str) -> loading.Source
     return source
 
 
-def check_encoder(sources: Sequence[loading.Source], variables: parts.Variables) -> None:
+def check_encoder(sources: Sequence[loading.Source], variables: preparation.Variables) -> None:
     """Raises ValueError where a latent cache was made by other weights than stem and vit here."""
     caches = [source for source in sources if isinstance(source, latent_reader.LatentSource)]
     if not caches:
@@ -201,58 +207,3 @@ def check_convention(saved: dict[str, Any], record: dict[str, Any]) -> None:
     """Raises ValueError where a checkpoint was trained under another latent convention."""
     ours, theirs = (LatentConvention.from_dict(x["convention"]) for x in (record, saved))
     ours.check_equal(theirs, here="this config", there="checkpoint")
-
-
-def token_norms(
-    config: ml_collections.ConfigDict,
-    stage: rfm_step.Stage,
-    frozen: rfm_step.Variables,
-    source: loading.Source,
-    workdir: pathlib.Path,
-    mesh: jax.sharding.Mesh,
-) -> dict[str, float]:
-    """Mean and standard deviation of the norms of the latent tokens, measured once per workdir.
-
-    Training crops of up to `MEASURED_IMAGES` images in the order of training; small sets are seen
-    about once. A latent cache knows those of all its tokens.
-
-    Returns:
-      mean, deviation, and images or tokens; what was measured stands in `workdir/latents.json`.
-    """
-    path = workdir / NORMS_FILE
-    if isinstance(source, latent_reader.LatentSource):
-        return source.manifest["norms"]
-    if path.exists():
-        return json.loads(path.read_text())
-
-    @jax.jit
-    def moments(frozen: Tree, image: jax.Array) -> jax.Array:
-        scaled = image.astype(jnp.float32) / 255.0
-        norms = jnp.linalg.norm(autoencoder.encode(stage.modules, frozen, scaled).tokens, axis=-1)
-        return jnp.stack([jnp.mean(norms, axis=-1), jnp.mean(norms**2, axis=-1)], axis=-1)
-
-    size = sharding.device_multiple(config.eval.batch_size, mesh)
-    count = -(-min(MEASURED_IMAGES, len(source)) // size)
-    batches = loading.training_batches(source, config, mesh, ("image",), size)
-    found = [
-        sharding.gather(moments(frozen, sharding.put_batch(batch, mesh)["image"]))
-        for batch, _ in zip(batches, range(count), strict=False)
-    ]
-    mean, square = np.concatenate(found).astype(np.float64).mean(axis=0)
-    deviation = float(np.sqrt(max(square - mean**2, 0.0)))
-    norms = {"mean": float(mean), "deviation": deviation, "images": count * size}
-    if jax.process_index() == 0:
-        files.write_json(path, norms)
-    return norms
-
-
-def write_samples(generator: Generator, seed: int, batch_size: int, path: pathlib.Path) -> None:
-    """A class grid: up to `SHOWN_CLASSES` classes, `SHOWN_EACH` samples of each."""
-    count = min(generator.num_classes, SHOWN_CLASSES)
-    classes = np.linspace(0, generator.num_classes - 1, count).round().astype(np.int32)
-    labels = np.repeat(classes, SHOWN_EACH)
-    images = generator.sample(labels, key=jax.random.PRNGKey(seed), batch_size=batch_size)
-    if jax.process_index() == 0:
-        rows = images.reshape(count, SHOWN_EACH, *images.shape[1:])
-        names = [generator.label_names[label] for label in classes]
-        png.write_png(path, pictures.class_grid(rows, names))

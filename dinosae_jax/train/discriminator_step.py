@@ -16,20 +16,22 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from dinosae_jax.losses import adversarial, augment
-from dinosae_jax.models import autoencoder, dino_v1, discriminator
+from dinosae_jax.models import autoencoder, registry
+from dinosae_jax.models.dino_v1 import DinoV1
+from dinosae_jax.models.discriminator import DiscriminatorHeads
 
 Tree = Any
 METRICS = ("gan", "gan_weight", "d_loss", "d_real", "d_fake")
 
 
-class Critics(NamedTuple):
+class Discriminator(NamedTuple):
     """The discriminator's modules: a frozen trunk and the trained heads."""
 
-    trunk: dino_v1.DinoV1
-    heads: discriminator.DiscriminatorHeads
+    trunk: DinoV1
+    heads: DiscriminatorHeads
 
 
-class GeneratorPull(NamedTuple):
+class GeneratorGradient(NamedTuple):
     """loss: -mean(logits). cotangent: its gradient. weight: adaptive, of these images."""
 
     loss: jax.Array
@@ -45,62 +47,59 @@ class DiscriminatorGradients(NamedTuple):
     scalars: dict[str, jax.Array]
 
 
-def build(dino: Mapping[str, Any], dtype: Any) -> Critics:
+def build(dino: Mapping[str, Any], dtype: Any) -> Discriminator:
     """The discriminator on a DINO v1 trunk with these keyword arguments."""
-    arguments = {**dino, "key_depths": tuple(dino["key_depths"])}
-    trunk = dino_v1.DinoV1(**arguments, dtype=dtype)
-    heads = discriminator.DiscriminatorHeads(
-        num_heads=1 + len(trunk.key_depths), channels=trunk.embed_dim
-    )
-    return Critics(trunk, heads)
+    trunk = registry.build("dino", dino, dtype=dtype)
+    heads = DiscriminatorHeads(num_heads=1 + len(trunk.key_depths), channels=trunk.embed_dim)
+    return Discriminator(trunk, heads)
 
 
-def init(critics: Critics, key: jax.Array) -> dict[str, dict[str, Tree]]:
+def init(discriminator: Discriminator, key: jax.Array) -> dict[str, dict[str, Tree]]:
     """Variables of the roles dino and disc_heads; the heads' spectral norms are converged."""
     trunk_key, heads_key = jax.random.split(key)
     images = jnp.zeros((1, 224, 224, 3))
-    activations, trunk = critics.trunk.init_with_output(trunk_key, images)
-    heads = critics.heads.init(heads_key, activations, train=False)
+    activations, trunk = discriminator.trunk.init_with_output(trunk_key, images)
+    heads = discriminator.heads.init(heads_key, activations, train=False)
     return {"dino": dict(trunk), "disc_heads": dict(heads)}
 
 
-def pull_generator(
-    critics: Critics,
+def generator_loss_and_grad(
+    discriminator: Discriminator,
     variables: Mapping[str, Any],
     head: Callable[[jax.Array, jax.Array], jax.Array],
     kernel: jax.Array,
     features: jax.Array,
-    picture: jax.Array,
+    reconstruction: jax.Array,
     reconstruction_cotangent: jax.Array,
     uniforms: jax.Array,
-) -> GeneratorPull:
-    """The generator's adversarial pull on the reconstruction, and its adaptive weight.
+) -> GeneratorGradient:
+    """The generator's adversarial loss, its gradient on the reconstruction, and its adaptive weight.
 
     Args:
-      critics: static.
+      discriminator: static.
       variables: roles dino and disc_heads.
       head: (last kernel, features) -> reconstruction.
       kernel: of the decoder's last convolution.
       features: its input.
-      picture: reconstruction, [b, h, w, 3] about [0, 1].
-      reconstruction_cotangent: gradient of the weighted pixel losses, like `picture`.
+      reconstruction: [b, h, w, 3] about [0, 1].
+      reconstruction_cotangent: gradient of the weighted pixel losses, like `reconstruction`.
       uniforms: [7, b] draws of the augmentation.
     """
 
     def loss_of(image: jax.Array) -> jax.Array:
-        activations = _activations(critics, variables, image, uniforms)
-        logits = critics.heads.apply(variables["disc_heads"], activations, train=False)
+        activations = _activations(discriminator, variables, image, uniforms)
+        logits = discriminator.heads.apply(variables["disc_heads"], activations, train=False)
         return adversarial.generator_loss(logits)  # type: ignore[arg-type]
 
-    loss, cotangent = jax.value_and_grad(loss_of)(picture)
+    loss, cotangent = jax.value_and_grad(loss_of)(reconstruction)
     weight = adversarial.last_layer_adaptive_weight(
         head, kernel, features, reconstruction_cotangent, cotangent
     )
-    return GeneratorPull(loss, cotangent, weight)
+    return GeneratorGradient(loss, cotangent, weight)
 
 
 def discriminator_gradients(
-    critics: Critics,
+    discriminator: Discriminator,
     variables: Mapping[str, Any],
     real: jax.Array,
     fake: jax.Array,
@@ -109,21 +108,23 @@ def discriminator_gradients(
     """Hinge loss of the discriminator and its gradients with respect to the heads.
 
     Args:
-      critics: static.
+      discriminator: static.
       variables: roles dino and disc_heads.
       real: [b, h, w, 3] in [0, 1].
       fake: noise-free reconstructions; clipped and rounded to 8 bits here.
       uniforms: draws of the augmentation for reals and for fakes, [7, b] each.
     """
-    fake_activations = _activations(critics, variables, adversarial.quantise(fake), uniforms[1])
-    real_activations = _activations(critics, variables, real, uniforms[0])
+    fake_activations = _activations(
+        discriminator, variables, adversarial.quantise(fake), uniforms[1]
+    )
+    real_activations = _activations(discriminator, variables, real, uniforms[0])
     fixed = jax.lax.stop_gradient((fake_activations, real_activations))
 
     def loss_of(params: Tree) -> tuple[jax.Array, tuple[Tree, jax.Array, jax.Array]]:
         spectral = variables["disc_heads"]["spectral"]
         logits = []
         for activations in fixed:
-            out, updates = critics.heads.apply(
+            out, updates = discriminator.heads.apply(
                 {"params": params, "spectral": spectral},
                 activations,
                 train=True,
@@ -141,7 +142,7 @@ def discriminator_gradients(
     return DiscriminatorGradients(grads, spectral, scalars)
 
 
-def uniforms_of(key: jax.Array, constant: int, index: jax.Array) -> jax.Array:
+def augment_draws(key: jax.Array, constant: int, index: jax.Array) -> jax.Array:
     """Draws [7, b] of one use of the augmentation, by the images' places in the global batch."""
     return augment.augmentation_uniforms(jax.random.fold_in(key, constant), index)
 
@@ -151,7 +152,7 @@ def last_kernel(modules: autoencoder.AutoencoderModules, decoder: Mapping[str, A
     return traverse_util.flatten_dict(decoder["params"])[modules.decoder.last_kernel_path]
 
 
-def head_of(
+def decoder_head_fn(
     modules: autoencoder.AutoencoderModules, variables: Mapping[str, Any]
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """(last kernel, features) -> reconstruction, with everything else of the decoder fixed."""
@@ -166,7 +167,10 @@ def head_of(
 
 
 def _activations(
-    critics: Critics, variables: Mapping[str, Any], images: jax.Array, uniforms: jax.Array
+    discriminator: Discriminator,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+    uniforms: jax.Array,
 ) -> list[jax.Array]:
     augmented = augment.diff_augment(2.0 * images - 1.0, uniforms)
-    return critics.trunk.apply(variables["dino"], augmented)  # type: ignore[return-value]
+    return discriminator.trunk.apply(variables["dino"], augmented)  # type: ignore[return-value]

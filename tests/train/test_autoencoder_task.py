@@ -7,8 +7,8 @@ import pytest
 
 from configs import sae_stage4
 from dinosae_jax.eval import robustness
-from dinosae_jax.jobs import train_autoencoder
 from dinosae_jax.runtime import precision, sharding
+from dinosae_jax.train import autoencoder_task
 from dinosae_jax.weights import checkpoint, weight_source
 from tests import tiny_stage
 from tests.weights_conversion import layouts
@@ -43,13 +43,13 @@ def test_a_stage_continues_official_weights(data_dir, tmp_path):
         )
     config.data.source, config.init_from = f"folder:{tmp_path / 'data'}", str(source)
     mesh = sharding.make_mesh()
-    prepared = train_autoencoder.prepare(precision.resolve_config(config), tmp_path, mesh)
+    prepared = autoencoder_task.prepare(precision.resolve_config(config), tmp_path, mesh)
     with jax.set_mesh(mesh), checkpoint.open_manager(tmp_path, keep=1) as manager:
         figures = prepared.task.evaluate(prepared.restore(manager))
     assert list(figures) == ["eval/psnr", "eval/l1"]
     config.trainable, config.losses.cosine, config.latent_noise.tau = ("stem", "decoder"), 0.5, 0.0
     with pytest.raises(ValueError, match="alignment needs the teacher"):
-        train_autoencoder.prepare(precision.resolve_config(config), tmp_path, mesh)
+        autoencoder_task.prepare(precision.resolve_config(config), tmp_path, mesh)
     config.model.decoder.act = "relu"
     with pytest.raises(ValueError, match=r"another architecture: model.decoder.act: 'relu' here"):
-        train_autoencoder.prepare(precision.resolve_config(config), tmp_path, mesh)
+        autoencoder_task.prepare(precision.resolve_config(config), tmp_path, mesh)

@@ -9,10 +9,9 @@ import pytest
 
 from configs import rfm_ddt, rfm_dit
 from dinosae_jax.flow import matching
-from dinosae_jax.jobs import train_flow
 from dinosae_jax.models import autoencoder, registry
 from dinosae_jax.runtime import jit, sharding
-from dinosae_jax.train import rfm_step
+from dinosae_jax.train import flow_evaluation, flow_step, flow_task
 
 BATCH = 16
 
@@ -44,10 +43,10 @@ def batch_of(seed=0):
 def run(config, batches, devices=1):
     """The states' metrics after each batch, and the last state."""
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    stage = train_flow.make_stage(config)
-    step = rfm_step.compile_step(stage, mesh)
-    values = rfm_step.numbers(config)
-    create = functools.partial(rfm_step.create_state, stage, seed=0)
+    stage = flow_task.step_spec(config)
+    step = flow_step.compile_step(stage, mesh)
+    values = flow_step.hyperparameters(config)
+    create = functools.partial(flow_step.create_state, stage, seed=0)
     place = {"out_shardings": sharding.replicated(mesh)}
     state = jit.jit_once(create, **place)({"dit": initial(stage)})
     history = []
@@ -106,11 +105,11 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 def test_images_and_their_latents_are_one_path():
     config = small_config()
-    stage = train_flow.make_stage(config)
+    stage = flow_task.step_spec(config)
     init = functools.partial(autoencoder.init, stage.modules, image_size=64)
     frozen = jit.jit_once(init)(jax.random.PRNGKey(1))
     image = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    encode = jit.jit_once(functools.partial(rfm_step.encode, stage))
+    encode = jit.jit_once(functools.partial(flow_step.flow_data, stage))
     points = encode(frozen, {"image": image})
     np.testing.assert_allclose(np.linalg.norm(points, axis=-1), 8.0, rtol=1e-5)
     # Placed again as latents of any norm, they are the same points.
@@ -118,10 +117,10 @@ def test_images_and_their_latents_are_one_path():
 
 
 def test_draws_follow_the_place_in_the_global_batch():
-    stage = train_flow.make_stage(small_config())
+    stage = flow_task.step_spec(small_config())
     key, labels = jax.random.PRNGKey(3), jnp.arange(8) % 10
-    whole = rfm_step.draw(stage, key, jnp.arange(8), labels, (16, 64), jnp.float32(0.5))
-    part = rfm_step.draw(stage, key, jnp.arange(5, 8), labels[5:], (16, 64), jnp.float32(0.5))
+    whole = flow_step.draw(stage, key, jnp.arange(8), labels, (16, 64), jnp.float32(0.5))
+    part = flow_step.draw(stage, key, jnp.arange(5, 8), labels[5:], (16, 64), jnp.float32(0.5))
     # The random bits are the same; norms are summed in an order that depends on the shape.
     for ours, theirs in zip(part, whole, strict=True):
         np.testing.assert_allclose(ours, theirs[5:], rtol=1e-6)
@@ -131,17 +130,17 @@ def test_draws_follow_the_place_in_the_global_batch():
 
 
 def test_example_losses_average_to_the_training_loss():
-    stage = train_flow.make_stage(small_config())
+    stage = flow_task.step_spec(small_config())
     rng = np.random.default_rng(2)
     # The zero-initialised output layer would hide the network.
     variables = jax.tree.map(
         lambda x: x + 0.02 * rng.normal(size=x.shape).astype(np.float32), initial(stage)
     )
     batch, key, index = batch_of(), jax.random.PRNGKey(4), jnp.arange(BATCH)
-    each = jax.jit(functools.partial(rfm_step.example_losses, stage))(
+    each = jax.jit(functools.partial(flow_evaluation.example_losses, stage))(
         {"dit": variables}, batch, index, key, jnp.float32(0.1)
     )
-    draws = rfm_step.draw(stage, key, index, batch["label"], (16, 64), jnp.float32(0.0))
+    draws = flow_step.draw(stage, key, index, batch["label"], (16, 64), jnp.float32(0.0))
     path = matching.make_path(stage.path, stage.radius)
     whole = matching.loss(
         lambda x, t: stage.dit.apply(variables, x, t, draws.label),
@@ -152,17 +151,17 @@ def test_example_losses_average_to_the_training_loss():
         radial_weight=0.1,
     )
     assert float(whole["radial"]) > 0
-    for name in rfm_step.LOSSES:
+    for name in flow_evaluation.LOSSES:
         assert float(np.mean(each[name])) == pytest.approx(float(whole[name]), rel=1e-5)
 
 
 def test_position_table_and_frequencies_stay_and_have_no_optimizer_state():
     _, state = run(small_config(**{"optimizer.weight_decay": 0.1}), [batch_of(), batch_of(1)])
-    start = initial(train_flow.make_stage(small_config()))["params"]
-    _, bases = rfm_step.split_bases(start)
+    start = initial(flow_task.step_spec(small_config()))["params"]
+    _, bases = flow_step.split_bases(start)
     assert set(bases) == {"pos_embed", "t_embedder"}
     for tree in (state.params["dit"], state.ema["dit"]):
-        assert jax.tree.all(jax.tree.map(np.array_equal, rfm_step.split_bases(tree)[1], bases))
+        assert jax.tree.all(jax.tree.map(np.array_equal, flow_step.split_bases(tree)[1], bases))
     assert "pos_embed" not in state.opt["dit"].mu
     assert not np.array_equal(
         state.params["dit"]["x_embedder"]["proj"]["kernel"], start["x_embedder"]["proj"]["kernel"]
@@ -173,5 +172,5 @@ def test_position_table_and_frequencies_stay_and_have_no_optimizer_state():
 def test_trainable_parameters_of_the_published_sizes(module, trainable):
     network = registry.build("dit", module.get_config().model.dit.to_dict())
     shapes = jax.eval_shape(functools.partial(registry.init_dit, network), jax.random.PRNGKey(0))
-    trained, _ = rfm_step.split_bases(shapes["params"])
+    trained, _ = flow_step.split_bases(shapes["params"])
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == trainable

@@ -10,13 +10,15 @@ import pytest
 from dinosae_jax.losses import adversarial
 from dinosae_jax.models.dino_v1 import DinoV1
 from dinosae_jax.models.discriminator import DiscriminatorHeads
-from dinosae_jax.train import gan, sae_step
+from dinosae_jax.train import autoencoder_step, discriminator_step
 from dinosae_jax.train import state as state_lib
 from tests.models.metrics_weights import flax_variables, group, relative_error, stack_blocks
 from tests.models.test_dino_v1 import TINY
 
 TOLERANCE = 2e-5  # the reference sheet's for logits in float32
-CRITICS = gan.Critics(DinoV1(**TINY), DiscriminatorHeads(num_heads=4, channels=32))
+CRITICS = discriminator_step.Discriminator(
+    DinoV1(**TINY), DiscriminatorHeads(num_heads=4, channels=32)
+)
 PLAIN = jnp.full((7, 2), 0.5)  # draws with which the augmentation does nothing
 
 
@@ -38,7 +40,7 @@ def images(recording):
 
 
 def discriminate(variables, images, draws=(PLAIN, PLAIN)):
-    step = jax.jit(functools.partial(gan.discriminator_gradients, CRITICS))
+    step = jax.jit(functools.partial(discriminator_step.discriminator_gradients, CRITICS))
     return step(variables, images["real"], images["fake"], draws)
 
 
@@ -75,7 +77,11 @@ def test_the_generators_pull_is_the_recorded_one(recording, variables, images):
     """The weight is a ratio of norms of the last kernel's gradients, here of features * kernel."""
     kernel, features = jnp.float32(0.5), 2.0 * images["fake"]
     reconstruction_pull = jnp.full_like(features, 1e-3)
-    pull = jax.jit(functools.partial(gan.pull_generator, CRITICS, head=lambda k, f: f * k))
+    pull = jax.jit(
+        functools.partial(
+            discriminator_step.generator_loss_and_grad, CRITICS, head=lambda k, f: f * k
+        )
+    )
     found = pull(
         variables,
         kernel=kernel,
@@ -93,16 +99,16 @@ def test_the_generators_pull_is_the_recorded_one(recording, variables, images):
 
 def test_every_use_of_the_augmentation_has_its_own_draws(make_config, make_run, monkeypatch):
     used = []
-    real = gan.uniforms_of
+    real = discriminator_step.augment_draws
 
     def remember(key, constant, index):
         used.append(constant)
         return real(key, constant, index)
 
-    monkeypatch.setattr(gan, "uniforms_of", remember)
+    monkeypatch.setattr(discriminator_step, "uniforms_of", remember)
     stage, state, frozen, values, batch = make_run(make_config(losses__gan=0.5))
     jax.eval_shape(
-        functools.partial(sae_step.gradients, stage, state, frozen, values),
+        functools.partial(autoencoder_step.gradients, stage, state, frozen, values),
         batch["image"],
         jnp.arange(8),
     )
@@ -124,7 +130,7 @@ def test_the_discriminator_sees_no_latent_noise(make_config, make_run):
         latent_noise__tau=0.8,
     )
     stage, state, frozen, values, batch = make_run(config)
-    step = jax.jit(functools.partial(sae_step.gradients, stage))
+    step = jax.jit(functools.partial(autoencoder_step.gradients, stage))
 
     def scalars(tau):
         noise = {**values["latent_noise"], "tau": jnp.float32(tau)}

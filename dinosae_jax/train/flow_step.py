@@ -26,7 +26,6 @@ from dinosae_jax.train import state as state_lib
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
-LOSSES = ("rfm", "tangential", "radial")
 METRICS = ("loss", "tangential", "radial", "grad_norm", "learning_rate")
 
 
@@ -40,7 +39,7 @@ class Times(NamedTuple):
     max_time: float
 
 
-class Stage(NamedTuple):
+class StepSpec(NamedTuple):
     """What is static; hashable, the key of the compiled step.
 
     Attributes:
@@ -70,7 +69,7 @@ class Draws(NamedTuple):
     label: jax.Array
 
 
-def numbers(config: Any) -> dict[str, Any]:
+def hyperparameters(config: Any) -> dict[str, Any]:
     """The numbers of a stage, an argument of the compiled step.
 
     Args:
@@ -79,7 +78,7 @@ def numbers(config: Any) -> dict[str, Any]:
     return {
         "label_dropout": jnp.float32(config.model.dit.class_dropout_prob),
         "radial_weight": jnp.float32(config.flow.radial_weight),
-        "optimizer": optim.numbers(config.optimizer, config.steps),
+        "optimizer": optim.hyperparameters(config.optimizer, config.steps),
         "ema": jnp.float32(config.ema),
     }
 
@@ -103,11 +102,11 @@ def join_bases(trained: Tree, bases: Tree) -> Tree:
     return traverse_util.unflatten_dict(flat)
 
 
-def create_state(stage: Stage, variables: Variables, seed: int) -> state_lib.TrainState:
+def create_state(spec: StepSpec, variables: Variables, seed: int) -> state_lib.TrainState:
     """The state at step 0.
 
     Args:
-      stage: the stage.
+      spec: static.
       variables: role 'dit'.
       seed: of the run's key.
     """
@@ -117,54 +116,54 @@ def create_state(stage: Stage, variables: Variables, seed: int) -> state_lib.Tra
 
 
 @functools.lru_cache
-def compile_step(stage: Stage, mesh: jax.sharding.Mesh) -> Callable[..., state_lib.TrainState]:
+def compile_step(spec: StepSpec, mesh: jax.sharding.Mesh) -> Callable[..., state_lib.TrainState]:
     """Jit of `train_step`; the state is donated and keeps its shardings."""
 
     def step(
-        state: state_lib.TrainState, frozen: Variables, batch: Tree, values: Tree
+        state: state_lib.TrainState, frozen: Variables, batch: Tree, hyperparams: Tree
     ) -> state_lib.TrainState:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            new = train_step(stage, state, frozen, batch, values)
+            new = train_step(spec, state, frozen, batch, hyperparams)
         return jax.lax.with_sharding_constraint(new, sharding.shardings(state, mesh))
 
     return jax.jit(step, donate_argnums=0)
 
 
 def train_step(
-    stage: Stage,
+    spec: StepSpec,
     state: state_lib.TrainState,
     frozen: Variables,
     batch: Mapping[str, jax.Array],
-    values: Mapping[str, Any],
+    hyperparams: Mapping[str, Any],
 ) -> state_lib.TrainState:
     """One update of the diffusion transformer; a step that is not finite changes nothing of it.
 
     Args:
-      stage: static.
+      spec: static.
       state: current.
       frozen: variables of stem and vit; not read where the batch holds latents.
       batch: 'label' int32 [b], and 'image' uint8 [b, h, w, 3], or 'latent' [b, n, d], or
         'direction' int8 [b, n, d] with 'norm' float16 [b, n].
-      values: from `numbers`.
+      hyperparams: from `hyperparameters`.
 
     Returns:
       The next state; `step` and the count of skipped steps advance in any case.
     """
     index = fsdp.shard_by_example(jnp.arange(batch["label"].shape[0]))
-    one = functools.partial(gradients, stage, state, frozen, values)
-    grads, scalars = accumulate.mean_over_micro_batches(one, (batch, index), stage.accumulation)
+    one = functools.partial(gradients, spec, state, frozen, hyperparams)
+    grads, scalars = accumulate.mean_over_micro_batches(one, (batch, index), spec.accumulation)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(scalars["loss"])
 
     trained, bases = split_bases(state.params["dit"])
     trained, opt = optim.update(
-        grads, state.opt["dit"], trained, state.step, values["optimizer"], norm
+        grads, state.opt["dit"], trained, state.step, hyperparams["optimizer"], norm
     )
     ema, _ = split_bases(state.ema["dit"])
-    ema = state_lib.update_ema(ema, trained, values["ema"])
+    ema = state_lib.update_ema(ema, trained, hyperparams["ema"])
     scalars |= {
         "grad_norm": norm,
-        "learning_rate": optim.learning_rate(state.step, values["optimizer"]),
+        "learning_rate": optim.learning_rate(state.step, hyperparams["optimizer"]),
     }
     updated = state.replace(  # type: ignore[attr-defined]
         params={"dit": join_bases(trained, bases)},
@@ -172,42 +171,42 @@ def train_step(
         ema={"dit": join_bases(ema, bases)},
         metrics=state_lib.add_metrics(state.metrics, scalars),
     )
-    return state_lib.advance(state, updated, finite)
+    return state_lib.next_state(state, updated, finite)
 
 
 def gradients(
-    stage: Stage,
+    spec: StepSpec,
     state: state_lib.TrainState,
     frozen: Variables,
-    values: Mapping[str, Any],
+    hyperparams: Mapping[str, Any],
     batch: Mapping[str, jax.Array],
     index: jax.Array,
 ) -> tuple[Tree, dict[str, jax.Array]]:
     """Gradients of the trained leaves and the scalars of one micro-batch, both means.
 
     Args:
-      stage: static.
+      spec: static.
       state: current.
       frozen: variables of stem and vit.
-      values: from `numbers`.
+      hyperparams: from `hyperparameters`.
       batch: as of `train_step`.
       index: int32 [b], places in the global batch, which the random draws follow.
     """
     key = jax.random.fold_in(state.key, state.step)
-    data = encode(stage, frozen, batch)
-    draws = draw(stage, key, index, batch["label"], data.shape[1:], values["label_dropout"])
+    data = flow_data(spec, frozen, batch)
+    draws = draw(spec, key, index, batch["label"], data.shape[1:], hyperparams["label_dropout"])
     trained, bases = split_bases(state.params["dit"])
 
     def objective(leaves: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
         variables = {"params": fsdp.gather_unstacked(join_bases(leaves, bases))}
         terms = matching.loss(
-            lambda x, t: stage.dit.apply(variables, x, t, draws.label),
-            matching.make_path(stage.path, stage.radius),
+            lambda x, t: spec.dit.apply(variables, x, t, draws.label),
+            matching.make_path(spec.path, spec.radius),
             data,
             draws.noise,
             draws.time,
-            radial_weight=values["radial_weight"],
-            jacobi=stage.jacobi or None,
+            radial_weight=hyperparams["radial_weight"],
+            jacobi=spec.jacobi or None,
         )
         return terms["rfm"], terms
 
@@ -216,13 +215,13 @@ def gradients(
     return grads, scalars
 
 
-def encode(stage: Stage, frozen: Variables, batch: Mapping[str, jax.Array]) -> jax.Array:
+def flow_data(spec: StepSpec, frozen: Variables, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The data x0 of a batch, in the space of the path: float32 [b, n, d]."""
-    tokens = tokens_of(stage, frozen, batch)
-    return matching.make_path(stage.path, stage.radius).place(tokens)
+    tokens = tokens_of(spec, frozen, batch)
+    return matching.make_path(spec.path, spec.radius).place(tokens)
 
 
-def tokens_of(stage: Stage, frozen: Variables, batch: Mapping[str, jax.Array]) -> jax.Array:
+def tokens_of(spec: StepSpec, frozen: Variables, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The latents z of a batch of images or of a cache: float32 [b, n, d]."""
     if "latent" in batch:
         return batch["latent"].astype(jnp.float32)
@@ -230,12 +229,12 @@ def tokens_of(stage: Stage, frozen: Variables, batch: Mapping[str, jax.Array]) -
         rounded = batch["direction"].astype(jnp.float32)
         length = jnp.maximum(jnp.linalg.norm(rounded, axis=-1), 1.0)
         return rounded * (batch["norm"].astype(jnp.float32) / length)[..., None]
-    image = batch["image"].astype(jnp.float32) / 255.0
-    return autoencoder.encode(stage.modules, frozen, image).tokens
+    image = autoencoder.unit_interval(batch["image"])
+    return autoencoder.encode(spec.modules, frozen, image).tokens
 
 
 def draw(
-    stage: Stage,
+    spec: StepSpec,
     key: jax.Array,
     index: jax.Array,
     labels: jax.Array,
@@ -245,7 +244,7 @@ def draw(
     """Noise, time and label of each example, from its own key.
 
     Args:
-      stage: static.
+      spec: static.
       key: of the step.
       index: int32 [b], places in the global batch.
       labels: int32 [b].
@@ -257,51 +256,8 @@ def draw(
         return matching.example_keys(jax.random.fold_in(key, constant), index)
 
     n, d = shape
-    noise = matching.make_path(stage.path, stage.radius).prior(
-        keys(state_lib.KEY_FLOW_NOISE), (n, d)
-    )
-    time = schedule.draw_times(keys(state_lib.KEY_FLOW_TIME), **stage.times._asdict())
+    noise = matching.make_path(spec.path, spec.radius).prior(keys(state_lib.KEY_FLOW_NOISE), (n, d))
+    time = schedule.draw_times(keys(state_lib.KEY_FLOW_TIME), **spec.times._asdict())
     uniforms = jax.vmap(jax.random.uniform)(keys(state_lib.KEY_LABEL_DROP))
-    null = stage.dit.num_classes
+    null = spec.dit.num_classes
     return Draws(noise, time, dit.drop_labels(labels, uniforms, dropout, null))  # type: ignore[arg-type]
-
-
-def example_losses(
-    stage: Stage,
-    variables: Variables,
-    batch: Mapping[str, jax.Array],
-    index: jax.Array,
-    key: jax.Array,
-    radial_weight: jax.Array,
-) -> dict[str, jax.Array]:
-    """The loss of each example with its label, on noise and times that `key` fixes.
-
-    Args:
-      stage: static.
-      variables: roles stem, vit and dit.
-      batch: as of `train_step`.
-      index: int32 [b], places in the evaluation set.
-      key: the same for every evaluation.
-      radial_weight: as in training.
-
-    Returns:
-      `LOSSES`, each float32 [b].
-    """
-    path = matching.make_path(stage.path, stage.radius)
-    data = encode(stage, variables, batch)
-    draws = draw(stage, key, index, batch["label"], data.shape[1:], jnp.float32(0.0))
-    moved = path.interpolate(data, draws.noise, draws.time)
-    prediction = stage.dit.apply(variables["dit"], moved, draws.time, draws.label)
-
-    def one(x0: jax.Array, x1: jax.Array, t: jax.Array, predicted: jax.Array) -> Any:
-        return matching.loss(
-            lambda *_: predicted[None],
-            path,
-            x0[None],
-            x1[None],
-            t[None],
-            radial_weight=radial_weight,  # type: ignore[arg-type]
-            jacobi=stage.jacobi or None,
-        )
-
-    return jax.vmap(one)(data, draws.noise, draws.time, prediction)

@@ -1,8 +1,7 @@
-"""What the training jobs share: weights at the start, the state, batches, gathered results."""
+"""How a task gets its weights and its state, and checks what it resumes."""
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -12,34 +11,13 @@ import ml_collections
 from clu import parameter_overview
 from orbax.checkpoint import CheckpointManager
 
-from dinosae_jax.data import loading
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.runtime import files, jit, sharding
-from dinosae_jax.train import loop
 from dinosae_jax.train import state as state_lib
 from dinosae_jax.weights import checkpoint, role_files, weight_source
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
-
-
-@dataclasses.dataclass
-class Prepared:
-    """A stage that is ready to run.
-
-    Attributes:
-      task: for the loop.
-      record: what each checkpoint carries.
-      batches: first step -> this process's training batches from there on.
-      restore: manager -> state, the newest good checkpoint's or a new one.
-      finish: state -> None, writes the pictures.
-    """
-
-    task: loop.Task
-    record: dict[str, Any]
-    batches: Callable[[int], loading.Batches]
-    restore: Callable[[CheckpointManager], state_lib.TrainState]
-    finish: Callable[[state_lib.TrainState], None]
 
 
 def find_variables(
@@ -87,7 +65,7 @@ def find_variables(
     return found, notes
 
 
-def restore(
+def restore_or_create(
     manager: CheckpointManager,
     create: Callable[[Variables], state_lib.TrainState],
     trained: Variables,
@@ -127,7 +105,9 @@ def check_frozen(saved: dict[str, Any], record: dict[str, Any]) -> None:
         )
 
 
-def store(workdir: pathlib.Path, variables: Variables, trained: tuple[str, ...]) -> dict[str, Any]:
+def store_frozen(
+    workdir: pathlib.Path, variables: Variables, trained: tuple[str, ...]
+) -> dict[str, Any]:
     """Writes the frozen roles and the overview of all roles into a workdir.
 
     Returns:

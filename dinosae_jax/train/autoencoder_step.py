@@ -1,11 +1,11 @@
 """One training step of the autoencoder, for every stage.
 
     image -> encode -> z (+ latent noise) -> features -> last convolution -> reconstruction
-    pixel terms (l1, lpips, gan) pull on the reconstruction, token terms (cosine, mse) on z
+    pixel terms (l1, lpips, gan) act on the reconstruction, token terms (cosine, mse) on z
 
-A stage is a set of trainable roles and a set of loss names (design: stages are data). Everything
-that follows from the sets is static; the numbers (weights, rates, tau) are arguments, so that
-stages that differ only in numbers share one compiled step.
+A stage is a set of trainable roles and a set of loss names. What follows from the sets is static;
+the hyperparameters (weights, rates, tau) are arguments, so that stages that differ in nothing else
+share one compiled step.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import jax.numpy as jnp
 import optax
 
 from dinosae_jax.eval import image_quality
-from dinosae_jax.losses import adversarial, alignment, reconstruction
+from dinosae_jax.losses import adversarial, alignment
+from dinosae_jax.losses import reconstruction as reconstruction_losses
 from dinosae_jax.models import autoencoder
 from dinosae_jax.runtime import fsdp, sharding
-from dinosae_jax.train import accumulate, gan, optim
+from dinosae_jax.train import accumulate, discriminator_step, optim
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
 TOKEN_TERMS = {"cosine": alignment.cosine, "mse": alignment.mse}
-FIGURES = ("psnr", "l1", "cosine_similarity")  # of `reconstruct`
 
 
-class Stage(NamedTuple):
+class StepSpec(NamedTuple):
     """What is static in a stage; hashable, the key of the compiled step.
 
     Attributes:
       modules: the autoencoder's modules.
       lpips: perceptual distance module, or None where its weight is 0.
-      critics: the discriminator's modules, or None where the gan weight is 0.
+      discriminator: its modules, or None where the gan weight is 0.
       trainable: roles that gradients are taken for.
       losses: names of the terms with a weight above 0.
       noisy: whether the decoder sees noisy latents.
@@ -46,7 +46,7 @@ class Stage(NamedTuple):
 
     modules: autoencoder.AutoencoderModules
     lpips: Any
-    critics: gan.Critics | None
+    discriminator: discriminator_step.Discriminator | None
     trainable: tuple[str, ...]
     losses: tuple[str, ...]
     noisy: bool
@@ -65,7 +65,7 @@ class Stage(NamedTuple):
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The scalars of each step, in the order of metrics.jsonl."""
-        adversarial = gan.METRICS if self.critics else ()
+        adversarial = discriminator_step.METRICS if self.discriminator else ()
         plain = tuple(name for name in self.losses if name != "gan")
         return ("loss", *plain, *adversarial, "psnr", "grad_norm", "learning_rate")
 
@@ -88,7 +88,7 @@ class Gradients(NamedTuple):
     extra: dict[str, Tree]
 
 
-def numbers(config: Any) -> dict[str, Any]:
+def hyperparameters(config: Any) -> dict[str, Any]:
     """The numbers of a stage, an argument of the compiled step.
 
     Args:
@@ -99,91 +99,91 @@ def numbers(config: Any) -> dict[str, Any]:
     return {
         "losses": {n: jnp.float32(w) for n, w in config.losses.items() if w > 0},
         "latent_noise": {n: jnp.float32(noise[n]) for n in ("tau", "tau_end", "ramp_steps")},
-        "optimizer": optim.numbers(config.optimizer, config.steps),
-        "discriminator": optim.numbers(plain, config.steps),
+        "optimizer": optim.hyperparameters(config.optimizer, config.steps),
+        "discriminator": optim.hyperparameters(plain, config.steps),
         "gan": {name: jnp.int32(config.gan[name]) for name in ("start", "disc_start")},
         "ema": jnp.float32(config.ema),
     }
 
 
-def create_state(stage: Stage, variables: Variables, seed: int) -> state_lib.TrainState:
+def create_state(spec: StepSpec, variables: Variables, seed: int) -> state_lib.TrainState:
     """The state at step 0 of a stage.
 
     Args:
-      stage: the stage.
+      spec: static.
       variables: role -> {'params': ..., other collections} for the trainable roles at least.
       seed: of the run's key.
     """
-    trained = stage.trainable + (("disc_heads",) if stage.critics else ())
+    trained = spec.trainable + (("disc_heads",) if spec.discriminator else ())
     params = {role: variables[role]["params"] for role in trained}
     extra = {
         role: {name: tree for name, tree in variables[role].items() if name != "params"}
         for role in trained
     }
-    opt = {"generator": optim.init({role: params[role] for role in stage.trainable})}
-    if stage.critics:
+    opt = {"generator": optim.init({role: params[role] for role in spec.trainable})}
+    if spec.discriminator:
         opt["discriminator"] = optim.init(params["disc_heads"])
-    return state_lib.create(params, extra, opt, stage.metric_names, seed, stage.trainable)
+    return state_lib.create(params, extra, opt, spec.metric_names, seed, spec.trainable)
 
 
 @functools.lru_cache
-def compile_step(stage: Stage, mesh: jax.sharding.Mesh) -> Callable[..., state_lib.TrainState]:
+def compile_step(spec: StepSpec, mesh: jax.sharding.Mesh) -> Callable[..., state_lib.TrainState]:
     """Jit of `train_step`; the state is donated and keeps its shardings."""
 
     def step(
-        state: state_lib.TrainState, frozen: Variables, batch: Tree, values: Tree
+        state: state_lib.TrainState, frozen: Variables, batch: Tree, hyperparams: Tree
     ) -> state_lib.TrainState:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            new = train_step(stage, state, frozen, batch, values)
+            new = train_step(spec, state, frozen, batch, hyperparams)
         return jax.lax.with_sharding_constraint(new, sharding.shardings(state, mesh))
 
     return jax.jit(step, donate_argnums=0)
 
 
 def train_step(
-    stage: Stage,
+    spec: StepSpec,
     state: state_lib.TrainState,
     frozen: Variables,
     batch: Mapping[str, jax.Array],
-    values: Mapping[str, Any],
+    hyperparams: Mapping[str, Any],
 ) -> state_lib.TrainState:
     """One update of the trainable roles; a step that is not finite changes none of them.
 
     Args:
-      stage: static.
+      spec: static.
       state: current.
       frozen: variables of the roles that are not trained.
       batch: 'image' uint8 [b, h, w, 3].
-      values: from `numbers`.
+      hyperparams: from `hyperparameters`.
 
     Returns:
       The next state; `step` and the count of skipped steps advance in any case.
     """
     images = batch["image"]
     index = fsdp.shard_by_example(jnp.arange(images.shape[0]))
-    one = functools.partial(gradients, stage, state, frozen, values)
-    grads = accumulate.mean_over_micro_batches(one, (images, index), stage.accumulation)
+    one = functools.partial(gradients, spec, state, frozen, hyperparams)
+    grads = accumulate.mean_over_micro_batches(one, (images, index), spec.accumulation)
     if grads.adversarial is not None:
-        grads = add_adversarial(stage, grads, gan_strength(state, values))
+        grads = add_adversarial(spec, grads, gan_strength(state, hyperparams))
     norm = optax.global_norm((grads.params, grads.heads))
     finite = jnp.isfinite(jnp.stack([norm, *grads.scalars.values()])).all()
 
-    generator = {role: state.params[role] for role in stage.trainable}
+    generator = {role: state.params[role] for role in spec.trainable}
     generator_norm = optax.global_norm(grads.params)
     generator, generator_opt = optim.update(
         grads.params,
         state.opt["generator"],
         generator,
         state.step,
-        values["optimizer"],
+        hyperparams["optimizer"],
         generator_norm,
     )
     params, opt, extra = generator, {"generator": generator_opt}, grads.extra
-    if stage.critics:
-        on = state.step >= values["gan"]["disc_start"]
+    if spec.discriminator:
+        on = state.step >= hyperparams["gan"]["disc_start"]
         old = (state.params["disc_heads"], state.opt["discriminator"], state.extra["disc_heads"])
         heads, heads_opt = optim.update(
-            grads.heads, old[1], old[0], state.step, values["discriminator"], norm
+            grads.heads, old[1], old[0], state.step, hyperparams["discriminator"], norm
         )
         new = (heads, heads_opt, extra["disc_heads"])
         heads, heads_opt, heads_extra = state_lib.select(on, new, old)
@@ -193,108 +193,124 @@ def train_step(
     scalars = {
         **grads.scalars,
         "grad_norm": generator_norm,
-        "learning_rate": optim.learning_rate(state.step, values["optimizer"]),
+        "learning_rate": optim.learning_rate(state.step, hyperparams["optimizer"]),
     }
     updated = state.replace(
         params=params,
         extra=extra,
         opt=opt,
-        ema=state_lib.update_ema(state.ema, params, values["ema"]),
+        ema=state_lib.update_ema(state.ema, params, hyperparams["ema"]),
         metrics=state_lib.add_metrics(state.metrics, scalars),
     )
-    return state_lib.advance(state, updated, finite)
+    return state_lib.next_state(state, updated, finite)
 
 
 def gradients(
-    stage: Stage,
+    spec: StepSpec,
     state: state_lib.TrainState,
     frozen: Variables,
-    values: Mapping[str, Any],
+    hyperparams: Mapping[str, Any],
     images: jax.Array,
     index: jax.Array,
 ) -> Gradients:
-    """Forward and backward of one micro-batch.
+    """Forward and backward of one micro-batch, in parts that a profile shows by name.
 
     Args:
-      stage: static.
+      spec: static.
       state: current.
       frozen: variables of the roles that are not trained.
-      values: from `numbers`.
+      hyperparams: from `hyperparameters`.
       images: uint8 [b, h, w, 3].
       index: int32 [b], places in the global batch, which the random draws follow.
     """
-    image = images.astype(jnp.float32) / 255.0
-    fixed = {**frozen, **merge(fsdp.gather_unstacked(state.params), state.extra)}
-    encoded = None if stage.encodes else autoencoder.encode(stage.modules, fixed, image)
+    image = autoencoder.unit_interval(images)
+    constant = {**frozen, **merge(fsdp.gather_unstacked(state.params), state.extra)}
+    with jax.named_scope("encode"):
+        encoded = None if spec.encodes else autoencoder.encode(spec.modules, constant, image)
 
     def forward(params: dict[str, Tree]) -> tuple[tuple[jax.Array, jax.Array], Tree]:
         variables = {**frozen, **merge(fsdp.gather_unstacked(params), state.extra)}
-        code = encoded or autoencoder.encode(stage.modules, variables, image)
+        code = encoded or autoencoder.encode(spec.modules, variables, image)
         tokens = code.tokens
-        if stage.noisy:
-            tokens = add_latent_noise(tokens, state, values["latent_noise"], index)
+        if spec.noisy:
+            tokens = add_latent_noise(tokens, state, hyperparams["latent_noise"], index)
         features, statistics = autoencoder.decode_features(
-            stage.modules, variables, tokens, code.grid, train=True
+            spec.modules, variables, tokens, code.grid, train=True
         )
-        picture = autoencoder.decode_head(stage.modules, variables, features)
-        return (picture, code.tokens), (features, statistics)
+        reconstruction = autoencoder.decode_head(spec.modules, variables, features)
+        return (reconstruction, code.tokens), (features, statistics)
 
-    generator = {role: state.params[role] for role in stage.trainable}
-    (picture, tokens), pull_back, (features, statistics) = jax.vjp(forward, generator, has_aux=True)
-    weights = values["losses"]
-    pixel_terms = _pixel_terms(stage, frozen, image)
-    pixel_loss, scalars, pixel_pull = _weighted(pixel_terms, weights, picture)
-    token_terms: dict[str, Callable[..., jax.Array]] = {}
-    aligned = [name for name in stage.losses if name in TOKEN_TERMS]
-    if aligned:
-        teacher = autoencoder.teach(stage.modules, fixed, image).tokens
-        token_terms = {n: functools.partial(TOKEN_TERMS[n], teacher=teacher) for n in aligned}
-    token_loss, token_scalars, token_pull = _weighted(token_terms, weights, tokens)
-    scalars = {**scalars, **token_scalars, "loss": pixel_loss + token_loss}
-    scalars["psnr"] = jnp.mean(image_quality.psnr(jnp.clip(picture, 0.0, 1.0), image))
+    generator = {role: state.params[role] for role in spec.trainable}
+    with jax.named_scope("reconstruct"):
+        (reconstruction, tokens), vjp, (features, statistics) = jax.vjp(
+            forward, generator, has_aux=True
+        )
+    weights = hyperparams["losses"]
+    with jax.named_scope("pixel_losses"):
+        pixels = _weighted(_pixel_terms(spec, frozen, image), weights, reconstruction)
+    with jax.named_scope("alignment"):
+        aligned = _weighted(_token_terms(spec, constant, image), weights, tokens)
+    scalars = {**pixels.terms, **aligned.terms, "loss": pixels.loss + aligned.loss}
+    scalars["psnr"] = jnp.mean(image_quality.psnr(jnp.clip(reconstruction, 0.0, 1.0), image))
     extra = dict(state.extra)
     if extra["decoder"]:
         extra["decoder"] = {"batch_stats": statistics}
 
-    heads, apart = None, None
-    if stage.critics:
-        clean = picture
-        if stage.noisy:
-            assert encoded  # latent noise is refused in stages that train the stem
-            clean = autoencoder.decode(stage.modules, fixed, encoded.tokens, encoded.grid)
-        pulled, found = _adversarial(
-            stage, state, fixed, image, picture, clean, features, pixel_pull, index
+    heads, gan_params, pixel_cotangent = None, None, pixels.cotangent
+    if spec.discriminator:
+        with jax.named_scope("gan"):
+            noise_free = reconstruction
+            if spec.noisy:
+                assert encoded  # latent noise is refused in stages that train the stem
+                noise_free = autoencoder.decode(
+                    spec.modules, constant, encoded.tokens, encoded.grid
+                )
+            generator_gan, discriminator_gan = _adversarial(
+                spec,
+                state,
+                constant,
+                (image, reconstruction, noise_free),
+                features,
+                pixel_cotangent,
+                index,
+            )
+        scalars |= {**discriminator_gan.scalars, "gan": generator_gan.loss}
+        heads, extra["disc_heads"] = (
+            discriminator_gan.params,
+            {"spectral": discriminator_gan.spectral},
         )
-        scalars |= {**found.scalars, "gan": pulled.loss}
-        heads, extra["disc_heads"] = found.params, {"spectral": found.spectral}
-        if stage.accumulation == 1:
-            strength = gan_strength(state, values)
-            pixel_pull = pixel_pull + strength * pulled.weight * pulled.cotangent
-            scalars = _count_adversarial(scalars, strength, pulled.weight)
+        if spec.accumulation == 1:
+            strength = gan_strength(state, hyperparams)
+            pixel_cotangent = (
+                pixel_cotangent + strength * generator_gan.weight * generator_gan.cotangent
+            )
+            scalars = _count_adversarial(scalars, strength, generator_gan.weight)
         else:  # the weight is that of all micro-batches, known after the last of them
-            (apart,) = pull_back((pulled.cotangent, jnp.zeros_like(tokens)))
-    (params,) = pull_back((pixel_pull, token_pull))
-    return Gradients(params, apart, heads, scalars, extra)
+            with jax.named_scope("backward_gan"):
+                (gan_params,) = vjp((generator_gan.cotangent, jnp.zeros_like(tokens)))
+    with jax.named_scope("backward"):
+        (params,) = vjp((pixel_cotangent, aligned.cotangent))
+    return Gradients(params, gan_params, heads, scalars, extra)
 
 
-def gan_strength(state: state_lib.TrainState, values: Mapping[str, Any]) -> jax.Array:
+def gan_strength(state: state_lib.TrainState, hyperparams: Mapping[str, Any]) -> jax.Array:
     """The weight of the GAN's loss, 0 before `gan.start`; the adaptive weight multiplies it."""
-    return jnp.where(state.step >= values["gan"]["start"], values["losses"]["gan"], 0.0)
+    return jnp.where(state.step >= hyperparams["gan"]["start"], hyperparams["losses"]["gan"], 0.0)
 
 
-def add_adversarial(stage: Stage, grads: Gradients, strength: jax.Array) -> Gradients:
+def add_adversarial(spec: StepSpec, grads: Gradients, strength: jax.Array) -> Gradients:
     """Joins what micro-batches keep apart, so that their weight is the whole batch's.
 
     The gradients of the last kernel, whose norms the weight compares, are a part of both trees.
 
     Args:
-      stage: static.
+      spec: static.
       grads: means over all micro-batches.
       strength: from `gan_strength`.
     """
     assert grads.adversarial
     kernels = (
-        gan.last_kernel(stage.modules, {"params": tree["decoder"]})
+        discriminator_step.last_kernel(spec.modules, {"params": tree["decoder"]})
         for tree in (grads.params, grads.adversarial)
     )
     weight = adversarial.adaptive_weight(*(jnp.linalg.norm(kernel.ravel()) for kernel in kernels))
@@ -311,38 +327,47 @@ def _count_adversarial(
 
 
 def _adversarial(
-    stage: Stage,
+    spec: StepSpec,
     state: state_lib.TrainState,
     variables: Variables,
-    image: jax.Array,
-    picture: jax.Array,
-    clean: jax.Array,
+    images: tuple[jax.Array, jax.Array, jax.Array],
     features: jax.Array,
-    pixel_pull: jax.Array,
+    pixel_cotangent: jax.Array,
     index: jax.Array,
-) -> tuple[gan.GeneratorPull, gan.DiscriminatorGradients]:
-    """The generator's pull on `picture` and the discriminator's gradients on `clean`."""
-    assert stage.critics
+) -> tuple[discriminator_step.GeneratorGradient, discriminator_step.DiscriminatorGradients]:
+    """The generator's adversarial gradient and the discriminator's gradients.
+
+    Args:
+      spec: static.
+      state: its key and step determine the augmentations.
+      variables: every role.
+      images: the originals, their reconstructions, and noise-free ones for the discriminator.
+      features: input of the decoder's last layer.
+      pixel_cotangent: of the weighted pixel losses.
+      index: int32 [b], places in the global batch.
+    """
+    assert spec.discriminator
+    image, reconstruction, noise_free = images
     key = jax.random.fold_in(state.key, state.step)
-    draws = functools.partial(gan.uniforms_of, key, index=index)
-    pulled = gan.pull_generator(
-        stage.critics,
+    draws = functools.partial(discriminator_step.augment_draws, key, index=index)
+    generator_gan = discriminator_step.generator_loss_and_grad(
+        spec.discriminator,
         variables,
-        gan.head_of(stage.modules, variables),
-        gan.last_kernel(stage.modules, variables["decoder"]),
+        discriminator_step.decoder_head_fn(spec.modules, variables),
+        discriminator_step.last_kernel(spec.modules, variables["decoder"]),
         features,
-        picture,
-        pixel_pull,
+        reconstruction,
+        pixel_cotangent,
         draws(state_lib.KEY_AUGMENT_GENERATOR),
     )
-    found = gan.discriminator_gradients(
-        stage.critics,
+    discriminator_gan = discriminator_step.discriminator_gradients(
+        spec.discriminator,
         variables,
         image,
-        clean,
+        noise_free,
         (draws(state_lib.KEY_AUGMENT_REAL), draws(state_lib.KEY_AUGMENT_FAKE)),
     )
-    return pulled, found
+    return generator_gan, discriminator_gan
 
 
 def add_latent_noise(
@@ -351,7 +376,7 @@ def add_latent_noise(
     noise: Mapping[str, jax.Array],
     index: jax.Array,
 ) -> jax.Array:
-    """Z + sigma * eps with sigma ~ U(0, tau) per image: the paper's eq. 10.
+    """Adds latent noise: z + sigma * eps with sigma ~ U(0, tau) per image: the paper's eq. 10.
 
     Args:
       tokens: float32 [b, n, d].
@@ -379,65 +404,49 @@ def add_latent_noise(
     return jax.vmap(one)(tokens, index)
 
 
-def reconstruct(
-    modules: autoencoder.AutoencoderModules, variables: Variables, image: jax.Array
-) -> dict[str, jax.Array]:
-    """Noise-free reconstruction and its figures, for evaluation.
-
-    Args:
-      modules: static.
-      variables: every role.
-      image: float32 [b, h, w, 3] in [0, 1].
-
-    Returns:
-      'reconstruction' [b, h, w, 3] clipped to [0, 1]; 'psnr' (dB), 'l1' and, where the weights hold
-      the teacher, 'cosine_similarity' to it (mean over tokens), each [b].
-    """
-    code = autoencoder.encode(modules, variables, image)
-    features, _ = autoencoder.decode_features(
-        modules, variables, code.tokens, code.grid, train=False
-    )
-    picture = jnp.clip(autoencoder.decode_head(modules, variables, features), 0.0, 1.0)
-    found = {
-        "reconstruction": picture,
-        "psnr": image_quality.psnr(picture, image),
-        "l1": jnp.mean(jnp.abs(picture - image), axis=(1, 2, 3)),
-    }
-    if autoencoder.has_teacher(variables):
-        teacher = autoencoder.teach(modules, variables, image)
-        cosines = alignment.cosine_similarity(code.tokens, teacher.tokens)
-        found["cosine_similarity"] = jnp.mean(cosines, axis=-1)
-    return found
-
-
 def merge(params: dict[str, Tree], extra: dict[str, Tree]) -> Variables:
     """Parameters and their other collections as the variables that modules take, by role."""
     return {role: {"params": tree, **extra.get(role, {})} for role, tree in params.items()}
 
 
-def _pixel_terms(stage: Stage, frozen: Variables, image: jax.Array) -> dict[str, Callable]:
+def _pixel_terms(spec: StepSpec, frozen: Variables, image: jax.Array) -> dict[str, Callable]:
     terms: dict[str, Callable] = {}
-    if "l1" in stage.losses:
-        terms["l1"] = lambda picture: reconstruction.l1(picture, image)
-    if "lpips" in stage.losses:
-        terms["lpips"] = lambda picture: jnp.mean(
-            stage.lpips.apply(frozen["lpips"], image, picture)
-        )
+    if "l1" in spec.losses:
+        terms["l1"] = lambda made: reconstruction_losses.l1(made, image)
+    if "lpips" in spec.losses:
+        terms["lpips"] = lambda made: jnp.mean(spec.lpips.apply(frozen["lpips"], image, made))
     return terms
+
+
+def _token_terms(spec: StepSpec, variables: Variables, image: jax.Array) -> dict[str, Callable]:
+    """The alignments with the teacher, which runs where there are any."""
+    names = [name for name in spec.losses if name in TOKEN_TERMS]
+    if not names:
+        return {}
+    teacher = autoencoder.encode_teacher(spec.modules, variables, image).tokens
+    return {name: functools.partial(TOKEN_TERMS[name], teacher=teacher) for name in names}
+
+
+class _Weighted(NamedTuple):
+    """loss: the weighted sum. terms: each, unweighted. cotangent: gradient of the sum."""
+
+    loss: jax.Array
+    terms: dict[str, jax.Array]
+    cotangent: jax.Array
 
 
 def _weighted(
     terms: Mapping[str, Callable[[jax.Array], jax.Array]],
     weights: Mapping[str, jax.Array],
     value: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """(weighted sum, each term unweighted, gradient of the sum with respect to `value`)."""
+) -> _Weighted:
+    """The weighted sum of terms at `value`, and its gradient."""
     if not terms:
-        return jnp.float32(0.0), {}, jnp.zeros_like(value)
+        return _Weighted(jnp.float32(0.0), {}, jnp.zeros_like(value))
 
     def total(at: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         each = {name: term(at) for name, term in terms.items()}
         return sum(weights[name] * term for name, term in each.items()), each  # type: ignore[return-value]
 
-    (loss, each), pull = jax.value_and_grad(total, has_aux=True)(value)
-    return loss, each, pull
+    (loss, each), cotangent = jax.value_and_grad(total, has_aux=True)(value)
+    return _Weighted(loss, each, cotangent)
