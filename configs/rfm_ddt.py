@@ -12,12 +12,12 @@ Variants: s, b, l, xl (sizes), rae (its 800 epochs, the rate falling after 40), 
 
 from configs import rfm_dit
 from dinosae_jax import config as config_lib
+from dinosae_jax import sizes
 
-HEAD = {"hidden_size": 2048, "depth": 2, "num_heads": 16}
 VARIANTS = {
     **{
-        name: {f"model.dit.{field}": (value, HEAD[field]) for field, value in size.items()}
-        for name, size in rfm_dit.SIZES.items()
+        name.lower(): {f"model.dit.{field}": value for field, value in size.items()}
+        for name, size in sizes.DIT_DH.items()
     },
     "rae": rfm_dit.RAE,
     "qknorm": rfm_dit.VARIANTS["qknorm"],
@@ -41,9 +41,7 @@ def get_config(argument=None):
         model="DiTDH",
         input_size=16,
         in_channels=1024,
-        hidden_size=(1152, 2048),
-        depth=(28, 2),
-        num_heads=(16, 16),
+        **sizes.DIT_DH["XL"],
         num_classes=1000,
         class_dropout_prob=0.1,
         use_qknorm=False,

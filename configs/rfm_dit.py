@@ -13,13 +13,9 @@ Variants: s, b, l, xl (sizes), rae (its EMA, clipping and 800-epoch schedule), q
 
 from configs import sae_base
 from dinosae_jax import config as config_lib
+from dinosae_jax import sizes
 
-SIZES = {
-    "s": {"hidden_size": 384, "depth": 12, "num_heads": 6},
-    "b": {"hidden_size": 768, "depth": 12, "num_heads": 12},
-    "l": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
-    "xl": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
-}
+SIZES = {name.lower(): sizes.LIGHTNING_DIT[name] for name in ("S", "B", "L", "XL")}
 # RAE's recipe for either network: constant for 40 epochs, then linear to a tenth at epoch 800.
 RAE = {
     "ema": 0.9995,

@@ -13,9 +13,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from dinosae_jax import rules
+from dinosae_jax import names, rules, sizes
 
-IMAGENET_TRAIN_IMAGES = 1_281_167
 # What a finished run may change when it is continued in the same workdir.
 CONTINUABLE = (
     "steps",
@@ -35,7 +34,7 @@ CONTINUABLE = (
 
 def epochs(count: float, batch_size: int) -> int:
     """Steps of `count` passes over ImageNet-1K's training images, incomplete batches dropped."""
-    return int(count * (IMAGENET_TRAIN_IMAGES // batch_size))
+    return int(count * (names.IMAGENET_TRAIN_IMAGES // batch_size))
 
 
 def optimizer_defaults() -> ml_collections.ConfigDict:
@@ -119,41 +118,13 @@ def reconstruct_defaults() -> ml_collections.ConfigDict:
 
 
 def vit_large() -> dict[str, Any]:
-    """DINOv3 ViT-L/16 in explicit numbers (`models.vit.SIZES['vitl16']`)."""
-    return dict(
-        embed_dim=1024,
-        depth=24,
-        num_heads=16,
-        ffn_layer="mlp",
-        ffn_hidden=4096,
-        qkv_bias=True,
-        num_storage_tokens=4,
-        scan_layers=True,
-        remat="none",
-    )
-
-
-def decoder_a() -> dict[str, Any]:
-    """Decoder preset A of the autoencoder (`models.decoder.PRESETS['A']`)."""
-    return dict(
-        latent_channels=1024,
-        width_list=(128, 256, 512, 512, 1024),
-        depth_list=(2, 2, 2, 2, 2),
-        block_type="ResBlock",
-        norm="trms2d",
-        act="silu",
-        in_shortcut="duplicating",
-        upsample_block_type="ConvPixelShuffle",
-        upsample_match_channel=True,
-        upsample_shortcut="duplicating",
-        out_norm="trms2d",
-        out_act="relu",
-    )
+    """DINOv3 ViT-L/16, its fields in the open so that a flag can change each."""
+    return {**sizes.VIT["dinov3_vitl16"], "scan_layers": True, "remat": "none"}
 
 
 def dino_small_8() -> dict[str, Any]:
-    """The discriminator's trunk, DINO v1 ViT-S/8 (`models.dino_v1.SIZES['S_8']`)."""
-    return dict(patch_size=8, embed_dim=384, depth=12, num_heads=6, key_depths=(2, 5, 8, 11))
+    """The discriminator's trunk, DINO v1 ViT-S/8, and the blocks that its heads look at."""
+    return {**sizes.DINO["S_8"], "key_depths": (2, 5, 8, 11)}
 
 
 def autoencoder_defaults() -> ml_collections.ConfigDict:
@@ -166,9 +137,9 @@ def autoencoder_defaults() -> ml_collections.ConfigDict:
             latent_noise=dict(tau=0.0, tau_end=0.0, ramp_steps=0),
             gan=dict(start=0, disc_start=0),
             model=dict(
-                stem=dict(kind="conv", embed_dim=1024, widths=(64, 128, 256)),
+                stem=dict(sizes.STEM),
                 vit=vit_large(),
-                decoder=decoder_a(),
+                decoder=dict(sizes.DECODER["A"]),
                 dino=dino_small_8(),
                 pixel_range="imagenet",
             ),
@@ -196,9 +167,7 @@ def lightning_dit_xl() -> dict[str, Any]:
         input_size=16,
         patch_size=1,
         in_channels=1024,
-        hidden_size=1152,
-        depth=28,
-        num_heads=16,
+        **sizes.LIGHTNING_DIT["XL"],
         num_classes=1000,
         class_dropout_prob=0.1,  # the rate of label dropout; 0 for a model without a null label
         use_qknorm=False,
@@ -233,9 +202,9 @@ def flow_defaults() -> ml_collections.ConfigDict:
             ),
             sampling=dict(sampler="euler_projection", steps=50, guidance=1.0, interval=(0.0, 1.0)),
             model=dict(
-                stem=dict(kind="conv", embed_dim=1024, widths=(64, 128, 256)),
+                stem=dict(sizes.STEM),
                 vit=vit_large(),
-                decoder=decoder_a(),
+                decoder=dict(sizes.DECODER["A"]),
                 dit=lightning_dit_xl(),
                 pixel_range="imagenet",
             ),

@@ -2,12 +2,9 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
-from dinosae_jax.names import PATCH_SIZE
-
-NORMS = ("layernorm_affine", "layernorm")
-PIXELS = ("imagenet", "unit", "symmetric")
+from dinosae_jax import names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +40,10 @@ class LatentConvention:
                     f"latent convention: {name} must be positive, got {value}: "
                     "take the encoder's value"
                 )
-        for name, known in (("norm", NORMS), ("pixels", PIXELS)):
+        for name, known in (
+            ("norm", get_args(names.LatentNorm)),
+            ("pixels", get_args(names.PixelRange)),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"latent convention: unknown {name} {getattr(self, name)!r}: "
@@ -61,7 +61,7 @@ class LatentConvention:
         width = config.model.vit.embed_dim
         flow = config.get("flow", {})
         return cls(
-            tokens=(config.data.image_size // PATCH_SIZE) ** 2,
+            tokens=(config.data.image_size // names.PATCH_SIZE) ** 2,
             width=width,
             radius=flow.get("radius") or math.sqrt(width),
             decode_radius=decode_radius or flow.get("decode_radius") or None,

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,23 +23,11 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dinosae_jax import jobs
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/X.py[:variant].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same again goes on.")
-JOBS = (
-    "train",
-    "encode",
-    "sample",
-    "reconstruct",
-    "evaluate",
-    "probe",
-    "pca",
-    "export",
-    "convert_images",
-    "ablation",
-    "bench",
-    "plan",
-    "paper",
-)
+JOBS = tuple(module.name for module in pkgutil.iter_modules(jobs.__path__))
 
 
 # What a person can put right: one line instead of a traceback.
@@ -80,7 +69,7 @@ def _run(argv: Sequence[str]) -> None:
     distributed.start(config.compile_cache)
     job = importlib.import_module(f"dinosae_jax.jobs.{config.job}")
     try:
-        job.run(config, _WORKDIR.value)
+        job.run(config, workdir)
     except stopping.Interrupted as stop:
         if jax.process_index() == 0:
             print(f"{stop}; run the same command again to go on.")

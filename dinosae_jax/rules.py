@@ -9,19 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import ml_collections
 
-LOSS_NAMES = ("l1", "lpips", "cosine", "mse", "gan")
-PATHS = ("geodesic", "linear", "trigonometric", "projected_linear")
-TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
-CROPS = ("random", "center", "resize_random", "random_resized")
-SAMPLERS = ("euler_projection", "rodrigues", "geodesic_midpoint", "geodesic_heun", "ab2", "dpm2m")
+from dinosae_jax import names
+
 MEASUREMENTS = ("evaluate", "probe", "pca", "encode")
-UINT8_CONVERSIONS = ("truncate", "round", "round_signed")
-INCEPTION_RESIZES = ("tf1_bilinear", "half_pixel_bilinear")
-LATENT_FORMATS = ("bfloat16", "int8")
 POSITIVE = (
     "steps",
     "batch_size",
@@ -145,14 +139,14 @@ def _validate_run(config: ml_collections.ConfigDict) -> None:
             raise ValueError(
                 f"optimizer.{field} must not be negative; got {optimizer[field]}; 0 turns it off"
             )
-    _require_member("optimizer.schedule", optimizer.schedule, ("constant", "cosine", "linear"))
+    _require_member("optimizer.schedule", optimizer.schedule, get_args(names.Schedule))
     if optimizer.schedule != "constant" and optimizer.decay_start >= config.steps:
         raise ValueError(
             f"optimizer.decay_start must lie before the last step; got {optimizer.decay_start} of "
             f"steps={config.steps}; lower it or use optimizer.schedule='constant'"
         )
-    _require_member("dtype", config.dtype, ("auto", "float32", "bfloat16"))
-    _require_member("on_mismatch", config.on_mismatch, ("refuse", "continue"))
+    _require_member("dtype", config.dtype, get_args(names.Dtype))
+    _require_member("on_mismatch", config.on_mismatch, get_args(names.OnMismatch))
     if not 0.0 <= config.ema < 1.0:
         raise ValueError(f"ema must lie in [0, 1); got {config.ema}; the paper's is near 0.9978")
     if config.profile_steps:
@@ -181,7 +175,7 @@ def profile_range(text: str) -> tuple[int, int]:
 
 def _validate_autoencoder(config: ml_collections.ConfigDict) -> None:
     for name, weight in config.losses.items():
-        _require_member("losses", name, LOSS_NAMES)
+        _require_member("losses", name, get_args(names.Loss))
         if weight < 0:
             raise ValueError(f"losses.{name} must not be negative; got {weight}; 0 turns it off")
     for role in config.trainable:
@@ -242,9 +236,11 @@ def _validate_flow(config: ml_collections.ConfigDict) -> None:
         )
     for role in config.random_frozen_ok:
         _require_member("random_frozen_ok", role, ("stem", "vit", "decoder"))
-    _require_member("flow.path", flow.path, PATHS)
-    _require_member("flow.time.distribution", flow.time.distribution, TIME_DISTRIBUTIONS)
-    _require_member("flow.jacobi", flow.jacobi, ("", "noise", "data"))
+    _require_member("flow.path", flow.path, get_args(names.FlowPath))
+    _require_member(
+        "flow.time.distribution", flow.time.distribution, get_args(names.TimeDistribution)
+    )
+    _require_member("flow.jacobi", flow.jacobi, get_args(names.Jacobi))
     for name in ("jacobi", "radial_weight"):
         if flow[name] and flow.path != "geodesic":
             raise ValueError(
@@ -266,7 +262,7 @@ def _validate_flow(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"flow.time.max_time must lie in (0, 1]; got {flow.time.max_time}; 0.999 as in RAE"
         )
-    _require_member("model.dit.model", dit.model, ("LightningDiT", "DiTDH"))
+    _require_member("model.dit.model", dit.model, get_args(names.DitModel))
     if not 0 <= dit.class_dropout_prob < 1:
         raise ValueError(
             "model.dit.class_dropout_prob must lie in [0, 1); got "
@@ -291,7 +287,7 @@ def _validate_flow(config: ml_collections.ConfigDict) -> None:
 def _validate_sample(config: ml_collections.ConfigDict) -> None:
     for field in ("batch_size", "chunk"):
         _require_positive(config, field)
-    _require_member("dtype", config.dtype, ("auto", "float32", "bfloat16"))
+    _require_member("dtype", config.dtype, get_args(names.Dtype))
     if config.count < 0:
         raise ValueError(f"count must not be negative; got {config.count}; 0 is the natural number")
     if not config.init_from and "dit" not in config.random_frozen_ok:
@@ -326,18 +322,20 @@ def _validate_conversion(config: ml_collections.ConfigDict) -> None:
 
 def _validate_measurement(config: ml_collections.ConfigDict) -> None:
     _require_positive(config, "batch_size")
-    _require_member("dtype", config.dtype, ("auto", "float32", "bfloat16"))
+    _require_member("dtype", config.dtype, get_args(names.Dtype))
     _validate_data(config.data)
     if config.job == "encode":
         _require_center_crop(config.data, "encode")
-        _require_member("format", config.format, LATENT_FORMATS)
+        _require_member("format", config.format, get_args(names.LatentFormat))
         if config.num_shards < 0:
             raise ValueError(
                 f"num_shards must not be negative; got {config.num_shards}; 0 makes shards of 1 GiB"
             )
     if config.job == "evaluate":
-        _require_member("uint8_conversion", config.uint8_conversion, UINT8_CONVERSIONS)
-        _require_member("resize", config.resize, INCEPTION_RESIZES)
+        _require_member(
+            "uint8_conversion", config.uint8_conversion, get_args(names.Uint8Conversion)
+        )
+        _require_member("resize", config.resize, get_args(names.InceptionResize))
         for field, least in (("images", 0), ("reference_images", 0), ("kernel_subset_size", 2)):
             if config[field] < least:
                 raise ValueError(
@@ -363,7 +361,7 @@ def validate_sampling(sampling: Mapping[str, Any], has_null_label: bool = True) 
       ValueError: for a value out of range, or guidance that the model cannot do.
     """
     if "sampler" in sampling:
-        _require_member("sampler", sampling["sampler"], SAMPLERS)
+        _require_member("sampler", sampling["sampler"], get_args(names.Sampler))
     if sampling.get("steps", 1) < 1:
         raise ValueError(
             f"a sampler makes at least 1 step; got steps={sampling['steps']}; raise it"
@@ -387,7 +385,7 @@ def validate_sampling(sampling: Mapping[str, Any], has_null_label: bool = True) 
 
 
 def _validate_data(data: ml_collections.ConfigDict) -> None:
-    _require_member("data.crop", data.crop, CROPS)
+    _require_member("data.crop", data.crop, get_args(names.Crop))
     patch = 16
     if data.image_size < patch or data.image_size % patch:
         raise ValueError(
@@ -414,7 +412,7 @@ def _validate_reader(config: ml_collections.ConfigDict) -> None:
             "variant :tiny, which draws a random one"
         )
     if config.job == "reconstruct":
-        _require_member("dtype", config.dtype, ("auto", "float32", "bfloat16"))
+        _require_member("dtype", config.dtype, get_args(names.Dtype))
         _require_positive(config, "batch_size")
         if not config.images:
             raise ValueError(

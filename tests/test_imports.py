@@ -1,4 +1,4 @@
-"""The import directions of ARCHITECTURE.md, and that nothing pulls in torch or TensorFlow."""
+"""The floors of ARCHITECTURE.md, and that nothing pulls in torch or TensorFlow."""
 
 import ast
 import pathlib
@@ -9,104 +9,64 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "dinosae_jax"
-# Folder or module -> what it may import of this project, longest match first.
-ALLOWED = {
-    "main": {"rules", "config", "train.distributed", "train.stopping", "jobs"},
-    "config": {"rules"},
-    "rules": set(),
-    "weights": set(),
-    "models": {"models"},
-    "flow": {"flow"},
-    "losses": {"losses"},
-    "data": {"data"},
-    "eval": {"eval", "models"},
-    "eval.robustness": {"eval", "flow"},
-    "eval.features": {"eval", "models", "train.sharding"},
-    "train.state": set(),
-    "train.optim": set(),
-    "train.sharding": {"models.placement"},
-    "train.compile": set(),
-    "train.accumulate": set(),
-    "train.hardware": set(),
-    "train.step_flops": {"models", "train"},
-    "train.distributed": set(),
-    "train.roles": set(),
-    "train.logging": {"train.hardware"},
-    "train.profile": {"rules"},
-    "train.stopping": {"train.sharding"},
-    "train.checkpoint": {"train.compile"},
-    "train.loop": {"train.state", "train.checkpoint", "train.sharding", "train.logging"}
-    | {"train.profile", "train.stopping"},
-    "train.initialise": {"config", "weights", "flow.convention", "train.checkpoint", "train.roles"},
-    "train.gan": {"models", "losses"},
-    "train.sae_step": {"models", "losses", "train", "eval.image_quality"},
-    "train.rfm_step": {"models", "losses", "flow", "train"},
-    "jobs": {
-        "config",
-        "rules",
-        "weights",
-        "train",
-        "models",
-        "flow",
-        "eval",
-        "data",
-        "jobs",
-        "losses",
-    }
-    | {"generator", "autoencoder"},
-    "generator": {"config", "rules", "train", "models", "flow", "data"},
-    "autoencoder": {"config", "train", "models", "flow"},
-}
+# From the ground up: a part imports itself and the floors below it, nothing beside or above it.
+FLOORS = (
+    {"names", "sizes"},
+    {"rules", "latent_convention", "flow", "losses"},
+    {"config", "runtime"},
+    {"data", "models", "weights"},
+    {"inference"},
+    {"eval"},
+    {"report"},
+    {"train"},
+    {"perf"},
+    {"jobs"},
+    {"main"},
+)
+FLOOR_OF = {part: height for height, floor in enumerate(FLOORS) for part in floor}
 
 
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(parts)
         if path.name != "__init__.py":
-            yield name, path
+            yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), path
 
 
 def imported(path):
-    """Modules of this package that a file imports anywhere in it."""
+    """Modules that a file imports anywhere in it, and names that it takes out of them."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            if node.module.startswith("dinosae_jax"):
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def is_module(name):
-    path = PACKAGE.joinpath(*name.split("."))
-    return path.is_dir() or path.with_suffix(".py").is_file()
+def part_of(target):
+    """The part of the package that `dinosae_jax.part...` names; None for the package itself."""
+    part = target.split(".")[1]
+    return part if part in FLOOR_OF else None
 
 
-def rule_for(name):
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        if ".".join(parts[:length]) in ALLOWED:
-            return ALLOWED[".".join(parts[:length])]
-    raise AssertionError(f"ARCHITECTURE.md and this test do not know {name}")
+def test_every_part_has_a_floor():
+    parts = {name.split(".")[0] for name, _ in modules()}
+    assert parts == set(FLOOR_OF)
 
 
 @pytest.mark.parametrize(("name", "path"), modules(), ids=str)
-def test_import_directions(name, path):
-    allowed = rule_for(name)
+def test_imports_go_down(name, path):
+    ours = name.split(".")[0]
     for target in imported(path):
-        assert not target.startswith(("torch", "tensorflow.")), target
-        assert target not in ("tensorflow", "weights_conversion"), target
-        if not target.startswith("dinosae_jax."):
-            continue
-        inner = target.removeprefix("dinosae_jax.")
-        if not is_module(inner):  # a name inside a module, which is checked by itself
-            continue
-        prefixes = {inner, *(inner.rsplit(".", n)[0] for n in range(1, inner.count(".") + 1))}
-        # A bare `from dinosae_jax.train import x` names the folder as well as x.
-        if (PACKAGE / inner.replace(".", "/")).is_dir():
-            continue
-        assert prefixes & allowed, f"{name} imports {inner}"
+        top = target.split(".")[0]
+        assert top not in ("torch", "tensorflow", "weights_conversion", "configs"), target
+        theirs = part_of(target) if top == "dinosae_jax" else None
+        if theirs and theirs != ours:
+            assert FLOOR_OF[theirs] < FLOOR_OF[ours], f"{name} imports {target}"
+
+
+def test_a_job_imports_no_other_job():
+    for name, path in modules():
+        if name.startswith("jobs."):
+            assert not [t for t in imported(path) if t.startswith("dinosae_jax.jobs")], name
 
 
 def test_importing_everything_pulls_in_neither_torch_nor_tensorflow():
@@ -124,4 +84,4 @@ def test_configs_import_only_configs():
             top = target.split(".")[0]
             assert top in {"configs", "ml_collections", "dinosae_jax"}, f"{path.name}: {target}"
             if top == "dinosae_jax":
-                assert target in {"dinosae_jax", "dinosae_jax.config"}, f"{path.name}: {target}"
+                assert part_of(target) in {"config", "names", "sizes"}, f"{path.name}: {target}"

@@ -58,7 +58,7 @@ def run(tmp_path_factory):
         rules.validate(config)
         job = importlib.import_module(f"dinosae_jax.jobs.{config.job}")
         done[name] = root / name
-        job.run(config, str(root / name))
+        job.run(config, root / name)
         return done[name]
 
     return go

@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from dinosae_jax.weights.conversion import FORMAT_VERSION, METADATA_FILE, WEIGHTS_FOLDER
-from weights_conversion import containers, modules, rules, tables
+from weights_conversion import mapping, modules, tables
+from weights_conversion.readers import containers
 
 PERIODS = "vit/params/rope_embed/periods"
 FILES_KINDS = [kind for kind in tables.KINDS if kind not in ("dinosae_stem", "dinosae_decoder")]
@@ -55,7 +56,7 @@ def convert_file(
     files = [_describe(path, state) for path, state in sources]
     tensors = _merge(sources)
     layout = tables.plan(kind, {k: tuple(t.shape) for k, t in tensors.items()}, overrides)
-    converted = rules.convert(tensors, layout, modules.shapes(layout.config))
+    converted = mapping.convert(tensors, layout, modules.shapes(layout.config))
     if round_periods_to_bf16:
         _round_periods(converted, layout.name)
     metadata = {
@@ -78,7 +79,7 @@ def convert_file(
     return metadata
 
 
-def _round_periods(converted: rules.Converted, layout: str) -> None:
+def _round_periods(converted: mapping.Converted, layout: str) -> None:
     """Rounds RoPE periods to bfloat16 in place, where the file does not store them."""
     if PERIODS not in converted.derived:
         raise ValueError(

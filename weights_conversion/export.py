@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from dinosae_jax.weights import conversion
-from weights_conversion import rules
+from weights_conversion import mapping
 from weights_conversion.convert import FILES_KINDS
-from weights_conversion.safetensors_file import write_safetensors
+from weights_conversion.readers.safetensors_file import write_safetensors
 
 
 def export_directory(kind: str, directory: str | Path, output: str | Path) -> list[str]:
@@ -50,19 +50,19 @@ def export_directory(kind: str, directory: str | Path, output: str | Path) -> li
     return [key for key, *_ in tensors]
 
 
-def _entry(record: dict[str, Any]) -> rules.Entry:
+def _entry(record: dict[str, Any]) -> mapping.Entry:
     fields = {**record, "shape": tuple(record["shape"]), "part": tuple(record["part"])}
-    return rules.Entry(**fields)
+    return mapping.Entry(**fields)
 
 
-def _restore(tree: dict[str, Any], entry: rules.Entry) -> np.ndarray:
+def _restore(tree: dict[str, Any], entry: mapping.Entry) -> np.ndarray:
     node: Any = tree
     if entry.target.startswith("buffers/"):
         node = tree["buffers"][entry.key]
     else:
         for part in entry.target.split("/"):
             node = node[part]
-    return rules.restore(entry, np.asarray(node))
+    return mapping.restore(entry, np.asarray(node))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dinosae_jax.models import registry
 from dinosae_jax.models.dino_v1 import IMAGE_SIDE
-from weights_conversion.stored import short
+from weights_conversion.readers.stored import short
 
 Config = dict[str, Any]
 

@@ -16,10 +16,12 @@ import numpy as np
 
 from dinosae_jax.models import registry
 from dinosae_jax.weights import conversion
-from weights_conversion import containers, modules, recorded_config, rules, tables
+from weights_conversion import mapping, modules, tables
 from weights_conversion.convert import nest
-from weights_conversion.golden import Golden, read_golden
-from weights_conversion.replay import REPLAYS
+from weights_conversion.readers import containers
+from weights_conversion.verification import recorded_config
+from weights_conversion.verification.golden import Golden, read_golden
+from weights_conversion.verification.replay import REPLAYS
 
 TOLERANCE = 2e-5
 
@@ -43,7 +45,7 @@ def variables_of(
     tensors, _ = containers.unwrap(tensors)
     layout = tables.plan(kind, {k: v.shape for k, v in tensors.items()}, overrides)
     shapes = modules.shapes(layout.config)
-    arrays = rules.convert(tensors, layout, shapes).arrays
+    arrays = mapping.convert(tensors, layout, shapes).arrays
     tree = nest(arrays)
     buffers = tree.pop("buffers", {})
     variables = {role: conversion.as_float32(tree[role]) for role in layout.config}

@@ -18,20 +18,6 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from dinosae_jax.eval.frechet import Statistics, check_moments
-from dinosae_jax.eval.recipe import Recipe
-
-IMAGENET_TRAIN_IMAGES = 1_281_167
-ADM_RECIPE = Recipe(
-    network="inception_fid",
-    tap="pool3",
-    resize="tf1_bilinear",
-    uint8_conversion="stored",
-    count=IMAGENET_TRAIN_IMAGES,
-    images="imagenet2012 train, as published",
-)
-MOMENTS = {"pool3": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-
 Images = NDArray[np.uint8]  # [n,h,w,3]
 
 
@@ -49,7 +35,7 @@ class Archive:
           ValueError: the file is damaged, or ends before its images do.
         """
         with (
-            _as_one_line(self.path),
+            as_one_line(self.path),
             zipfile.ZipFile(self.path) as archive,
             archive.open("arr_0.npy") as file,
         ):
@@ -70,8 +56,8 @@ def open_archive(path: pathlib.Path) -> Archive:
     """
     rule = f"{path} must be an .npz with arr_0 as uint8 [n,h,w,3] in C order"
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{rule}, got something else: write it with archive_npz.write_images")
-    with _as_one_line(path), zipfile.ZipFile(path) as archive:
+        raise ValueError(f"{rule}, got something else: write it with adm_npz.write_images")
+    with as_one_line(path), zipfile.ZipFile(path) as archive:
         if "arr_0.npy" not in archive.namelist():
             names = sorted(name.removesuffix(".npy") for name in archive.namelist())
             way = "name the images arr_0"
@@ -97,62 +83,12 @@ def write_images(path: pathlib.Path, batches: Iterable[Images], count: int) -> N
     Raises:
       ValueError: batches of another layout, or fewer images than `count`.
     """
-    _write(path, batches, count, {})
-
-
-def read_moments(path: pathlib.Path, tap: str, recipe: Recipe = ADM_RECIPE) -> Statistics | None:
-    """Reads the moments that a reference stores for one tap.
-
-    Args:
-      path: the reference.
-      tap: 'pool3' (FID) or 'spatial' (sFID).
-      recipe: what made the moments where the file does not say so; the published files do not.
-
-    Returns:
-      The moments, or None where the file holds images alone.
-
-    Raises:
-      ValueError: unknown tap, or moments that do not belong together or are not finite.
-    """
-    if tap not in MOMENTS:
-        raise ValueError(f"a reference stores the taps {sorted(MOMENTS)}, got {tap!r}")
-    names = MOMENTS[tap]
-    resolution = open_archive(path).shape[1]
-    with _as_one_line(path), np.load(path) as archive:
-        if names[0] not in archive.files:
-            return None
-        mean, covariance = (np.asarray(archive[name], np.float64) for name in names)
-        if "recipe" in archive.files:
-            recipe = Recipe.from_json(str(archive["recipe"]))
-    check_moments(path, mean, covariance)
-    recipe = dataclasses.replace(recipe, tap=tap, resolution=resolution)
-    return Statistics(recipe.count, mean, covariance * (recipe.count - 1), recipe)
-
-
-def write_reference(
-    path: pathlib.Path, images: Iterable[Images], count: int, pool: Statistics, spatial: Statistics
-) -> None:
-    """Writes a reference: `count` images, and the moments of all images with their recipe.
-
-    Raises:
-      ValueError: as `write_images`.
-    """
-    members = {"recipe": np.asarray(pool.recipe.to_json())}
-    for tap, moments in (("pool3", pool), ("spatial", spatial)):
-        members |= dict(zip(MOMENTS[tap], (moments.mean, moments.covariance), strict=True))
-    _write(path, images, count, members)
-
-
-def _write(
-    path: pathlib.Path, batches: Iterable[Images], count: int, members: dict[str, np.ndarray]
-) -> None:
     partial = path.with_name(path.name + ".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            _write_batches(file, batches, count)
-        for name, array in members.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                npy.write_array(file, array, allow_pickle=False)
+    with (
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        _write_batches(file, batches, count)
     partial.replace(path)
 
 
@@ -182,7 +118,7 @@ def _write_batches(file: IO[bytes], batches: Iterable[Images], count: int) -> No
 
 
 @contextlib.contextmanager
-def _as_one_line(path: pathlib.Path) -> Iterator[None]:
+def as_one_line(path: pathlib.Path) -> Iterator[None]:
     """Turns what zipfile raises for bytes that changed into a ValueError that names the file."""
     try:
         yield

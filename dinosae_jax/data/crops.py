@@ -6,7 +6,7 @@ the same pixels, so nothing here is done on the device.
 
 Pillow resizes in two passes and rounds between them. Up to 12.2 the rows came first; 13 takes the
 cheaper order, which changes some pixels of some shapes (none at 500x375 -> 256). The recordings in
-tests/data are Pillow 13's.
+tests/recordings are Pillow 13's.
 """
 
 import contextlib

@@ -10,18 +10,18 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
+from dinosae_jax import names
 from dinosae_jax.data import crops
 from dinosae_jax.data.order import Share, crop_generator, share_of, training_index
 from dinosae_jax.data.records import Records
 from dinosae_jax.data.sources import open_records
 
-CROPS = ("random", "center", "resize_random", "random_resized")
 CACHE_BYTES = 512 * 2**20  # sets that seem to fit here by their first image are kept decoded
 LARGEST_BAD_PART = 0.01  # of the images may be unreadable, then reading stops
 
@@ -153,8 +153,10 @@ def recipe_of(data_config: Mapping[str, Any]) -> CropRecipe:
         resize=int(data_config.get("resize") or 0),
         flip=bool(data_config.get("flip", False)),
     )
-    if recipe.crop not in CROPS:
-        raise ValueError(f"data.crop is one of {', '.join(CROPS)}; got {recipe.crop!r}.")
+    if recipe.crop not in get_args(names.Crop):
+        raise ValueError(
+            f"data.crop is one of {', '.join(get_args(names.Crop))}; got {recipe.crop!r}."
+        )
     if recipe.image_size < 1:
         raise ValueError(f"data.image_size must be positive; got {recipe.image_size}.")
     if recipe.crop == "resize_random" and recipe.resize < recipe.image_size:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from dinosae_jax import names
 from dinosae_jax.data.adm_npz import Archive
 from dinosae_jax.eval import frechet
 from dinosae_jax.eval.recipe import Recipe
@@ -29,7 +30,10 @@ Tree = Any
 Batch = dict[str, np.ndarray]  # image uint8 [b,h,w,3], index [b], mask bool [b]
 
 BLOCK = 1000  # rows whose moments are computed at once
-PIPELINES = {"tf1_bilinear": "tf1", "half_pixel_bilinear": "pytorch_fid"}
+PIPELINES: dict[names.InceptionResize, str] = {
+    "tf1_bilinear": "tf1",
+    "half_pixel_bilinear": "pytorch_fid",
+}
 INCEPTION_TAPS = {"pool3": "2048", "spatial": "spatial", "logits": "logits_unbiased"}
 EFFICIENTNET_TAP = "pool"
 ENCODER_TAP = "mean_patch_token"

@@ -6,10 +6,8 @@ their own.
 """
 
 import dataclasses
-import functools
 import pathlib
 import warnings
-from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -67,11 +65,6 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
     scatter = first.scatter + second.scatter
     scatter += np.outer(shift, shift) * (first.count * second.count / count)
     return Statistics(count, mean, scatter, dataclasses.replace(first.recipe, count=count))
-
-
-def merge_all(parts: Iterable[Statistics]) -> Statistics:
-    """Moments of any number of disjoint sets together, equal up to rounding in any order."""
-    return functools.reduce(merge, parts)
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
@@ -151,7 +144,7 @@ def read_statistics(path: pathlib.Path) -> Statistics:
         if missing:
             raise ValueError(
                 f"{path} must hold mean, scatter, count and recipe, it lacks {sorted(missing)}: "
-                "write it with write_statistics, or read it with archive_npz if it is a reference"
+                "write it with write_statistics, or read it with adm_moments if it is a reference"
             )
         recipe = Recipe.from_json(str(archive["recipe"]))
         mean, scatter = (np.asarray(archive[name], np.float64) for name in ("mean", "scatter"))

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dinosae_jax import names
+
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
@@ -29,7 +31,7 @@ def _round_signed(images: jax.Array) -> jax.Array:
     return jnp.clip(127.5 * (2.0 * images - 1.0) + 128.0, 0.0, 255.0)
 
 
-UINT8_CONVERSIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+UINT8_CONVERSIONS: dict[names.Uint8Conversion, Callable[[jax.Array], jax.Array]] = {
     "truncate": _truncate,
     "round": _round,
     "round_signed": _round_signed,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from dinosae_jax import names
 from dinosae_jax.flow import sphere
 
 
@@ -171,7 +172,7 @@ def _float(z: Array) -> Array:
     return z.astype(jnp.promote_types(z.dtype, jnp.float32))
 
 
-PATHS: dict[str, Callable[[float], Path]] = {
+PATHS: dict[names.FlowPath, Callable[[float], Path]] = {
     "geodesic": _geodesic,
     "linear": _linear,
     "trigonometric": _trigonometric,

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from dinosae_jax import names
 from dinosae_jax.flow import sphere
 
 Velocity = Callable[[Array, Array], Array]
@@ -206,7 +207,7 @@ def _data_before(x: Array) -> tuple[Array, Array]:
     return x, jnp.asarray(jnp.inf, x.dtype)
 
 
-SAMPLERS: dict[str, Sampler] = {
+SAMPLERS: dict[names.Sampler, Sampler] = {
     "euler_projection": Sampler(_euler_projection, _nothing, order=1, evaluations=1),
     "rodrigues": Sampler(_rodrigues, _nothing, order=1, evaluations=1),
     "geodesic_midpoint": Sampler(_geodesic_midpoint, _nothing, order=2, evaluations=2),

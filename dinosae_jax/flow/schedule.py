@@ -1,7 +1,7 @@
 """Times of the flow: t=1 is noise, t=0 is data. Shift, training distribution, sampling grid."""
 
 import math
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ import numpy as np
 from jax import Array
 from jax.scipy.special import ndtr, ndtri
 
+from dinosae_jax import names
+
 Times = TypeVar("Times", np.ndarray, Array)
 
-DISTRIBUTIONS = ("uniform", "logit-normal")
 BASE_DIMENSION = 4096
 
 
@@ -68,9 +69,10 @@ def training_times(
     Raises:
         ValueError: for an unknown distribution, or numbers out of range.
     """
-    if distribution not in DISTRIBUTIONS:
+    if distribution not in get_args(names.TimeDistribution):
         raise ValueError(
-            f"unknown time distribution {distribution!r}: choose one of {', '.join(DISTRIBUTIONS)}"
+            f"unknown time distribution {distribution!r}: choose one of "
+            f"{', '.join(get_args(names.TimeDistribution))}"
         )
     if not 0 < max_time <= 1:
         raise ValueError(f"max_time must be in (0, 1], got {max_time}: 0.999 as in RAE, 1 for none")

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from dinosae_jax.inference import batching
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder
+from dinosae_jax.names import AUTOENCODER_ROLES, PATCH_SIZE
 from dinosae_jax.runtime import jit, precision, sharding
 from dinosae_jax.weights import weight_source
 
@@ -31,7 +32,6 @@ Tree = Any
 Floats = NDArray[np.float32]
 
 
-PATCH = 16
 ROUNDING = 1e-4  # how far float arithmetic may leave [0,1]
 CONVERTED_TOKENS = 256  # of 256 x 256 pixels; converted weights do not state it
 
@@ -70,7 +70,7 @@ class Autoencoder:
         self.notes = list(source.notes)
         self.mesh = mesh or sharding.make_mesh()
         self.batch_size = batch_size
-        wanted = {role: source.variables[role] for role in autoencoder.ROLES}
+        wanted = {role: source.variables[role] for role in AUTOENCODER_ROLES}
         self.variables = sharding.replicate(wanted, self.mesh)
 
     @classmethod
@@ -136,7 +136,7 @@ class Autoencoder:
     def reconstruct(self, images: ArrayLike) -> Floats:
         """`decode` of `encode`: [b,h,w,3] in [0,1], sides multiples of 16 -> the same shape."""
         checked = check_images(images)
-        grid = (checked.shape[1] // PATCH, checked.shape[2] // PATCH)
+        grid = (checked.shape[1] // PATCH_SIZE, checked.shape[2] // PATCH_SIZE)
         return self.decode(self.encode(checked), grid)
 
     def encode_teacher(self, images: ArrayLike) -> Floats:
@@ -199,9 +199,9 @@ def complete(
     Raises:
       ValueError: where a role is missing, or `pixel_range` contradicts what the weights state.
     """
-    if not set(autoencoder.ROLES) <= set(source.variables):
+    if not set(AUTOENCODER_ROLES) <= set(source.variables):
         raise ValueError(
-            f"an autoencoder needs the roles {', '.join(autoencoder.ROLES)}; {source.path} holds "
+            f"an autoencoder needs the roles {', '.join(AUTOENCODER_ROLES)}; {source.path} holds "
             f"only {', '.join(sorted(source.variables))}; name a stage's workdir, a checkpoint, an "
             "export, or weights converted with --kind=dinosae"
         )
@@ -229,7 +229,7 @@ def complete(
 
 def random_source(model: Mapping[str, Any], seed: int) -> weight_source.WeightSource:
     """Random weights of a model config (stem, vit, decoder), for trying things out."""
-    parts = {name: model[name] for name in (*autoencoder.ROLES, "pixel_range") if name in model}
+    parts = {name: model[name] for name in (*AUTOENCODER_ROLES, "pixel_range") if name in model}
     draw = _compiled_draw(autoencoder.build(parts))
     return weight_source.WeightSource(
         jax.device_get(draw(jax.random.PRNGKey(seed))),
@@ -260,10 +260,10 @@ def check_images(images: ArrayLike) -> Floats:
             f"images are floating point in [0,1]; got {array.dtype}; divide 8-bit images by 255.0"
         )
     height, width = array.shape[1:3]
-    if height % PATCH or width % PATCH:
+    if height % PATCH_SIZE or width % PATCH_SIZE:
         raise ValueError(
-            f"image sides are multiples of {PATCH}, the patch size; got {height} x {width}; crop "
-            f"to {height - height % PATCH} x {width - width % PATCH} or resize"
+            f"image sides are multiples of {PATCH_SIZE}, the patch size; got {height} x {width}; "
+            f"crop to {height - height % PATCH_SIZE} x {width - width % PATCH_SIZE} or resize"
         )
     array = array.astype(np.float32, copy=False)
     low, high = float(array.min()), float(array.max())
@@ -277,7 +277,7 @@ def check_images(images: ArrayLike) -> Floats:
 
 @functools.lru_cache
 def _compiled_draw(modules: autoencoder.AutoencoderModules) -> Callable[..., Tree]:
-    return jit.jit_once(functools.partial(autoencoder.init, modules, image_size=2 * PATCH))
+    return jit.jit_once(functools.partial(autoencoder.init, modules, image_size=2 * PATCH_SIZE))
 
 
 @functools.lru_cache

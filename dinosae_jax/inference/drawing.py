@@ -28,19 +28,18 @@ BALANCED_EACH = 50  # images a class, the usual 50,000 of ImageNet
 CONTINUABLE = ("batch_size", "chunk", "compile_cache")
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def draw_series(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Draws what the config describes; chunks that are there already are kept.
 
     Args:
       config: of `config.sample_defaults`.
-      workdir: folder of the images.
+      folder: folder of the images.
 
     Raises:
       ValueError: before compilation, for labels or settings that the flow cannot do, or a workdir
         that holds other samples.
       stopping.Interrupted: after a signal, with every finished chunk saved.
     """
-    folder = pathlib.Path(workdir).expanduser()
     generator = open_generator(config)
     labels = generator.check_labels(
         choose_labels(config.labels, config.count, generator.num_classes, config.seed)

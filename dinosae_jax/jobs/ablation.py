@@ -3,11 +3,14 @@
 An arm is a set of changes to one base config. Every arm runs with every seed in
 `workdir/<arm>/seed<k>`, a normal workdir each, so that an interrupted ablation goes on. The
 results of autoencoders are the last evaluation of each run: results.json, a table, and curves of
-all arms. Flows are compared by their samples (`ablation_flow`).
+all arms. Flows are compared by their samples, since the losses of the arms have different targets:
+in one feature space for all, then one flow sampled by every method at several step counts and
+decoded at several radii.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -17,34 +20,37 @@ import ml_collections
 import numpy as np
 
 from dinosae_jax import rules
-from dinosae_jax.eval import curves
-from dinosae_jax.jobs import ablation_flow, measure
+from dinosae_jax.data import png
+from dinosae_jax.eval.protocols import comparison, inputs
+from dinosae_jax.inference.autoencoder import Autoencoder, random_source
+from dinosae_jax.names import AUTOENCODER_ROLES
+from dinosae_jax.report import comparison_tables, curves
 from dinosae_jax.runtime import console, files, stopping
 from dinosae_jax.train import stages
+from dinosae_jax.weights import weight_source
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Runs every arm with every seed, then writes the comparison.
 
     Args:
       config: `base` (a training config), `arms` {name: {'path/to/field': value}}, `order` (names of
         the arms), `seeds`, and `metrics` (names of the evaluation that the table shows), or for
         flows what `configs/ablation_flow.py` has.
-      workdir: folder of the comparison.
+      folder: folder of the comparison.
     """
-    folder = pathlib.Path(workdir).expanduser()
     of_flows = "flow" in config.base
     with stopping.StopRequest() as stop:
         if of_flows:
-            measure.pretrained_weights(config.weights)  # refused before anything is trained
+            inputs.pretrained_weights(config.weights)  # refused before anything is trained
             config = config.copy_and_resolve_references()
-            config.base.init_from = ablation_flow.train_autoencoder(config, folder, stop)
+            config.base.init_from = train_autoencoder(config, folder, stop)
         for arm in config.order:
             for seed in config.seeds:
                 stage = arm_config(config, arm, seed)
                 stages.run_stage(stage, folder / arm / f"seed{seed}", stop)
         if of_flows:
-            ablation_flow.compare(config, folder, stop)
+            compare(config, folder, stop)
             return
     if jax.process_index() == 0:
         write_comparison(folder, tuple(config.order), tuple(config.seeds), tuple(config.metrics))
@@ -110,3 +116,77 @@ def write_comparison(
 def _evaluations(path: pathlib.Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if any(name.startswith("eval/") for name in line)]
+
+
+AFFINE_SPREAD = 0.5
+
+
+def train_autoencoder(
+    config: ml_collections.ConfigDict, folder: pathlib.Path, stop: stopping.StopRequest
+) -> str:
+    """Trains the autoencoder of all arms, where that is not done yet; returns its workdir.
+
+    A random ViT ends in a LayerNorm whose fresh affine part gives all tokens one norm, so that raw
+    and projected latents would be the same. A trained one does not; here the affine part is drawn.
+    """
+    start, workdir = folder / "random", folder / "autoencoder"
+    if not (start / weight_source.EXPORT_FILE).exists():
+        source = random_source(config.autoencoder.model.to_dict(), config.autoencoder.seed)
+        norm = source.variables["vit"]["params"]["norm"]
+        random = np.random.default_rng(config.autoencoder.seed)
+        drawn = {
+            "scale": np.exp(AFFINE_SPREAD * random.standard_normal(norm["scale"].shape)),
+            "bias": AFFINE_SPREAD * random.standard_normal(norm["bias"].shape),
+        }
+        size = np.sqrt(np.mean(drawn["scale"] ** 2 + drawn["bias"] ** 2))  # tokens of unit variance
+        norm |= {name: np.float32(value / size) for name, value in drawn.items()}
+        weight_source.export(source, start, AUTOENCODER_ROLES)
+    stage = config.autoencoder.copy_and_resolve_references()
+    stage.name, stage.init_from = "autoencoder", str(start)
+    stages.run_stage(stage, workdir, stop)
+    return str(workdir)
+
+
+def compare(
+    config: ml_collections.ConfigDict, folder: pathlib.Path, stop: stopping.StopRequest
+) -> str:
+    """Measures what is not in scores.json yet, and writes tables and pictures.
+
+    Args:
+      config: of `configs/ablation_flow.py`, whose arms are trained.
+      folder: of the comparison.
+      stop: asked before each score.
+
+    Returns:
+      The tables, Markdown.
+
+    Raises:
+      ValueError: where the folder holds scores of another comparison.
+      stopping.Interrupted: after a signal, with every score saved.
+    """
+    autoencoder = Autoencoder.load(folder / "autoencoder", "float32", batch_size=config.samples)
+    network = inputs.feature_network(config.weights, autoencoder.mesh, lambda: autoencoder)
+    names = comparison_tables.titles(network)
+    judge = comparison.Judge(config, network)
+    measured = comparison.Scores(
+        folder / "scores.json", comparison.recipe_of(config, network), judge
+    )
+    measured.add("real crops", lambda: judge.crops)
+    scaled = judge.crops / np.float32(255)
+    measured.add("reconstructed crops", lambda: png.as_picture(autoencoder.reconstruct(scaled)))
+    for setting in comparison.settings(config):
+        if stopped := stop.agreed():
+            raise stopping.Interrupted(f"{config.name} stopped before {setting.key}", stopped)
+        measured.add(setting.key, functools.partial(comparison._draw, config, folder, setting))
+    text = "\n".join(
+        [
+            *comparison_tables.describe(config, network),
+            "",
+            *comparison_tables.tables(config, measured.scores, names),
+        ]
+    )
+    if jax.process_index() == 0:
+        files.write_text(folder / "tables.md", text + "\n")
+        comparison_tables.write_pictures(config, folder, measured.scores, names["frechet"])
+    console.report(text)
+    return text

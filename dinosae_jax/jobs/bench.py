@@ -24,23 +24,22 @@ from PIL import Image
 from dinosae_jax.data import crops, images
 from dinosae_jax.eval import frechet, precision_recall
 from dinosae_jax.eval.recipe import Recipe
-from dinosae_jax.jobs import bench_flow, bench_overhead, programs
+from dinosae_jax.perf import flow_speed, programs
 from dinosae_jax.runtime import console, files, hardware, jit, precision, sharding
 from dinosae_jax.train import step_flops
 
 JPEG_SIZE = (500, 375)  # width and height of a typical ImageNet photograph
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Measures what `chain` names, what a run adds to a step, reading, sampling and metrics.
 
     Args:
       config: chain, stages, batch_per_device, warmup, repeats, steps, overhead, loader, metrics,
         latents, flow
         (configs/bench.py).
-      workdir: for bench.json.
+      folder: for bench.json.
     """
-    folder = pathlib.Path(workdir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     devices = jax.devices()
     machine = {
@@ -66,8 +65,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     for name, compute in METRICS.items():
         result["metrics"][name] = seconds = measure_metric(compute, config.metrics)
         console.report(f"{name}: {seconds['wall']:.1f} s, {seconds['cpu']:.1f} s of all cores")
-    result["latents"] = bench_flow.measure_latents(config.latents)
-    result["flow"] = bench_flow.measure_flow(config)
+    result["latents"] = flow_speed.measure_latents(config.latents)
+    result["flow"] = flow_speed.measure_flow(config)
     result["process_peak_memory_bytes"] = hardware.peak_memory()
     if jax.process_index() == 0:
         files.write_json(folder / "bench.json", result)
@@ -118,7 +117,7 @@ def measure_run(overhead: ml_collections.ConfigDict, folder: pathlib.Path) -> di
                 (place / f"{number}.jpg").write_bytes(synthetic_jpeg())
         overhead = overhead.copy_and_resolve_references()
         overhead.stage.data.source = f"folder:{images_folder}"
-    return bench_overhead.measure_overhead(overhead, folder)
+    return overhead.measure_overhead(overhead, folder)
 
 
 def _synthetic(program: programs.Program, seed: int) -> tuple[Any, tuple[Any, ...]]:

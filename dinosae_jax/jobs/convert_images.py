@@ -11,13 +11,13 @@ from dinosae_jax.data import archive
 from dinosae_jax.runtime import console
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Writes each split to workdir/SPLIT; shards that are there and whole are kept.
 
     Args:
       config: source, data_dir, holdout, splits, crop_size, num_shards, threads
         (configs/convert_images.py).
-      workdir: folder of the archive.
+      folder: folder of the archive.
 
     Raises:
       ValueError: for a source that cannot be read, more than 1% damaged images, or a workdir that
@@ -25,7 +25,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     """
     if jax.process_index() != 0:
         return
-    folder = pathlib.Path(workdir).expanduser()
     for split in config.splits:
         manifest = archive.convert_images(
             config.source,

@@ -19,23 +19,24 @@ import jax.numpy as jnp
 import ml_collections
 from jax.experimental import multihost_utils
 
+from dinosae_jax import names
 from dinosae_jax.data import images
 from dinosae_jax.data.latents import latent_reader, latent_writer
+from dinosae_jax.eval.protocols import inputs, provenance
 from dinosae_jax.inference import encoding
 from dinosae_jax.inference.autoencoder import Autoencoder
-from dinosae_jax.jobs import measure
 from dinosae_jax.runtime import console, sharding, stopping
 from dinosae_jax.weights import role_files
 
 SPLITS = ("train", "eval")
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Writes what is missing of the cache of both splits.
 
     Args:
       config: of `configs/encode.py`.
-      workdir: folder of the cache.
+      folder: folder of the cache.
 
     Raises:
       ValueError: before anything is encoded, for missing weights, images that cannot be read, or a
@@ -43,13 +44,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       stopping.Interrupted: after a signal, with every finished shard kept.
     """
     mesh = sharding.make_mesh(devices=jax.local_devices())
-    autoencoder = Autoencoder(measure.open_weights(config), config.dtype, mesh=mesh)
+    autoencoder = Autoencoder(inputs.open_weights(config), config.dtype, mesh=mesh)
     sources = {split: images.open_images(config.data, split) for split in SPLITS}
     plans = {split: make_plan(config, autoencoder, sources[split], split) for split in SPLITS}
-    folder = pathlib.Path(workdir).expanduser()
     for split in SPLITS:
         latent_writer.claim(folder / split, plans[split])
-    measure.prepare_workdir(config, workdir)
+    provenance.prepare_workdir(config, folder)
     for note in autoencoder.notes:
         console.report(f"{config.name}: {note}")
     with stopping.StopRequest() as stop:
@@ -74,8 +74,7 @@ def make_plan(
         "images_fingerprint": source.fingerprint,
         "flipped": flipped,
         "encoder": {
-            role: role_files.sha256(autoencoder.variables[role])
-            for role in latent_reader.ENCODER_ROLES
+            role: role_files.sha256(autoencoder.variables[role]) for role in names.ENCODER_ROLES
         },
         "dtype": str(jnp.dtype(autoencoder.modules.vit.dtype)),
         "norm": convention.norm,

@@ -20,9 +20,10 @@ import ml_collections
 from dinosae_jax import rules
 from dinosae_jax.data import adm_npz
 from dinosae_jax.eval import features, results
+from dinosae_jax.eval.protocols import generated, inputs, provenance, reconstructions
+from dinosae_jax.eval.protocols.inputs import Subject
+from dinosae_jax.eval.protocols.references import check_file
 from dinosae_jax.inference.autoencoder import Autoencoder
-from dinosae_jax.jobs import evaluate_autoencoder, evaluate_samples, measure
-from dinosae_jax.jobs.evaluate_samples import Subject, check_file
 from dinosae_jax.runtime import console, precision, sharding
 from dinosae_jax.weights import weight_source
 
@@ -45,12 +46,12 @@ SAMPLE_METRICS = (
 METRICS = (*IMAGE_METRICS, *SAMPLE_METRICS, "interpolated_frechet")
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Measures what the config names and writes the numbers.
 
     Args:
       config: of `configs/evaluate.py`.
-      workdir: folder of the results.
+      folder: folder of the results.
 
     Raises:
       ValueError: before long work, for unreadable inputs, metrics that are not possible, too few
@@ -62,10 +63,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     mesh = sharding.make_mesh()
     network = open_network(config, subject, mesh)
     metrics = choose_metrics(config, subject.kind, network)
-    folder = measure.prepare_workdir(config, workdir)
+    provenance.prepare_workdir(config, folder)
     about = describe(config, subject, network)
     with noted_warnings(about["notes"]):
-        job = evaluate_autoencoder if subject.kind == "autoencoder" else evaluate_samples
+        job = reconstructions if subject.kind == "autoencoder" else generated
         found = job.run(config, subject, network, metrics, mesh, folder)
     for note in about["notes"]:
         console.report(f"{config.name}: {note}")
@@ -89,11 +90,11 @@ def open_subject(config: ml_collections.ConfigDict) -> Subject:
         path = pathlib.Path(config.samples).expanduser()
         check_file("samples", path)
         return Subject("samples", path.name, None, None, adm_npz.open_archive(path))
-    source = measure.open_weights(config)
+    source = inputs.open_weights(config)
     name = config.init_from or "random"
     if "dit" in source.variables and source.flow:
         return Subject("flow", name, source, None, None)
-    return Subject("autoencoder", name, source, measure.open_autoencoder(config, source), None)
+    return Subject("autoencoder", name, source, inputs.open_autoencoder(config, source), None)
 
 
 def open_network(
@@ -105,7 +106,7 @@ def open_network(
       ValueError: where there is neither a pretrained network nor an encoder.
     """
     open_encoder = functools.partial(_open_encoder, config, subject)
-    return measure.feature_network(config.weights, mesh, open_encoder, config.resize)
+    return inputs.feature_network(config.weights, mesh, open_encoder, config.resize)
 
 
 def _open_encoder(config: ml_collections.ConfigDict, subject: Subject) -> Autoencoder:
@@ -126,7 +127,7 @@ def _open_encoder(config: ml_collections.ConfigDict, subject: Subject) -> Autoen
         "--config.weights.efficientnet=weights/efficientnet"
     )
     if config.encoder or not subject.autoencoder:
-        return measure.open_autoencoder(config, source)
+        return inputs.open_autoencoder(config, source)
     return subject.autoencoder
 
 
@@ -177,12 +178,12 @@ def describe(
         "steps": None,
         "features": f"{network.name}, {network.resize}",
         "dtype": config.dtype if subject.source else "",
-        "config_sha256": measure.config_sha256(config),
-        "commit": measure.commit(),
+        "config_sha256": provenance.config_sha256(config),
+        "commit": provenance.commit(),
         "notes": [],
     }
     if subject.source:
-        about["checkpoint_step"] = measure.checkpoint_step(subject.source)
+        about["checkpoint_step"] = provenance.checkpoint_step(subject.source)
         about["notes"] = list(subject.source.notes)
     if subject.source and subject.kind == "flow":
         given = {k: v for k, v in config.sample.sampling.to_dict().items() if v is not None}

@@ -7,28 +7,27 @@ import pathlib
 import jax
 import ml_collections
 
+from dinosae_jax.eval.protocols import inputs
 from dinosae_jax.inference import autoencoder
-from dinosae_jax.jobs import measure
-from dinosae_jax.models.autoencoder import ROLES
+from dinosae_jax.names import AUTOENCODER_ROLES
 from dinosae_jax.runtime import console
 from dinosae_jax.weights import weight_source
 
 # What an export holds of a run, where it has them; critics and optimizers stay behind.
-EXPORTED = (*ROLES, "dit")
+EXPORTED = (*AUTOENCODER_ROLES, "dit")
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-    """Writes the export of `config.init_from` into the workdir, which `Autoencoder.load` reads.
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+    """Writes the export of `config.init_from` into the folder, which `Autoencoder.load` reads.
 
     Args:
       config: of `config.export_defaults`.
-      workdir: the new folder.
+      folder: the new folder.
 
     Raises:
       ValueError: where the workdir holds something already, or init_from is no autoencoder.
     """
-    folder = pathlib.Path(workdir).expanduser()
-    source = autoencoder.complete(measure.open_weights(config), config.pixel_range)
+    source = autoencoder.complete(inputs.open_weights(config), config.pixel_range)
     if jax.process_index() != 0:
         return
     wanted = tuple(role for role in EXPORTED if role in source.variables)

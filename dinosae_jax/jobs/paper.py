@@ -16,19 +16,18 @@ from dinosae_jax.runtime import console, files, hardware
 from dinosae_jax.train import step_flops
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Writes both tables to workdir/paper.md.
 
     Args:
       config: of `configs/paper.py`.
-      workdir: folder of the tables.
+      folder: folder of the tables.
 
     Raises:
       ValueError: for a utilisation outside (0, 1].
     """
     text = tables(config)
     if jax.process_index() == 0:
-        folder = pathlib.Path(workdir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(folder / "paper.md", text)
         console.report(text + f"\n{config.name}: wrote {folder / 'paper.md'}")

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import jax
 import ml_collections
 import numpy as np
 
 from dinosae_jax.data import images, png
-from dinosae_jax.eval import pca
-from dinosae_jax.jobs import measure
+from dinosae_jax.eval.protocols import inputs, provenance
 from dinosae_jax.models import autoencoder as autoencoder_lib
+from dinosae_jax.report import pca
 from dinosae_jax.runtime import console
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Draws the figure.
 
     Args:
       config: of `configs/pca.py`.
-      workdir: folder of the picture.
+      folder: folder of the picture.
 
     Raises:
       ValueError: for missing weights, no images, or an unknown `fitted_on`.
@@ -27,10 +29,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         raise ValueError(f"the figure needs at least 1 image; got count={config.count}; raise it")
     if config.fitted_on not in ("teacher", "joint"):
         raise ValueError(f"fitted_on is 'teacher' or 'joint'; got {config.fitted_on!r}")
-    autoencoder = measure.open_autoencoder(config, measure.open_weights(config))
-    measure.require_teacher(autoencoder)
+    autoencoder = inputs.open_autoencoder(config, inputs.open_weights(config))
+    inputs.require_teacher(autoencoder)
     shown = choose_images(config)
-    folder = measure.prepare_workdir(config, workdir)
+    provenance.prepare_workdir(config, folder)
     side = config.data.image_size // 16
     teacher, student = (
         function(shown).reshape(len(shown), side, side, -1)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from dinosae_jax.jobs import collectives, plan_targets, programs
+from dinosae_jax.perf import collectives, programs, targets
 from dinosae_jax.runtime import console, files, hardware, sharding
 from dinosae_jax.train import step_flops
 
@@ -31,22 +31,21 @@ COSTS = [*KEY, "TFLOP", "state", "aliased", "frozen", "temporaries", "collective
 COSTS += ["largest copies", "CPU s to compile"]
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Plans `stages.<chain[0]>` on `target`.
 
     Args:
       config: target, ledger, chain, stages (configs/plan.py).
-      workdir: for plan.json.
+      folder: for plan.json.
 
     Raises:
       ValueError: for an unknown target, a missing compiler, or a batch that does not divide.
     """
-    devices = plan_targets.devices_of(config.target)
+    devices = targets.devices_of(config.target)
     jax.config.update("jax_exec_time_optimization_effort", config.effort)
     for name in config.chain:
         row = {**plan(name, config.stages[name], config.target, devices), "effort": config.effort}
         console.report(describe(row))
-        folder = pathlib.Path(workdir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "plan.json", row)
         if config.ledger:
@@ -99,7 +98,7 @@ def plan(name: str, config: ml_collections.ConfigDict, target: str, devices: lis
     with jax.set_mesh(mesh):
         lowered = program.step.lower(*program.arguments)
     try:
-        compiled = lowered.compile(plan_targets.compiler_options(target))
+        compiled = lowered.compile(targets.compiler_options(target))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,10 +13,10 @@ import ml_collections
 
 from dinosae_jax.data import images, loading
 from dinosae_jax.eval import probe, results
+from dinosae_jax.eval.protocols import inputs, provenance
 from dinosae_jax.eval.recipe import check_features
 from dinosae_jax.inference import batching
 from dinosae_jax.inference.autoencoder import Autoencoder
-from dinosae_jax.jobs import measure
 from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.runtime import console, precision, sharding
 
@@ -25,12 +26,12 @@ NETWORKS: dict[str, Callable[..., autoencoder_lib.EncoderOutput]] = {
 }
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Probes both networks on the classes of a data set.
 
     Args:
       config: of `configs/probe.py`.
-      workdir: folder of the results.
+      folder: folder of the results.
 
     Raises:
       ValueError: before training, for missing weights, a data set with fewer than 2 classes, or a
@@ -39,13 +40,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     if config.steps < 1:
         raise ValueError(f"a probe needs at least 1 step; got steps={config.steps}; raise it")
     config = precision.resolve_config(config)
-    source = measure.open_weights(config)
-    autoencoder = measure.open_autoencoder(config, source)
-    measure.require_teacher(autoencoder)
+    source = inputs.open_weights(config)
+    autoencoder = inputs.open_autoencoder(config, source)
+    inputs.require_teacher(autoencoder)
     sharding.check_batch(config.batch_size, 1, autoencoder.mesh)
     train, held_out = (images.open_images(config.data, split) for split in ("train", "eval"))
     check_classes(train, held_out)
-    folder = measure.prepare_workdir(config, workdir)
+    provenance.prepare_workdir(config, folder)
     rows = []
     for name in NETWORKS:
         accuracy = probe_network(config, autoencoder, name, train, held_out)
@@ -56,11 +57,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     about = {
         "kind": "linear probe",
         "model": config.init_from or "random",
-        "checkpoint_step": measure.checkpoint_step(source),
+        "checkpoint_step": provenance.checkpoint_step(source),
         "features": "class token, mean patch token",
         "dtype": config.dtype,
-        "config_sha256": measure.config_sha256(config),
-        "commit": measure.commit(),
+        "config_sha256": provenance.config_sha256(config),
+        "commit": provenance.commit(),
         "notes": list(autoencoder.notes),
     }
     if jax.process_index() == 0:
@@ -138,7 +139,7 @@ def held_out_features(
     Raises:
       ValueError: for features that are not finite.
     """
-    for batch in measure.dataset_batches(source, config, mesh, len(source)):
+    for batch in inputs.dataset_batches(source, config, mesh, len(source)):
         fields = {name: batch[name] for name in ("image", "label", "mask")}
         placed = sharding.put_batch(fields, mesh)
         mask = sharding.gather(placed["mask"])

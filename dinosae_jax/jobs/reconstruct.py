@@ -20,14 +20,16 @@ import ml_collections
 import numpy as np
 from numpy.typing import NDArray
 
+from dinosae_jax import names
 from dinosae_jax.data import crops, png, sources
 from dinosae_jax.data.records import Records
-from dinosae_jax.eval import image_quality, pictures
-from dinosae_jax.inference import autoencoder, batching
+from dinosae_jax.eval import image_quality
+from dinosae_jax.eval.protocols import inputs
+from dinosae_jax.inference import batching
 from dinosae_jax.inference.autoencoder import Autoencoder
-from dinosae_jax.jobs import measure
 from dinosae_jax.models import autoencoder as autoencoder_lib
 from dinosae_jax.models.lpips import LPIPS
+from dinosae_jax.report import pictures
 from dinosae_jax.runtime import console, files
 from dinosae_jax.weights import weight_source
 
@@ -53,17 +55,16 @@ class Survey(NamedTuple):
     skipped: list[dict[str, str]]
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Reconstructs the images of `config.images`; run again, it writes everything again.
 
     Args:
       config: of `config.reconstruct_defaults`.
-      workdir: folder of the results.
+      folder: folder of the results.
 
     Raises:
       ValueError: where weights or images cannot be read, or no image is usable.
     """
-    folder = pathlib.Path(workdir).expanduser()
     records = open_images(config.images, config.data_dir)
     figures_of = functools.partial(_compiled_figures(bool(config.weights.lpips)), _lpips(config))
     model = _open_autoencoder(config)
@@ -122,7 +123,7 @@ def survey_images(records: Records, short_side: int) -> Survey:
 
 def crop_to_patches(image: Image) -> Image:
     """Cuts both sides centrally down to multiples of the patch size; a view."""
-    patch = autoencoder.PATCH
+    patch = names.PATCH_SIZE
     height, width = (side - side % patch for side in image.shape[:2])
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
     return image[top : top + height, left : left + width]
@@ -144,7 +145,7 @@ def table(rows: list[Row], totals: Row) -> str:
 
 
 def _open_autoencoder(config: ml_collections.ConfigDict) -> Autoencoder:
-    source = measure.open_weights(config)
+    source = inputs.open_weights(config)
     return Autoencoder(source, config.dtype, config.pixel_range, batch_size=config.batch_size)
 
 

@@ -11,26 +11,25 @@ import jax
 import ml_collections
 
 from dinosae_jax.data import adm_npz, png
-from dinosae_jax.eval import pictures
 from dinosae_jax.inference import drawing
+from dinosae_jax.report import pictures
 from dinosae_jax.runtime import console
 
 GRID_IMAGES, GRID_COLUMNS = 100, 10
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Draws what the config describes; finished chunks are kept.
 
     Args:
       config: of `config.sample_defaults`.
-      workdir: folder of the images.
+      folder: folder of the images.
 
     Raises:
-      ValueError: as of `drawing.run`.
+      ValueError: as of `drawing.draw_series`.
       stopping.Interrupted: after a signal, with every finished chunk saved.
     """
-    drawing.run(config, workdir)
-    folder = pathlib.Path(workdir).expanduser()
+    drawing.draw_series(config, folder)
     if jax.process_index() == 0 and not (folder / "grid.png").exists():
         first = next(adm_npz.open_archive(folder / "samples.npz").batches(GRID_IMAGES))
         png.write_png(folder / "grid.png", pictures.grid(first, GRID_COLUMNS))

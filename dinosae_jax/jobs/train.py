@@ -12,23 +12,22 @@ import jax
 import ml_collections
 
 from dinosae_jax import rules
-from dinosae_jax.eval import report
+from dinosae_jax.report import html_report
 from dinosae_jax.runtime import console, files, stopping
 from dinosae_jax.train import stages
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Trains what the config describes; finished stages are skipped, interrupted ones go on.
 
     Args:
       config: of one stage, or with `chain` and `stages`.
-      workdir: folder of the run.
+      folder: folder of the run.
 
     Raises:
       ValueError: for every disagreement that can be seen before compilation.
       stopping.Interrupted: after a signal, with everything saved.
     """
-    folder = pathlib.Path(workdir).expanduser()
     stages.check_kind(folder, is_chain="chain" in config)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -45,7 +44,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def _report(folder: pathlib.Path) -> None:
     if jax.process_index() == 0:
-        report.write_report(folder)
+        html_report.write_report(folder)
         console.report(f"The report is {folder / 'report.html'}")
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 
+from dinosae_jax import names
 from dinosae_jax.models import registry
 from dinosae_jax.models.decoder import Decoder
 from dinosae_jax.models.stem import ConvStem, PatchStem
@@ -21,13 +22,9 @@ from dinosae_jax.models.vit import VisionTransformer
 Array = jax.Array
 Variables = Mapping[str, Any]
 
-ROLES = ("stem", "vit", "decoder")
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-PIXEL_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+PIXEL_RANGES: dict[names.PixelRange, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": (names.IMAGENET_MEAN, names.IMAGENET_STD),
     "unit": ((0.0,), (1.0,)),
     "symmetric": ((0.5,), (0.5,)),
 }
@@ -52,7 +49,7 @@ class AutoencoderModules:
     stem: ConvStem | PatchStem
     vit: VisionTransformer
     decoder: Decoder
-    pixel_range: str = "imagenet"
+    pixel_range: names.PixelRange = "imagenet"
 
 
 class EncoderOutput(NamedTuple):
@@ -130,7 +127,9 @@ def unit_interval(images: Any) -> Any:
 
 def normalise(images: Array) -> Array:
     """Remove ImageNet's mean and deviation: [b,h,w,3] in [0,1] -> the same shape, float32."""
-    return (images.astype(jnp.float32) - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
+    return (images.astype(jnp.float32) - jnp.array(names.IMAGENET_MEAN)) / jnp.array(
+        names.IMAGENET_STD
+    )
 
 
 def to_pixels(modules: AutoencoderModules, output: Array) -> Array:
@@ -193,36 +192,14 @@ def decode(
       variables: role decoder.
       z: [b,n,d] float32 latents.
       grid: (height, width) of the patch grid.
-      train: whether batch norm uses the statistics of the batch (`decode_with_stats` returns
+      train: whether batch norm uses the statistics of the batch (`decode_features` returns
         the new running ones).
 
     Returns:
       [b,16*height,16*width,3] float32 in about [0,1], not clipped.
     """
-    return decode_with_stats(modules, variables, z, grid, train)[0]
-
-
-def decode_with_stats(
-    modules: AutoencoderModules,
-    variables: Variables,
-    z: Array,
-    grid: tuple[int, int],
-    train: bool = True,
-) -> tuple[Array, dict[str, Any]]:
-    """`decode`, and the decoder's running statistics after it.
-
-    Args:
-      modules: what `build` returned.
-      variables: role decoder.
-      z: [b,n,d] float32 latents.
-      grid: (height, width) of the patch grid.
-      train: whether batch norm uses and updates the statistics of the batch.
-
-    Returns:
-      (images as of `decode`, the collection `batch_stats`, empty without batch norm).
-    """
-    features, stats = decode_features(modules, variables, z, grid, train)
-    return decode_head(modules, variables, features), stats
+    features, _ = decode_features(modules, variables, z, grid, train)
+    return decode_head(modules, variables, features)
 
 
 def decode_features(

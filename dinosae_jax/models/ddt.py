@@ -19,13 +19,6 @@ import jax.numpy as jnp
 
 from dinosae_jax.models import dit_blocks, positions
 
-SIZES: dict[str, dict[str, tuple[int, int]]] = {
-    "S": {"hidden_size": (384, 2048), "depth": (12, 2), "num_heads": (6, 16)},
-    "B": {"hidden_size": (768, 2048), "depth": (12, 2), "num_heads": (12, 16)},
-    "L": {"hidden_size": (1024, 2048), "depth": (24, 2), "num_heads": (16, 16)},
-    "XL": {"hidden_size": (1152, 2048), "depth": (28, 2), "num_heads": (16, 16)},
-}
-
 
 class DiTDH(nn.Module):
     """Class-conditional diffusion transformer with a DDT head, patch size 1.

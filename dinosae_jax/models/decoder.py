@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from dinosae_jax import sizes
 from dinosae_jax.models.decoder_blocks import (
     EVIT_SCALES,
     UPSAMPLERS,
@@ -242,85 +243,4 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def from_dcae(config: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `Decoder` for the fields of a DC-AE (efficientvit) decoder config.
-
-    DC-AE's "trms2d" is a norm per pixel with a bias, and EViT blocks have it: "pixel_trms2d".
-
-    Args:
-      config: fields of efficientvit's DecoderConfig; those left out have its defaults.
-
-    Returns:
-      The same fields, with `norm` and `out_norm` in this module's words.
-    """
-
-    def rename(norm: Any) -> Any:
-        if norm is None or isinstance(norm, str):
-            return "pixel_trms2d" if norm == "trms2d" else norm
-        return tuple(rename(n) for n in norm)
-
-    norms = {"norm": "trms2d", "out_norm": "trms2d"} | config
-    return {**config, "norm": rename(norms["norm"]), "out_norm": rename(norms["out_norm"])}
-
-
-def _dino_sae(widths: Sequence[int], depths: Sequence[int], **fields: Any) -> dict[str, Any]:
-    return {
-        "latent_channels": 1024,
-        "width_list": tuple(widths),
-        "depth_list": tuple(depths),
-        **fields,
-    }
-
-
-def _evit_from(stages: int, first: int) -> dict[str, Any]:
-    """The per-stage lists of DC-AE 1.0: ResBlock up to stage `first`, EViT_GLU from it on."""
-    rest = stages - first
-    return {
-        "block_type": ("ResBlock",) * first + ("EViT_GLU",) * rest,
-        "norm": ("bn2d",) * first + ("trms2d",) * rest,
-        "act": ("relu",) * first + ("silu",) * rest,
-    }
-
-
-def _dcae(latent_channels: int, depths: Sequence[int], **fields: Any) -> dict[str, Any]:
-    widths = (128, 256, 512, 512, 1024, 1024, 2048, 2048)[: len(depths)]
-    return from_dcae(
-        {
-            "latent_channels": latent_channels,
-            "width_list": widths,
-            "depth_list": tuple(depths),
-            **fields,
-        }
-    )
-
-
-_WIDTHS, _WIDE = (128, 256, 512, 512, 1024), (128, 256, 512, 1024, 1024)
-_NO_IN_SHORTCUT = {"in_shortcut": None, "out_act": "silu"}
-_EVIT_UP = {"upsample_block_type": "InterpolateConv"}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "A": _dino_sae(_WIDTHS, (2, 2, 2, 2, 2)),
-    "A0": _dino_sae(_WIDTHS, (0, 2, 2, 2, 2)),
-    "B": _dino_sae(_WIDTHS, (0, 5, 10, 2, 2), **_evit_from(5, 3)),
-    "B2": _dino_sae(_WIDE, (0, 5, 10, 2, 2), **_evit_from(5, 3)),
-    "C": _dino_sae(_WIDE, (2, 2, 2, 2, 2)),
-    "S": _dino_sae(
-        _WIDTHS, (3, 3, 3, 3, 3), block_type=("ResBlock",) * 3 + ("EViT_GLU",) * 2, **_EVIT_UP
-    ),
-    "L": _dino_sae(_WIDTHS, (0, 3, 5, 4, 4), **_NO_IN_SHORTCUT),
-    "D": _dino_sae(_WIDTHS, (0, 5, 10, 4, 4), **_NO_IN_SHORTCUT),
-    "dc-ae-f32c32-1.0": _dcae(32, (0, 5, 10, 2, 2, 2), **_evit_from(6, 3)),
-    "dc-ae-f64c128-1.0": _dcae(128, (0, 5, 10, 2, 2, 2, 2), **_evit_from(7, 3)),
-    "dc-ae-f128c512-1.0": _dcae(512, (0, 5, 10, 2, 2, 2, 2, 2), **_evit_from(8, 3)),
-    "dc-ae-f32c32-sana": _dcae(
-        32, (3,) * 6, block_type=("ResBlock",) * 3 + ("EViTS5_GLU",) * 3, **_EVIT_UP
-    ),
-    "dc-ae-lite-f32c32-sana-1.1": _dcae(32, (0, 3, 5, 4, 4, 4), out_act="silu"),
-    "dc-ae-f32c128": _dcae(128, (0, 5, 10, 4, 4, 4), **_NO_IN_SHORTCUT),
-}
-"""Keyword arguments of `Decoder`.
-
-A (the default) to D are candidates for DINO-SAE's unpublished configuration, 16 times upsampling
-from 1024 channels; the others are the published DC-AE decoders (-in and -mix share one, and so
-do versions 1.0 and 1.1 of sana, 1.1 and 1.5 of f32c128).
-"""
+sizes._WIDTHS, sizes._WIDE = (128, 256, 512, 512, 1024), (128, 256, 512, 1024, 1024)

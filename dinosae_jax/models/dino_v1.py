@@ -26,16 +26,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-IMAGE_SIDE = 224
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-LAYER_NORM_EPSILON = 1e-6
+from dinosae_jax import names
 
-SIZES: dict[str, dict[str, int]] = {
-    "S_8": {"patch_size": 8, "embed_dim": 384, "depth": 12, "num_heads": 6},
-    "S_16": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
-    "B_16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
-}
+IMAGE_SIDE = 224
+LAYER_NORM_EPSILON = 1e-6
 
 
 def preprocess(images: jax.Array) -> jax.Array:
@@ -50,7 +44,7 @@ def preprocess(images: jax.Array) -> jax.Array:
     """
     shape = (images.shape[0], IMAGE_SIDE, IMAGE_SIDE, 3)
     resized = jax.image.resize(images.astype(jnp.float32), shape, "bilinear", antialias=False)
-    mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
+    mean, std = jnp.asarray(names.IMAGENET_MEAN), jnp.asarray(names.IMAGENET_STD)
     return resized * (0.5 / std) + (0.5 - mean) / std
 
 

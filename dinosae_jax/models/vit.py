@@ -276,34 +276,3 @@ def rematerialised(block: type[nn.Module], remat: str, prevent_cse: bool) -> typ
     if remat not in policies:
         raise ValueError(f"remat is 'none', 'dots' or 'full', got {remat!r}: choose one of them.")
     return nn.remat(block, policy=policies[remat], prevent_cse=prevent_cse)
-
-
-def _size(
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
-    ffn_hidden: int,
-    ffn: str = "swiglu",
-    bias: bool = True,
-) -> dict[str, Any]:
-    return {
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": num_heads,
-        "ffn_layer": ffn,
-        "ffn_hidden": ffn_hidden,
-        "qkv_bias": bias,
-        "num_storage_tokens": 4,
-    }
-
-
-SIZES: dict[str, dict[str, Any]] = {
-    "dinov3_vits16": _size(384, 12, 6, 1536, "mlp"),
-    "dinov3_vits16plus": _size(384, 12, 6, 1536),
-    "dinov3_vitb16": _size(768, 12, 12, 3072, "mlp"),
-    "dinov3_vitl16": _size(1024, 24, 16, 4096, "mlp"),
-    "dinov3_vitl16plus": _size(1024, 24, 16, 4096),
-    "dinov3_vith16plus": _size(1280, 32, 20, 5120),
-    "dinov3_vit7b16": _size(4096, 40, 32, 8192, bias=False),
-}
-"""Keyword arguments of `VisionTransformer` for each constructor of DINOv3's torch hub."""

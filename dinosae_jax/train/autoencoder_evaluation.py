@@ -13,14 +13,13 @@ import ml_collections
 import numpy as np
 
 from dinosae_jax.data import images, loading, png
-from dinosae_jax.eval import image_quality, pictures, robustness
+from dinosae_jax.eval import image_quality, robustness
 from dinosae_jax.flow import matching
 from dinosae_jax.losses import alignment
 from dinosae_jax.models import autoencoder
+from dinosae_jax.report import pictures
 from dinosae_jax.runtime import files, sharding
-from dinosae_jax.train import (
-    autoencoder_step,
-)
+from dinosae_jax.train import autoencoder_step
 from dinosae_jax.train import state as state_lib
 
 SHOWN = 10  # pictures a row

@@ -73,7 +73,7 @@ def generator_loss_and_grad(
     reconstruction_cotangent: jax.Array,
     uniforms: jax.Array,
 ) -> GeneratorGradient:
-    """The generator's adversarial loss, its gradient on the reconstruction, and its adaptive weight.
+    """The generator's adversarial loss, its gradient on the reconstruction, its adaptive weight.
 
     Args:
       discriminator: static.

@@ -19,13 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinosae_jax.data import loading, png
-from dinosae_jax.eval import features, image_quality, kernel_distance, pictures
+from dinosae_jax.eval import features, image_quality, kernel_distance
 from dinosae_jax.flow import matching
 from dinosae_jax.inference.generator import Generator
+from dinosae_jax.report import pictures
 from dinosae_jax.runtime import sharding
-from dinosae_jax.train import (
-    flow_step,
-)
+from dinosae_jax.train import flow_step
 from dinosae_jax.train import state as state_lib
 
 Tree = Any

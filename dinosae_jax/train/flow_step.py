@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from dinosae_jax.data.latents import latent_record
 from dinosae_jax.flow import matching, schedule
 from dinosae_jax.models import autoencoder, dit
 from dinosae_jax.runtime import fsdp, sharding
@@ -226,9 +227,7 @@ def tokens_of(spec: StepSpec, frozen: Variables, batch: Mapping[str, jax.Array])
     if "latent" in batch:
         return batch["latent"].astype(jnp.float32)
     if "direction" in batch:
-        rounded = batch["direction"].astype(jnp.float32)
-        length = jnp.maximum(jnp.linalg.norm(rounded, axis=-1), 1.0)
-        return rounded * (batch["norm"].astype(jnp.float32) / length)[..., None]
+        return latent_record.dequantise(batch["direction"], batch["norm"])
     image = autoencoder.unit_interval(batch["image"])
     return autoencoder.encode(spec.modules, frozen, image).tokens
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 from orbax.checkpoint import CheckpointManager
 
+from dinosae_jax import names
 from dinosae_jax.data import images, loading
 from dinosae_jax.data.latents import latent_reader
 from dinosae_jax.flow import schedule
@@ -20,13 +21,7 @@ from dinosae_jax.inference.generator import Generator, flow_record
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder, registry
 from dinosae_jax.runtime import console, precision, sharding
-from dinosae_jax.train import (
-    flow_evaluation,
-    flow_step,
-    latent_norms,
-    preparation,
-    step_flops,
-)
+from dinosae_jax.train import flow_evaluation, flow_step, latent_norms, preparation, step_flops
 from dinosae_jax.train import state as state_lib
 from dinosae_jax.train.task import Task
 from dinosae_jax.weights import role_files
@@ -182,7 +177,7 @@ def check_encoder(sources: Sequence[loading.Source], variables: preparation.Vari
     caches = [source for source in sources if isinstance(source, latent_reader.LatentSource)]
     if not caches:
         return
-    ours = {role: role_files.sha256(variables[role]) for role in latent_reader.ENCODER_ROLES}
+    ours = {role: role_files.sha256(variables[role]) for role in names.ENCODER_ROLES}
     for cache in caches:
         changed = [role for role, found in ours.items() if cache.manifest["encoder"][role] != found]
         if changed:

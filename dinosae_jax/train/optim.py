@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from dinosae_jax import names
+
 Tree = Any
-SCHEDULES = ("constant", "cosine", "linear")
 
 
 def hyperparameters(optimizer: Mapping[str, Any], steps: int) -> dict[str, jax.Array]:
@@ -20,7 +21,7 @@ def hyperparameters(optimizer: Mapping[str, Any], steps: int) -> dict[str, jax.A
       optimizer: fields of `config.optimizer_defaults`.
       steps: length of the run, where a decay ends.
     """
-    schedule = SCHEDULES.index(optimizer["schedule"])
+    schedule = get_args(names.Schedule).index(optimizer["schedule"])
     hyperparams = {**optimizer, "steps": steps, "schedule": schedule}
     return {name: jnp.float32(value) for name, value in hyperparams.items()}
 

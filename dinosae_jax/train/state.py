@@ -92,21 +92,6 @@ def update_ema(ema: dict[str, Tree], params: dict[str, Tree], decay: jax.Array) 
     return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, current)
 
 
-def example_keys(key: jax.Array, constant: int, count: int) -> jax.Array:
-    """One key for each example of the global batch, whatever the number of devices.
-
-    Args:
-      key: the step's key.
-      constant: a KEY_* constant, the use.
-      count: examples in the global batch.
-
-    Returns:
-      uint32 [count, 2].
-    """
-    base = jax.random.fold_in(key, constant)
-    return jax.vmap(lambda index: jax.random.fold_in(base, index))(jnp.arange(count))
-
-
 def select(condition: jax.Array, new: Tree, old: Tree) -> Tree:
     """`new` where the scalar condition holds, else `old`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

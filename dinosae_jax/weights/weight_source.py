@@ -48,7 +48,7 @@ class WeightSource(NamedTuple):
       convention: its latent convention, plain; empty for converted weights.
       notes: sentences that travel with the weights.
       path: for messages.
-      flow: how a flow was trained and is to be sampled, plain (`jobs.train_flow.flow_record`);
+      flow: how a flow was trained and is to be sampled, plain (`inference.generator.flow_record`);
         empty for an autoencoder.
     """
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from dinosae_jax.data import adm_npz
-from dinosae_jax.eval import distances, features, frechet, interpolation, results
+from dinosae_jax.eval import adm_moments, distances, features, frechet, interpolation, results
 from dinosae_jax.models import autoencoder
 from dinosae_jax.models.efficientnet import EfficientNetLite0
 from dinosae_jax.models.inception import InceptionFID
 from dinosae_jax.runtime import sharding
-from tests import tiny_stage
+from tests import tiny
 
 METRICS = {"frechet": ("FD", "mean"), "kernel": ("KD", "mean"), "precision_recall": ("", "mean")}
 
@@ -117,7 +117,7 @@ def test_inception_gives_every_tap_under_its_recipe():
     recipe = network.recipe("pool3", resolution=256)
     assert (recipe.network, recipe.network_sha256) == ("inception_fid", "6726825d")
     with pytest.raises(ValueError, match="got resize 'tf1_bilinear' and 'half_pixel_bilinear'"):
-        frechet.check_comparable(adm_npz.ADM_RECIPE, recipe)
+        frechet.check_comparable(adm_moments.ADM_RECIPE, recipe)
     with pytest.raises(ValueError, match="resize is one of"):
         features.inception({}, "", "bilinear")
 
@@ -135,14 +135,14 @@ def test_efficientnet_says_its_name_and_is_never_called_fid():
     assert (recipe.network_sha256, recipe.resolution) == ("57934424", 64)
     assert all("FID" not in name for name, _ in network.metrics.values())
     with pytest.raises(ValueError, match="got network 'efficientnet_lite0' and 'inception_fid'"):
-        frechet.check_comparable(recipe, adm_npz.ADM_RECIPE)
+        frechet.check_comparable(recipe, adm_moments.ADM_RECIPE)
 
 
 def test_the_encoder_computes_in_float32_and_is_never_called_fid():
-    model = tiny_stage.model()
+    model = tiny.model()
     exact, half = (autoencoder.build(model, dtype) for dtype in (jnp.float32, jnp.bfloat16))
     variables = jax.jit(lambda key: autoencoder.init(exact, key, 32))(jax.random.PRNGKey(0))
-    images = jnp.asarray(tiny_stage.images(2, 32, 32))
+    images = jnp.asarray(tiny.images(2, 32, 32))
     tap = (features.ENCODER_TAP,)
     ours, theirs = (
         features.encoder(modules, variables, "x")(images, tap)[tap[0]] for modules in (exact, half)

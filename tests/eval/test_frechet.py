@@ -1,6 +1,7 @@
 """Frechet distance against recorded values of pytorch-fid, ADM, torch-fidelity and RAE."""
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -78,7 +79,9 @@ def test_merged_statistics_depend_neither_on_batches_nor_on_their_order():
     whole = frechet.statistics(features, RECIPE)
     for size, order in itertools.product((1, 7, 331), (1, -1)):
         parts = [features[start : start + size] for start in range(0, len(features), size)]
-        merged = frechet.merge_all(frechet.statistics(part, RECIPE) for part in parts[::order])
+        merged = functools.reduce(
+            frechet.merge, (frechet.statistics(part, RECIPE) for part in parts[::order])
+        )
         assert merged.count == merged.recipe.count == 331
         np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-13)
         np.testing.assert_allclose(merged.scatter, whole.scatter, atol=1e-12 * whole.scatter.max())

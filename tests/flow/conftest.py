@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(params=["compact", "complete"])
 def load(request: pytest.FixtureRequest) -> Callable[[str], dict[str, np.ndarray]]:
-    """Read a recording by name: from tests/data, and from the complete folder if there is one."""
+    """Read a recording by name: from tests/recordings, and from the complete folder if any."""
     if request.param == "compact":
         folder, pattern = request.getfixturevalue("data_dir") / "flow", "{}.npz"
     else:

@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 
 import dinosae_jax
+from dinosae_jax import names
 from dinosae_jax.inference.autoencoder import Autoencoder, random_source
 from dinosae_jax.inference.batching import map_batches
 from dinosae_jax.models import autoencoder as functions
 from dinosae_jax.runtime import sharding
 from dinosae_jax.weights import weight_source
-from tests import tiny_stage
+from tests import tiny
 from tests.weights_conversion.layouts import save
 from weights_conversion.convert import convert_file
-from weights_conversion.golden import read_golden
+from weights_conversion.verification.golden import read_golden
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return tiny_stage.write(tmp_path_factory.mktemp("run"))
+    return tiny.write(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +29,13 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def tiny(workdir, one_device):
+def loaded(workdir, one_device):
     return Autoencoder.load(workdir, mesh=one_device, batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    return tiny_stage.images(5, 32, 48).astype(np.float32) / 255.0
+    return tiny.images(5, 32, 48).astype(np.float32) / 255.0
 
 
 @pytest.fixture(scope="module")
@@ -61,42 +62,42 @@ def test_the_package_offers_the_class():
         _ = dinosae_jax.Autoencoders
 
 
-def test_the_methods_are_the_functions_of_the_model(tiny, pictures):
-    variables = jax.device_get(tiny.variables)
+def test_the_methods_are_the_functions_of_the_model(loaded, pictures):
+    variables = jax.device_get(loaded.variables)
 
     @jax.jit
     def directly(x):
-        z = functions.encode(tiny.modules, variables, x).tokens
-        images = functions.decode(tiny.modules, variables, z, (2, 3))
+        z = functions.encode(loaded.modules, variables, x).tokens
+        images = functions.decode(loaded.modules, variables, z, (2, 3))
         return (
             z,
             jnp.clip(images, 0.0, 1.0),
-            functions.encode_teacher(tiny.modules, variables, x).tokens,
+            functions.encode_teacher(loaded.modules, variables, x).tokens,
         )
 
-    z, images = tiny.encode(pictures), tiny.reconstruct(pictures)
+    z, images = loaded.encode(pictures), loaded.reconstruct(pictures)
     assert z.shape == (5, 6, 32) and images.shape == pictures.shape
     assert z.dtype == images.dtype == np.float32
     # The same float32 arithmetic in batches of another size: sums are ordered differently.
     for ours, theirs in zip(
-        (z, images, tiny.encode_teacher(pictures)), directly(pictures), strict=True
+        (z, images, loaded.encode_teacher(pictures)), directly(pictures), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
-    np.testing.assert_array_equal(tiny.decode(z, grid=(2, 3)), images)
+    np.testing.assert_array_equal(loaded.decode(z, grid=(2, 3)), images)
     assert images.min() >= 0.0 and images.max() <= 1.0
 
 
-def test_the_grid_of_a_square_is_inferred(tiny):
+def test_the_grid_of_a_square_is_inferred(loaded):
     z = np.random.default_rng(0).normal(size=(2, 4, 32))
-    images = tiny.decode(z)
+    images = loaded.decode(z)
     assert images.shape == (2, 32, 32, 3)
-    np.testing.assert_array_equal(tiny.decode(z, grid=(2, 2)), images)
+    np.testing.assert_array_equal(loaded.decode(z, grid=(2, 2)), images)
 
 
-def test_devices_do_not_change_the_result(workdir, tiny, pictures):
+def test_devices_do_not_change_the_result(workdir, loaded, pictures):
     spread = Autoencoder.load(workdir, batch_size=4)
     assert spread.mesh.size == jax.device_count() > 1
-    np.testing.assert_allclose(spread.encode(pictures), tiny.encode(pictures), atol=2e-5)
+    np.testing.assert_allclose(spread.encode(pictures), loaded.encode(pictures), atol=2e-5)
 
 
 def test_batches_are_filled_up_and_cut(one_device):
@@ -115,19 +116,19 @@ def test_batches_are_filled_up_and_cut(one_device):
     assert sizes == [4, 4, 4, 8]
 
 
-def test_workdir_checkpoint_and_export_are_the_same_bits(workdir, tiny, pictures, tmp_path):
+def test_workdir_checkpoint_and_export_are_the_same_bits(workdir, loaded, pictures, tmp_path):
     checkpoint = workdir / "checkpoints" / "0"
     source = weight_source.open_weights(workdir)
     weight_source.export(source, tmp_path / "export", ("stem", "vit", "decoder"))
-    z = tiny.encode(pictures)
+    z = loaded.encode(pictures)
     for place in (checkpoint, tmp_path / "export"):
-        other = Autoencoder.load(place, mesh=tiny.mesh, batch_size=4)
-        assert leaves_equal(other.variables, tiny.variables)
-        assert (other.modules, other.convention) == (tiny.modules, tiny.convention)
-        assert other.notes == tiny.notes
+        other = Autoencoder.load(place, mesh=loaded.mesh, batch_size=4)
+        assert leaves_equal(other.variables, loaded.variables)
+        assert (other.modules, other.convention) == (loaded.modules, loaded.convention)
+        assert other.notes == loaded.notes
         np.testing.assert_array_equal(other.encode(pictures), z)
-    assert any("randomly initialised" in note for note in tiny.notes)
-    assert tiny.convention.tokens == 4 and tiny.convention.pixels == "imagenet"
+    assert any("randomly initialised" in note for note in loaded.notes)
+    assert loaded.convention.tokens == 4 and loaded.convention.pixels == "imagenet"
 
 
 def test_the_official_layout_loads_without_the_teacher(converted, one_device):
@@ -141,7 +142,7 @@ def test_the_official_layout_loads_without_the_teacher(converted, one_device):
     with pytest.raises(ValueError, match="DINOv3's own patch convolution"):
         official.encode_teacher(images)
     # The range decides how the same output is read: where neither is clipped they are affine.
-    std, mean = np.array(functions.IMAGENET_STD), np.array(functions.IMAGENET_MEAN)
+    std, mean = np.array(names.IMAGENET_STD), np.array(names.IMAGENET_MEAN)
     raw, shown = full.decode(z, (2, 3)), official.decode(z, (2, 3))
     inside = (raw > 0.0) & (raw < 1.0) & (shown > 0.0) & (shown < 1.0)
     assert inside.sum() > 100
@@ -193,8 +194,8 @@ def test_unusable_weights_are_refused_in_one_line(tmp_path, workdir, data_dir):
         (np.full((1, 32, 32, 3), -0.5), "got -0.5"),
     ],
 )
-def test_bad_images_are_refused(tiny, images, message):
-    for method in (tiny.encode, tiny.reconstruct):
+def test_bad_images_are_refused(loaded, images, message):
+    for method in (loaded.encode, loaded.reconstruct):
         with pytest.raises(ValueError, match=message):
             method(images)
 
@@ -211,13 +212,13 @@ def test_bad_images_are_refused(tiny, images, message):
         (np.zeros((1, 6, 32)), (-2, -3), "6 tokens and the grid"),
     ],
 )
-def test_bad_latents_are_refused(tiny, z, grid, message):
+def test_bad_latents_are_refused(loaded, z, grid, message):
     with pytest.raises(ValueError, match=message):
-        tiny.decode(z, grid)
+        loaded.decode(z, grid)
 
 
 def test_random_weights_depend_on_the_seed():
-    model = tiny_stage.model()
+    model = tiny.model()
     first, again, other = (random_source(model, seed) for seed in (0, 0, 1))
     assert leaves_equal(first.variables, again.variables)
     assert not leaves_equal(first.variables, other.variables)

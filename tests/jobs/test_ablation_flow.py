@@ -4,16 +4,20 @@ The tiny variant runs in tests/test_tiny_variants.py.
 """
 
 import collections
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from configs import ablation_flow as ablation_config
-from dinosae_jax import rules
+from dinosae_jax import names, rules
 from dinosae_jax.data import png
-from dinosae_jax.eval import curves, features
-from dinosae_jax.jobs import ablation, ablation_flow, train
+from dinosae_jax.eval import features
+from dinosae_jax.eval.protocols import comparison
+from dinosae_jax.jobs import ablation
+from dinosae_jax.report import comparison_tables, curves
 from dinosae_jax.runtime import stopping
+from dinosae_jax.train import stages as stages_lib
 from dinosae_jax.weights import weight_source
 
 
@@ -21,16 +25,16 @@ def test_arms_differ_in_their_path_alone():
     config = ablation_config.get_config()
     rules.validate(config)
     stages = [ablation.arm_config(config, arm, 1) for arm in config.order]
-    assert {stage.flow.path for stage in stages} == set(rules.PATHS)
+    assert {stage.flow.path for stage in stages} == set(get_args(names.FlowPath))
     for stage in stages:
         stage.flow.path = stage.name = ""
     assert all(stage == stages[0] for stage in stages)
-    assert set(config.sweep.samplers) == set(rules.SAMPLERS)
+    assert set(config.sweep.samplers) == set(get_args(names.Sampler))
 
 
 def test_everything_is_sampled_once_with_every_seed():
     config = ablation_config.get_config()
-    found = ablation_flow.settings(config)
+    found = comparison.settings(config)
     # The arm of the sweeps by its own sampler, and at its own radius, stands in two tables.
     assert len(found) == len({setting.key for setting in found}) == 3 * (4 + 6 * 4 + 7 - 2)
     assert collections.Counter(setting.seed for setting in found) == {0: 33, 1: 33, 2: 33}
@@ -60,10 +64,11 @@ def test_what_cannot_be_measured_is_refused_before_training(field, value, messag
 
 def test_the_autoencoder_starts_from_norms_that_differ(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(train, "run_stage", lambda stage, workdir, _: ran.append((stage, workdir)))
+    run = lambda stage, workdir, _: ran.append((stage, workdir))  # noqa: E731
+    monkeypatch.setattr(stages_lib, "run_stage", run)
     config = ablation_config.get_config("tiny")
     for _ in range(2):  # the second time it finds what the first one drew
-        workdir = ablation_flow.train_autoencoder(config, tmp_path, stopping.StopRequest())
+        workdir = ablation.train_autoencoder(config, tmp_path, stopping.StopRequest())
     assert [str(place) for _, place in ran] == [workdir] * 2
     norm = weight_source.open_weights(ran[0][0].init_from).variables["vit"]["params"]["norm"]
     assert norm["scale"].std() > 0.3
@@ -73,12 +78,12 @@ def test_the_autoencoder_starts_from_norms_that_differ(tmp_path, monkeypatch):
 
 def test_tables_are_means_and_deviations_over_seeds():
     config = ablation_config.get_config()
-    found = ablation_flow.settings(config)
+    found = comparison.settings(config)
     scores = {each.key: {"frechet": 1.0 + each.seed, "kernel": 5.0} for each in found}
     scores |= {"real crops": {"frechet": 0.5, "kernel": 0.1}}
     scores |= {"reconstructed crops": {"frechet": 0.7, "kernel": 0.2}}
-    names = ablation_flow.titles(features.efficientnet({}, ""))
-    lines = ablation_flow.tables(config, scores, names)
+    names = comparison_tables.titles(features.efficientnet({}, ""))
+    lines = comparison_tables.tables(config, scores, names)
     assert lines[0] == "| arm | FD EfficientNet-Lite0 | KID EfficientNet-Lite0 x 1000 |"
     assert "| raw, trigonometric | 2 ± 1 | 5 ± 0 |" in lines
     assert "| real crops | 0.5 | 0.1 |" in lines
@@ -97,22 +102,22 @@ def test_scores_are_kept_and_those_of_another_comparison_refused(tmp_path):
 
     path = tmp_path / "scores.json"
     for _ in range(2):
-        scores = ablation_flow.Scores(path, {"samples": 200}, judge)
+        scores = comparison.Scores(path, {"samples": 200}, judge)
         scores.add("an arm", lambda: np.zeros(3))
     assert len(judged) == 1
     assert set(scores.scores) == {"an arm"}
     with pytest.raises(ValueError, match="another comparison \\(samples: 100 here, 200 there\\)"):
-        ablation_flow.Scores(path, {"samples": 100}, judge)
+        comparison.Scores(path, {"samples": 100}, judge)
 
 
 def test_more_seeds_are_the_same_comparison_and_more_steps_another():
     network = features.FeatureNetwork("net", "sha", "", {}, {}, lambda variables, x: {})
     config = ablation_config.get_config()
-    recipe = ablation_flow.recipe_of(config, network)
+    recipe = comparison.recipe_of(config, network)
     config.seeds, config.sweep.steps = (0, 1, 2, 3), (100,)
-    assert ablation_flow.recipe_of(config, network) == recipe
+    assert comparison.recipe_of(config, network) == recipe
     config.base.steps += 1
-    assert ablation_flow.recipe_of(config, network) != recipe
+    assert comparison.recipe_of(config, network) != recipe
 
 
 def test_scores_of_two_feature_spaces_are_not_mixed(tmp_path):
@@ -120,23 +125,23 @@ def test_scores_of_two_feature_spaces_are_not_mixed(tmp_path):
     empty = {"params": {}, "batch_stats": {}}
     first, second = features.efficientnet(empty, "0123"), features.inception(empty, "6726")
     judge = lambda pixels: {"frechet": 1.0, "kernel": 2.0}  # noqa: E731
-    measured = ablation_flow.Scores(path, ablation_flow.recipe_of(config, first), judge)
+    measured = comparison.Scores(path, comparison.recipe_of(config, first), judge)
     measured.add("real crops", lambda: np.zeros(3))
     config.weights.efficientnet = "moved"  # the same weights in another folder
-    again = ablation_flow.Scores(path, ablation_flow.recipe_of(config, first), judge)
+    again = comparison.Scores(path, comparison.recipe_of(config, first), judge)
     assert set(again.scores) == {"real crops"}
     before = path.read_text()
     with pytest.raises(ValueError, match=r"inception_fid.*efficientnet_lite0"):
-        ablation_flow.Scores(path, ablation_flow.recipe_of(config, second), judge)
+        comparison.Scores(path, comparison.recipe_of(config, second), judge)
     assert path.read_text() == before
 
 
 def test_a_folder_without_weights_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation_flow, "train_autoencoder", None)
+    monkeypatch.setattr(ablation, "train_autoencoder", None)
     config = ablation_config.get_config("tiny")
     config.weights.efficientnet = str(tmp_path)
     with pytest.raises(ValueError, match="holds no converted weights"):
-        ablation.run(config, str(tmp_path / "run"))
+        ablation.run(config, tmp_path / "run")
 
 
 def test_the_sweeps_are_drawn():

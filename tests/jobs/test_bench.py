@@ -8,10 +8,11 @@ from PIL import Image
 
 from configs import bench as bench_config
 from dinosae_jax import rules
-from dinosae_jax.jobs import bench, bench_flow
+from dinosae_jax.jobs import bench
+from dinosae_jax.perf import flow_speed
 from dinosae_jax.runtime import hardware
 from dinosae_jax.train import step_flops
-from tests import tiny_stage
+from tests import tiny
 
 
 @pytest.mark.parametrize("argument", [None, "large", "tiny"])
@@ -28,7 +29,7 @@ def test_a_row_and_the_loader(tmp_path, capsys):
     config.batch_per_device.sae_stage1 = 1
     config.stages.sae_stage1.data.image_size = 32
     config.warmup = config.repeats = config.steps = 1
-    config.overhead.stage.update_from_flattened_dict(tiny_stage.TINIEST)
+    config.overhead.stage.update_from_flattened_dict(tiny.TINIEST)
     config.overhead.stage.data.source = ""
     config.overhead.update(batch_per_device=1, repeats=1, steps=2, jpegs=2)
     (tmp_path / "images").mkdir()
@@ -37,7 +38,7 @@ def test_a_row_and_the_loader(tmp_path, capsys):
     config.loader.update(batch_size=4, batches=1, jpegs=2)
     config.latents.update(images=4, tokens=4, width=8, batch_size=2, batches=2)
     config.flow.stage = ""
-    bench.run(config, str(tmp_path))
+    bench.run(config, tmp_path)
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["machine"]["devices"] == jax.device_count()
     row = result["steps"]["sae_stage1"]
@@ -65,7 +66,7 @@ def test_a_row_and_the_loader(tmp_path, capsys):
 def test_rates_of_encoding_and_sampling():
     config = bench_config.get_config("tiny")
     config.flow.update(batch_per_device=1, sampling_steps=1)
-    rates = bench_flow.measure_flow(config)
+    rates = flow_speed.measure_flow(config)
     assert rates["batch_size"] == jax.device_count()
     assert min(rates.values()) > 0
 

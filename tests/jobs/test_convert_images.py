@@ -9,16 +9,16 @@ from configs import convert_images as convert_config
 from dinosae_jax import rules
 from dinosae_jax.data import crops, sources
 from dinosae_jax.jobs import convert_images
-from tests import tiny_stage
+from tests import tiny
 
 
 def test_a_folder_becomes_an_archive_of_its_crops(tmp_path, capsys):
-    tiny_stage.write_images(tmp_path / "images")
+    tiny.write_images(tmp_path / "images")
     config = convert_config.get_config("tiny")
     config.source, config.crop_size = f"folder:{tmp_path / 'images'}", 32
     rules.validate(config)
     for _ in range(2):  # the second run finds everything there
-        convert_images.run(config, str(tmp_path / "archive"))
+        convert_images.run(config, tmp_path / "archive")
     assert "train: 3 images in 2 shards" in capsys.readouterr().out
     for split in ("train", "eval"):
         folder = sources.open_records(config.source, split)

@@ -13,19 +13,19 @@ from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.jobs import encode
 from dinosae_jax.runtime import precision, sharding
 from dinosae_jax.train import flow_evaluation, flow_task, stages
-from tests import tiny_stage
-from tests.jobs.small_flow import small_flow
+from tests import tiny
+from tests.tiny import small_flow
 
-SIDE = tiny_stage.TINIEST["data.image_size"]
-TOKENS, WIDTH = (SIDE // 16) ** 2, tiny_stage.TINIEST["model.vit.embed_dim"]
+SIDE = tiny.TINIEST["data.image_size"]
+TOKENS, WIDTH = (SIDE // 16) ** 2, tiny.TINIEST["model.vit.embed_dim"]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A trained stage in `stage`, its pictures in `data`, its latents in `cache`."""
     root = tmp_path_factory.mktemp("encode")
-    tiny_stage.write(root)
-    encode.run(config_of(root), str(root / "cache"))
+    tiny.write(root)
+    encode.run(config_of(root), root / "cache")
     return root
 
 
@@ -41,9 +41,7 @@ def config_of(root, **changes):
 
 def flow_of(root, **changes):
     tiniest = {
-        name: value
-        for name, value in tiny_stage.TINIEST.items()
-        if name.startswith(("model.", "data."))
+        name: value for name, value in tiny.TINIEST.items() if name.startswith(("model.", "data."))
     }
     return small_flow(
         **{
@@ -69,7 +67,6 @@ def metrics(workdir):
 
 
 def test_configs_are_valid():
-    assert rules.LATENT_FORMATS == latent_record.FORMATS
     for argument in ("tiny", "int8,tiny"):
         rules.validate(encode_config.get_config(argument))
     with pytest.raises(ValueError, match="encode needs trained weights"):
@@ -104,17 +101,17 @@ def test_the_cache_holds_latents_of_images_and_of_flipped_images(root):
 def test_run_again_it_keeps_good_shards_and_repairs_damaged_ones(root, tmp_path):
     config = config_of(root)
     workdir = tmp_path / "cache"
-    encode.run(config, str(workdir))
+    encode.run(config, workdir)
     first, second = sorted((workdir / "train").glob("*.array_record"))
     manifest = (workdir / "train" / "manifest.json").read_text()
     written = first.stat().st_mtime_ns
     second.unlink()
-    encode.run(config, str(workdir))
+    encode.run(config, workdir)
     assert first.stat().st_mtime_ns == written
     assert (workdir / "train" / "manifest.json").read_text() == manifest
     kept = (workdir / "config.json").read_text()
     with pytest.raises(ValueError, match="holds one with format bfloat16 instead of int8"):
-        encode.run(config_of(root, format="int8"), str(workdir))
+        encode.run(config_of(root, format="int8"), workdir)
     assert (workdir / "config.json").read_text() == kept
 
 
@@ -123,9 +120,9 @@ def test_two_processes_write_what_one_does(root, tmp_path, monkeypatch):
     for number in (1, 0, 1):  # one after the other, so each lacks the other's shards at first
         monkeypatch.setattr(encode, "_process", lambda number=number: (number, 2))
         with pytest.raises(ValueError, match=r"readable manifest|lacks number 1"):
-            encode.run(config, str(tmp_path))
+            encode.run(config, tmp_path)
     monkeypatch.setattr(encode, "_process", lambda: (0, 2))
-    encode.run(config, str(tmp_path))
+    encode.run(config, tmp_path)
     for split in encode.SPLITS:
         ours, theirs = (
             json.loads((folder / split / "manifest.json").read_text())
@@ -158,9 +155,9 @@ def test_a_run_on_the_cache_without_kid_keeps_no_encoder_on_its_devices(
         sharding, "replicate", lambda tree, mesh: placed.extend(tree) or replicate(tree, mesh)
     )
     config = precision.resolve_config(flow_of(root, **{"eval.samples": 0}))
-    prepared = flow_task.prepare(config, tmp_path, sharding.make_mesh())
+    task = flow_task.prepare(config, tmp_path, sharding.make_mesh())
     assert not {"stem", "vit"} & set(placed)
-    assert set(prepared.record["frozen"]) == {"stem", "vit", "decoder"}
+    assert set(task.record["frozen"]) == {"stem", "vit", "decoder"}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +183,7 @@ def test_a_cache_that_does_not_fit_is_refused(root, tmp_path, changes, message):
 
 
 def test_a_missing_shard_is_refused(root, tmp_path):
-    encode.run(config_of(root), str(tmp_path / "cache"))
+    encode.run(config_of(root), tmp_path / "cache")
     next((tmp_path / "cache" / "eval").glob("*.array_record")).unlink()
     config = flow_of(root, **{"data.latents": str(tmp_path / "cache")})
     with pytest.raises(ValueError, match="missing or has not"):
@@ -205,9 +202,9 @@ def test_a_signal_keeps_finished_shards(root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(latent_writer, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
-        encode.run(config_of(root), str(tmp_path))
+        encode.run(config_of(root), tmp_path)
     monkeypatch.setattr(latent_writer, "write_shard", write)
     plan = json.loads((tmp_path / "train" / "plan.json").read_text())
     assert latent_writer.missing_shards(tmp_path / "train", plan) == [1]
-    encode.run(config_of(root), str(tmp_path))
+    encode.run(config_of(root), tmp_path)
     assert (tmp_path / "eval" / "manifest.json").exists()

@@ -16,18 +16,19 @@ from configs import evaluate as config_file
 from configs import rfm_dit
 from dinosae_jax import rules
 from dinosae_jax.data import adm_npz, images
-from dinosae_jax.eval import features, frechet, image_quality
+from dinosae_jax.eval import adm_moments, features, frechet, image_quality
+from dinosae_jax.eval.protocols import inputs, provenance
 from dinosae_jax.inference.autoencoder import Autoencoder, random_source
-from dinosae_jax.jobs import evaluate, measure
+from dinosae_jax.jobs import evaluate
 from dinosae_jax.runtime import precision, sharding
 from dinosae_jax.train import flow_task
 from dinosae_jax.weights import checkpoint
-from tests import tiny_stage
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    return str(tiny_stage.write(tmp_path_factory.mktemp("run")))
+    return str(tiny.write(tmp_path_factory.mktemp("run")))
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_an_autoencoder(config, tmp_path, capsys):
     metrics = ("psnr", "ssim", "frechet", "kernel", "interpolated_frechet")
     wanted = config(metrics=metrics)
     rules.validate(wanted)
-    evaluate.run(wanted, str(tmp_path / "a"))
+    evaluate.run(wanted, tmp_path / "a")
     shown = capsys.readouterr().out
     assert "--kind=inception_fid" in shown and "| rFD encoder |" in shown
     about, rows = read(tmp_path / "a")
@@ -78,11 +79,11 @@ def test_an_autoencoder(config, tmp_path, capsys):
     assert (row["recipe"]["network"], row["recipe"]["form"]) == ("dinosae-encoder", "nuclear norm")
     assert row["value"] > 0 and rows["rKID encoder"]["spread"] > 0
     # Another batch size, and only the first images.
-    evaluate.run(config(metrics=metrics[:3], batch_size=16), str(tmp_path / "b"))
+    evaluate.run(config(metrics=metrics[:3], batch_size=16), tmp_path / "b")
     _, other = read(tmp_path / "b")
     for name in other:
         assert other[name]["value"] == pytest.approx(rows[name]["value"], rel=1e-4), name
-    evaluate.run(config(metrics=("psnr",), images=3), str(tmp_path / "c"))
+    evaluate.run(config(metrics=("psnr",), images=3), tmp_path / "c")
     _, few = read(tmp_path / "c")
     assert few["PSNR"]["count"] == 3
     assert few["PSNR"]["value"] == pytest.approx(float(psnr[:3].mean()), abs=1e-2)
@@ -96,9 +97,9 @@ def test_reconstructions_that_are_not_finite_are_no_black_images(config, tmp_pat
         return autoencoder
 
     opened = lambda config, source: broken(source, "float32")  # noqa: E731
-    monkeypatch.setattr(evaluate.measure, "open_autoencoder", opened)
+    monkeypatch.setattr(evaluate.inputs, "open_autoencoder", opened)
     with pytest.raises(ValueError, match=r"NaN or infinity in 8 of a batch of 8") as caught:
-        evaluate.run(config(metrics=("psnr",)), str(tmp_path / "out"))
+        evaluate.run(config(metrics=("psnr",)), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -107,7 +108,7 @@ def test_samples_that_equal_the_reference(config, tmp_path, workdir):
     plain = config(random_frozen_ok=(), encoder=workdir)
     train_images = pixels_of(plain, "train")
     plain.samples = write_npz(tmp_path / "samples.npz", train_images[::-1])
-    evaluate.run(plain, str(tmp_path / "a"))
+    evaluate.run(plain, tmp_path / "a")
     about, rows = read(tmp_path / "a")
     assert list(rows) == [
         "gFD encoder",
@@ -123,20 +124,20 @@ def test_samples_that_equal_the_reference(config, tmp_path, workdir):
     left = tmp_path / "a" / f"reference_{features.ENCODER_TAP}.npz"
     for name, reference in (("b", str(left)), ("c", plain.samples)):
         plain.reference, plain.metrics = reference, ("frechet",)
-        evaluate.run(plain, str(tmp_path / name))
+        evaluate.run(plain, tmp_path / name)
         _, again = read(tmp_path / name)
         assert again["gFD encoder"]["value"] == pytest.approx(0.0, abs=1e-4)
         assert len(again["gFD encoder"]["reference_hash"]) == 64
     # Interpolations are compared with the images themselves, so moments are enough there.
     both = config(init_from=workdir, random_frozen_ok=(), reference=str(left))
     both.metrics = ("frechet", "interpolated_frechet")
-    evaluate.run(both, str(tmp_path / "both"))
+    evaluate.run(both, tmp_path / "both")
     _, again = read(tmp_path / "both")
     assert list(again) == ["FD encoder", "iFD encoder"]
     assert again["iFD encoder"]["reference"].endswith("eval, the same images")
     plain.reference, plain.metrics = str(left), ()
     with pytest.raises(ValueError, match="precision_recall needs the reference's images"):
-        evaluate.run(plain, str(tmp_path / "d"))
+        evaluate.run(plain, tmp_path / "d")
 
 
 def fake_inception(variables, sha256, resize, mesh):
@@ -158,8 +159,8 @@ def with_inception(config, monkeypatch):
     )
     load = types.SimpleNamespace(load=lambda folder, roles: converted)
     inception = types.SimpleNamespace(**{**vars(features), "inception": fake_inception})
-    monkeypatch.setattr(measure, "weights", load)
-    monkeypatch.setattr(measure, "features", inception)
+    monkeypatch.setattr(inputs, "conversion", load)
+    monkeypatch.setattr(inputs, "features", inception)
     return lambda **changes: config(weights__inception="somewhere", **changes)
 
 
@@ -169,13 +170,13 @@ def test_a_published_reference_brings_its_own_moments(with_inception, tmp_path):
     wanted.samples = write_npz(tmp_path / "samples.npz", fake)
     rows = np.random.default_rng(0).normal(size=(50, 6))
     pool, spatial = (
-        frechet.statistics(rows[:, :width], dataclasses.replace(adm_npz.ADM_RECIPE, tap=tap))
+        frechet.statistics(rows[:, :width], dataclasses.replace(adm_moments.ADM_RECIPE, tap=tap))
         for width, tap in ((6, "pool3"), (3, "spatial"))
     )
     reference = tmp_path / "VIRTUAL.npz"
-    adm_npz.write_reference(reference, [real], len(real), pool, spatial)
+    tiny.write_reference(reference, real, pool, spatial)
     wanted.reference = str(reference)
-    evaluate.run(wanted, str(tmp_path / "out"))
+    evaluate.run(wanted, tmp_path / "out")
     _, found = read(tmp_path / "out")
     assert list(found) == [
         "gFID",
@@ -196,7 +197,7 @@ def test_a_published_reference_brings_its_own_moments(with_inception, tmp_path):
     assert found["IS"]["value"] >= 1.0
     wanted.resize = "half_pixel_bilinear"
     with pytest.raises(ValueError, match="resize 'half_pixel_bilinear' and 'tf1_bilinear'"):
-        evaluate.run(wanted, str(tmp_path / "other"))
+        evaluate.run(wanted, tmp_path / "other")
 
 
 def test_samples_sorted_by_class_get_a_note_beside_their_inception_score(with_inception, tmp_path):
@@ -206,7 +207,7 @@ def test_samples_sorted_by_class_get_a_note_beside_their_inception_score(with_in
     wanted = with_inception(random_frozen_ok=(), metrics=("inception_score",), batch_size=1024)
     for name, order in (("sorted", np.arange(5002)), ("mixed", np.arange(5002) * 845 % 5002)):
         wanted.samples = write_npz(tmp_path / f"{name}.npz", pixels[order])
-        evaluate.run(wanted, str(tmp_path / name))
+        evaluate.run(wanted, tmp_path / name)
         about, rows = read(tmp_path / name)
         assert rows["IS"]["count"] == 5002
         noted = any("sorted by class is meaningless" in note for note in about["notes"])
@@ -219,11 +220,11 @@ def test_features_that_are_not_finite_are_one_clear_line(with_inception, tmp_pat
         apply = lambda v, x: {k: each / 0.0 for k, each in network.apply(v, x).items()}  # noqa: E731
         return dataclasses.replace(network, apply=apply)
 
-    monkeypatch.setattr(measure.features, "inception", broken)
+    monkeypatch.setattr(inputs.features, "inception", broken)
     wanted = with_inception(random_frozen_ok=())
     wanted.samples = write_npz(tmp_path / "samples.npz", pixels_of(wanted, "eval"))
     with pytest.raises(ValueError, match="NaN or infinity in 14 of 14 rows") as caught:
-        evaluate.run(wanted, str(tmp_path / "out"))
+        evaluate.run(wanted, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -234,7 +235,7 @@ def test_a_flow_is_sampled_first(config, tmp_path):
         init_from=str(flow), metrics=("frechet", "precision_recall"), random_frozen_ok=()
     )
     wanted.sample.update_from_flattened_dict({"count": 10, "batch_size": 16, "sampling.steps": 2})
-    evaluate.run(wanted, str(tmp_path / "out"))
+    evaluate.run(wanted, tmp_path / "out")
     about, rows = read(tmp_path / "out")
     assert (about["kind"], about["checkpoint_step"], about["steps"]) == ("flow", 0, 2)
     assert about["sampler"] == "euler_projection"
@@ -244,21 +245,21 @@ def test_a_flow_is_sampled_first(config, tmp_path):
     wanted.metrics = ("kernel",)
     wanted.kernel_subset_size = 12
     with pytest.raises(ValueError, match="needs at least 12 images; got 10"):
-        evaluate.run(wanted, str(tmp_path / "few"))
+        evaluate.run(wanted, tmp_path / "few")
     wanted.metrics = ("psnr",)
     with pytest.raises(ValueError, match="psnr compares images with their reconstructions"):
-        evaluate.run(wanted, str(tmp_path / "psnr"))
+        evaluate.run(wanted, tmp_path / "psnr")
 
 
 def write_flow(folder):
     """The workdir of a flow at step 0, with a random autoencoder."""
     wanted = rfm_dit.get_config("tiny")
-    tiny = {k: v for k, v in tiny_stage.TINIEST.items() if k != "steps"}
+    smallest = {k: v for k, v in tiny.TINIEST.items() if k != "steps"}
     place = folder / "data"
-    tiny_stage.prepare(folder)
+    tiny.prepare(folder)
     wanted.update_from_flattened_dict(
         {
-            **tiny,
+            **smallest,
             "model.dit.input_size": 2,
             "model.dit.in_channels": 32,
             "model.dit.num_classes": 1,
@@ -299,7 +300,7 @@ def write_flow(folder):
 )
 def test_bad_input_is_one_clear_line(config, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
-        evaluate.run(config(**changes), str(tmp_path / "out"))
+        evaluate.run(config(**changes), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -309,20 +310,20 @@ def test_archives_of_another_layout_or_size_are_refused(config, tmp_path, workdi
     np.savez(tmp_path / "named.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
     wanted.samples = str(tmp_path / "named.npz")
     with pytest.raises(ValueError, match=r"got members \['images'\]: name the images arr_0"):
-        evaluate.run(wanted, str(tmp_path / "out"))
+        evaluate.run(wanted, tmp_path / "out")
     wanted.samples = write_npz(tmp_path / "large.npz", np.zeros((20, 64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="got resolution 64 and 32"):
-        evaluate.run(wanted, str(tmp_path / "out"))
+        evaluate.run(wanted, tmp_path / "out")
     wanted.samples = write_npz(tmp_path / "wide.npz", np.zeros((20, 32, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="samples are square; got 32 x 64"):
-        evaluate.run(wanted, str(tmp_path / "out"))
+        evaluate.run(wanted, tmp_path / "out")
     wanted.reference = wanted.samples
     wanted.samples = write_npz(tmp_path / "good.npz", np.zeros((20, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="a reference's images are square; got 32 x 64"):
-        evaluate.run(wanted, str(tmp_path / "out"))
+        evaluate.run(wanted, tmp_path / "out")
     wanted.encoder = ""
     with pytest.raises(ValueError, match=r"features need a network.*--kind=inception_fid"):
-        evaluate.run(wanted, str(tmp_path / "out"))
+        evaluate.run(wanted, tmp_path / "out")
 
 
 def test_an_empty_init_from_is_refused_before_anything_is_loaded():
@@ -345,27 +346,22 @@ def test_fields_out_of_range_are_refused_before_anything_is_loaded(config, chang
         rules.validate(config(**changes))
 
 
-def test_the_names_of_the_rules_are_those_of_the_code():
-    assert set(rules.UINT8_CONVERSIONS) == set(image_quality.UINT8_CONVERSIONS)
-    assert set(rules.INCEPTION_RESIZES) == set(features.PIPELINES)
-
-
 def test_the_commit_is_that_of_this_code_and_says_whether_it_was_changed(tmp_path, monkeypatch):
     if not shutil.which("git"):
         pytest.skip("git is not installed")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     run = lambda *arguments: subprocess.run([*git, *arguments], check=True)  # noqa: E731
     code, other = tmp_path / "measure.py", tmp_path / "other.py"
-    monkeypatch.setattr(measure, "__file__", str(code))
+    monkeypatch.setattr(provenance, "__file__", str(code))
     code.write_text("")
     other.write_text("")
-    assert measure.commit() == ""
+    assert provenance.commit() == ""
     run("init", "-q")
     run("add", "other.py")
     run("commit", "-q", "-m", "other")
-    assert measure.commit() == ""  # an installation inside another project
+    assert provenance.commit() == ""  # an installation inside another project
     run("add", "measure.py")
     run("commit", "-q", "-m", "this")
-    assert re.fullmatch("[0-9a-f]{40}", measure.commit())
+    assert re.fullmatch("[0-9a-f]{40}", provenance.commit())
     code.write_text("# changed")
-    assert re.fullmatch("[0-9a-f]{40}-dirty", measure.commit())
+    assert re.fullmatch("[0-9a-f]{40}-dirty", provenance.commit())

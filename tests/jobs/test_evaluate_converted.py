@@ -10,9 +10,10 @@ import pytest
 from configs import evaluate as config_file
 from dinosae_jax import rules
 from dinosae_jax.data import adm_npz
-from dinosae_jax.jobs import evaluate, measure
+from dinosae_jax.eval.protocols import provenance
+from dinosae_jax.jobs import evaluate
 from dinosae_jax.runtime import precision, sharding
-from tests import tiny_stage
+from tests import tiny
 from tests.models.metrics_weights import group, relative_error, seeded_state
 from tests.weights_conversion.layouts import save
 from weights_conversion import convert
@@ -77,15 +78,15 @@ def test_features_of_converted_weights_equal_torch_fidelitys(config, data_dir):
 
 
 def test_an_autoencoder_gets_rfid_psnr_ssim_and_lpips(config, converted, tmp_path, capsys):
-    stage = tiny_stage.write(tmp_path)
+    stage = tiny.write(tmp_path)
     wanted = config(init_from=str(stage), random_frozen_ok=(), images=6)
-    evaluate.run(wanted, str(tmp_path / "out"))
+    evaluate.run(wanted, tmp_path / "out")
     shown = capsys.readouterr().out
     about, rows = read(tmp_path / "out")
     assert list(rows) == ["PSNR", "SSIM", "LPIPS", "rFID", "rKID"]
     assert (about["kind"], about["checkpoint_step"]) == ("autoencoder", 0)
-    assert about["config_sha256"] == measure.config_sha256(precision.resolve_config(wanted))
-    assert about["commit"] == measure.commit()
+    assert about["config_sha256"] == provenance.config_sha256(precision.resolve_config(wanted))
+    assert about["commit"] == provenance.commit()
     assert about["features"] == "inception_fid, tf1_bilinear"
     assert all(row["count"] == 6 and np.isfinite(row["value"]) for row in rows.values())
     recipe = rows["rFID"]["recipe"]
@@ -104,12 +105,12 @@ def test_an_autoencoder_gets_rfid_psnr_ssim_and_lpips(config, converted, tmp_pat
 
 def test_samples_get_every_number_of_the_papers(config, tmp_path):
     """The reference is an .npz of ten images; samples are these in another order, and one more."""
-    images = tiny_stage.images(11, 32, 32, seed=5)
+    images = tiny.images(11, 32, 32, seed=5)
     for name, pixels in (("reference", images[:10]), ("samples", images[::-1])):
         adm_npz.write_images(tmp_path / f"{name}.npz", [pixels], len(pixels))
     wanted = config(random_frozen_ok=(), samples=str(tmp_path / "samples.npz"))
     wanted.reference = str(tmp_path / "reference.npz")
-    evaluate.run(wanted, str(tmp_path / "out"))
+    evaluate.run(wanted, tmp_path / "out")
     about, rows = read(tmp_path / "out")
     names = ["gFID", "sFID", "IS", "IS torch-fidelity", "precision", "recall", "gKID"]
     assert list(rows) == names
@@ -123,7 +124,7 @@ def test_samples_get_every_number_of_the_papers(config, tmp_path):
     assert rows["sFID"]["recipe"]["tap"] == "spatial" and rows["IS"]["value"] >= 1.0
     wanted.samples = wanted.reference
     wanted.metrics = ("frechet", "spatial_frechet", "inception_score")
-    evaluate.run(wanted, str(tmp_path / "same"))
+    evaluate.run(wanted, tmp_path / "same")
     _, rows = read(tmp_path / "same")
     assert rows["gFID"]["value"] == pytest.approx(0.0, abs=1e-6)
     assert rows["sFID"]["value"] == pytest.approx(0.0, abs=1e-6)
@@ -137,5 +138,5 @@ def test_weights_of_another_kind_or_not_converted_are_one_clear_line(config, con
     ):
         wanted.weights.inception = str(folder)
         with pytest.raises(ValueError, match=message) as caught:
-            evaluate.run(wanted, str(tmp_path / "out"))
+            evaluate.run(wanted, tmp_path / "out")
         assert "\n" not in str(caught.value)

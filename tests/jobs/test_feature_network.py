@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dinosae_jax.eval import features
-from dinosae_jax.jobs import measure
+from dinosae_jax.eval.protocols import inputs
 from dinosae_jax.runtime import sharding
 from tests.models.metrics_weights import efficientnet_state
 from tests.weights_conversion.layouts import save
@@ -38,7 +38,7 @@ def no_encoder():
 def test_efficientnet_is_known_by_its_weights_whatever_file_they_came_in(converted):
     mesh = sharding.make_mesh()
     networks = [
-        measure.feature_network(given(efficientnet=converted / name), mesh, no_encoder)
+        inputs.feature_network(given(efficientnet=converted / name), mesh, no_encoder)
         for name in "ab"
     ]
     first, second = (network.recipe("pool", resolution=64) for network in networks)
@@ -58,20 +58,20 @@ def test_inception_comes_first_and_the_encoder_last(monkeypatch):
             variables=variables, metadata={"files": [{"sha256": "6726825d"}]}
         )
 
-    monkeypatch.setattr(measure, "weights", types.SimpleNamespace(load=load))
+    monkeypatch.setattr(inputs, "conversion", types.SimpleNamespace(load=load))
     mesh = sharding.make_mesh()
     both = given(inception="i", efficientnet="e")
-    network = measure.feature_network(both, mesh, no_encoder, "half_pixel_bilinear")
+    network = inputs.feature_network(both, mesh, no_encoder, "half_pixel_bilinear")
     assert loaded == [("i", "inception")]
     assert (network.name, network.sha256) == ("inception_fid", "6726825d")
     assert network.resize == "half_pixel_bilinear"
     autoencoder = types.SimpleNamespace(modules="m", variables={"stem": {}, "vit": {}})
     monkeypatch.setattr(features, "encoder", lambda *about: about)
-    found = measure.feature_network(given(), mesh, lambda: autoencoder)
+    found = inputs.feature_network(given(), mesh, lambda: autoencoder)
     assert found[:2] == ("m", autoencoder.variables)
     assert len(loaded) == 1
 
 
 def test_weights_of_another_network_are_refused(converted):
     with pytest.raises(ValueError, match="holds the roles efficientnet, not inception"):
-        measure.pretrained_weights(given(inception=converted / "a"))
+        inputs.pretrained_weights(given(inception=converted / "a"))

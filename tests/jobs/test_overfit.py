@@ -29,7 +29,7 @@ def test_four_stages_overfit_two_photographs(tmp_path):
         config.data.crop = "center"
         config.log_every = config.eval.every = config.checkpoint.every = steps
         workdir = tmp_path / f"stage{number}"
-        train.run(config, str(workdir))
+        train.run(config, workdir)
         previous = str(workdir)
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
         psnr = lines[-1]["eval/psnr"]

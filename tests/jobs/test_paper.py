@@ -21,7 +21,7 @@ def config():
 
 def test_the_readme_holds_the_tables_as_they_are_written(config, tmp_path):
     rules.validate(config)
-    paper.run(config, str(tmp_path / "out"))
+    paper.run(config, tmp_path / "out")
     written = (tmp_path / "out" / "paper.md").read_text()
     for table in written.split("\n\n"):
         assert table.strip() in (ROOT / "README.md").read_text()

@@ -6,14 +6,14 @@ import pytest
 from configs import pca as config_file
 from dinosae_jax import rules
 from dinosae_jax.data import png
-from dinosae_jax.eval import pictures
 from dinosae_jax.jobs import pca
+from dinosae_jax.report import pictures
 
 
 def test_images_teacher_and_student_below_one_another(make_measurement, tmp_path, capsys):
     config = make_measurement(config_file, count=3)
     rules.validate(config)
-    pca.run(config, str(tmp_path))
+    pca.run(config, tmp_path)
     picture = png.decode_png((tmp_path / "pca.png").read_bytes())
     assert picture.shape == (3 * 32 + 2 * pictures.GAP, 3 * 32 + 2 * pictures.GAP, 3)
     shown = png.as_picture(pca.choose_images(config))
@@ -32,6 +32,6 @@ def test_the_cosine_of_equal_and_opposite_tokens():
 
 def test_bad_input_is_one_clear_line(make_measurement, tmp_path):
     with pytest.raises(ValueError, match="at least 1 image; got count=0"):
-        pca.run(make_measurement(config_file, count=0), str(tmp_path))
+        pca.run(make_measurement(config_file, count=0), tmp_path)
     with pytest.raises(ValueError, match="'teacher' or 'joint'; got 'student'"):
-        pca.run(make_measurement(config_file, fitted_on="student"), str(tmp_path))
+        pca.run(make_measurement(config_file, fitted_on="student"), tmp_path)

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 
 from configs import plan as plan_config
 from dinosae_jax import rules
-from dinosae_jax.jobs import collectives, plan, plan_targets
+from dinosae_jax.jobs import plan
+from dinosae_jax.perf import collectives, targets
 from dinosae_jax.runtime import hardware, sharding
 from dinosae_jax.train import step_flops
 
@@ -92,7 +93,7 @@ def test_census_of_a_compiled_loop():
 @pytest.mark.parametrize("target", ["v6e", "v6e:8", "v7x:2x2", "cpu:0", "cpu:x", "h200", "h200:x"])
 def test_unknown_targets_are_refused(target):
     with pytest.raises(ValueError, match=r"target is 'cpu:N'.* or a TPU generation.*known: cpu:8"):
-        plan_targets.devices_of(target)
+        targets.devices_of(target)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_unknown_targets_are_refused(target):
 )
 def test_a_slice_has_the_sides_of_its_generation(target, message):
     with pytest.raises(ValueError, match=message):
-        plan_targets.devices_of(target)
+        targets.devices_of(target)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_a_slice_has_the_sides_of_its_generation(target, message):
 def test_slices_that_exist(target, count):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("NOT CHECKED: the TPU compiler is missing; pip install -e '.[test,plan]'")
-    devices = plan_targets.devices_of(target)
+    devices = targets.devices_of(target)
     assert len(devices) == count
     assert hardware.find(devices[0])
 
@@ -131,29 +132,29 @@ def test_the_hosts_of_a_slice_hold_rows_that_are_not_side_by_side():
     """Why a process asks `sharding.local_rows` which rows of a batch are its own."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("NOT CHECKED: the TPU compiler is missing; pip install -e '.[test,plan]'")
-    mesh = sharding.make_mesh(1, plan_targets.devices_of("v5e:4x4"))
+    mesh = sharding.make_mesh(1, targets.devices_of("v5e:4x4"))
     hosts = [device.process_index for device in mesh.devices.flat]
     assert hosts != sorted(hosts)
 
 
 def test_too_few_cpu_devices():
     with pytest.raises(ValueError, match="xla_force_host_platform_device_count=999"):
-        plan_targets.devices_of("cpu:999")
+        targets.devices_of("cpu:999")
 
 
 def test_a_missing_compiler_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'dinosae-jax\[plan\]'"):
-        plan_targets.devices_of("v6e:2x4")
+        targets.devices_of("v6e:2x4")
     with pytest.raises(ValueError, match=r"pip install 'dinosae-jax\[cuda\]'"):
-        plan_targets.devices_of("h200:8")
+        targets.devices_of("h200:8")
 
 
 def test_gpus_come_in_whole_hosts(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match="multiple of 8"):
-        plan_targets.devices_of("h200:12")
-    text = plan_targets.gpu_text(plan_targets.GPUS["h200"])
+        targets.devices_of("h200:12")
+    text = targets.gpu_text(targets.GPUS["h200"])
     assert "shared_memory_per_block_optin: 232448" in text
     assert "memory_bandwidth: 4800000000000" in text
 
@@ -164,7 +165,7 @@ def test_a_row_and_the_ledger(tmp_path, capsys, monkeypatch):
     argv = ["main", "--config=configs/plan.py:tiny", f"--workdir={tmp_path}", "--config.target=x"]
     monkeypatch.setattr("sys.argv", argv)
     for _ in range(2):
-        plan.run(config, str(tmp_path / "plan"))
+        plan.run(config, tmp_path / "plan")
     row = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert (row["devices"], row["batch_size"], row["dtype"]) == (8, 8, "float32")
     assert row["aliased_bytes"] == row["state_bytes"]
@@ -260,7 +261,7 @@ CUT = [row for row in rows() if "cut" in row["command"]] if LEDGER.exists() else
 def test_a_cut_row_compiled_again_is_the_ledgers(row):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("NOT CHECKED: the TPU compiler is missing; pip install -e '.[test,plan]'")
-    devices = plan_targets.devices_of(row["target"])
+    devices = targets.devices_of(row["target"])
     # As the planner's own process has them; tests of numbers ask for full precision.
     settings = {"jax_exec_time_optimization_effort": row["effort"]}
     settings["jax_default_matmul_precision"] = None

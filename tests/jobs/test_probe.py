@@ -9,13 +9,14 @@ import pytest
 from configs import probe as config_file
 from dinosae_jax import rules
 from dinosae_jax.data import crops
-from dinosae_jax.jobs import measure, probe
+from dinosae_jax.eval.protocols import inputs
+from dinosae_jax.jobs import probe
 
 
 def test_both_networks_tell_dark_from_bright(make_measurement, tmp_path):
     config = make_measurement(config_file, steps=40)
     rules.validate(config)
-    probe.run(config, str(tmp_path))
+    probe.run(config, tmp_path)
     saved = json.loads((tmp_path / "results.json").read_text())
     rows = {row["metric"]: row for row in saved["results"]}
     assert list(rows) == ["top-1 teacher", "top-5 teacher", "top-1 student", "top-5 student"]
@@ -30,18 +31,18 @@ def test_both_networks_tell_dark_from_bright(make_measurement, tmp_path):
 
 def test_bad_input_is_one_clear_line(make_measurement, tmp_path, squares):
     with pytest.raises(ValueError, match="multiple of the number of devices; got 12"):
-        probe.run(make_measurement(config_file, batch_size=12), str(tmp_path))
+        probe.run(make_measurement(config_file, batch_size=12), tmp_path)
     with pytest.raises(ValueError, match="at least 1 step; got steps=0"):
-        probe.run(make_measurement(config_file, steps=0), str(tmp_path))
+        probe.run(make_measurement(config_file, steps=0), tmp_path)
     one = make_measurement(config_file, data__source=f"folder:{squares / 'train' / 'dark'}")
     with pytest.raises(ValueError, match=r"data\.holdout"):
-        probe.run(one, str(tmp_path))
+        probe.run(one, tmp_path)
     without = make_measurement(config_file)
-    source = measure.open_weights(without)
-    autoencoder = measure.open_autoencoder(without, source)
+    source = inputs.open_weights(without)
+    autoencoder = inputs.open_autoencoder(without, source)
     del autoencoder.variables["vit"]["params"]["patch_embed"]
     with pytest.raises(ValueError, match="official DINO-SAE file leaves it out"):
-        measure.require_teacher(autoencoder)
+        inputs.require_teacher(autoencoder)
 
 
 def test_features_that_are_not_finite_are_one_clear_line(make_measurement, tmp_path, monkeypatch):
@@ -51,7 +52,7 @@ def test_features_that_are_not_finite_are_one_clear_line(make_measurement, tmp_p
         lambda modules, name: lambda v, x: jnp.full((len(x), 64), jnp.nan),
     )
     with pytest.raises(ValueError, match="a probe needs finite features") as caught:
-        probe.run(make_measurement(config_file, steps=2), str(tmp_path))
+        probe.run(make_measurement(config_file, steps=2), tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "results.json").exists()
 

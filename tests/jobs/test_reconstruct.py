@@ -11,11 +11,12 @@ from PIL import Image
 from configs import reconstruct as reconstruct_config
 from dinosae_jax import rules
 from dinosae_jax.data import crops, png
-from dinosae_jax.eval import image_quality, pictures
+from dinosae_jax.eval import image_quality
 from dinosae_jax.inference.autoencoder import Autoencoder, random_source
 from dinosae_jax.jobs import reconstruct
+from dinosae_jax.report import pictures
 from dinosae_jax.weights import weight_source
-from tests import tiny_stage
+from tests import tiny
 from tests.weights_conversion import layouts
 
 SIZES = {"a wide.png": (32, 48), "b.png": (32, 48), "c.png": (40, 35), "d.png": (32, 48)}
@@ -23,7 +24,7 @@ SIZES = {"a wide.png": (32, 48), "b.png": (32, 48), "c.png": (40, 35), "d.png": 
 
 def make(**changes):
     config = reconstruct_config.get_config("tiny")
-    config.random_model.update(tiny_stage.model())
+    config.random_model.update(tiny.model())
     config.update(changes)
     rules.validate(config)
     return config
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
     """Four good pictures of two sizes, two damaged ones, one that is too small."""
     place = tmp_path_factory.mktemp("images")
     for seed, (name, (height, width)) in enumerate(SIZES.items()):
-        picture = tiny_stage.images(1, 40, 48, seed)[0, :height, :width]
+        picture = tiny.images(1, 40, 48, seed)[0, :height, :width]
         Image.fromarray(picture).save(place / name)
     whole = (place / "b.png").read_bytes()
     (place / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -48,7 +49,7 @@ def folder(tmp_path_factory):
 def done(folder, tmp_path_factory):
     """(workdir, results) of a run over the folder."""
     workdir = tmp_path_factory.mktemp("out")
-    reconstruct.run(make(images=str(folder), batch_size=2), str(workdir))
+    reconstruct.run(make(images=str(folder), batch_size=2), workdir)
     return workdir, json.loads((workdir / "results.json").read_text())
 
 
@@ -108,7 +109,7 @@ def test_what_is_left_out_is_named(done):
 def test_converted_official_weights_reconstruct_any_sides(folder, data_dir, tmp_path):
     official = layouts.official(data_dir, tmp_path)
     config = make(images=str(folder), init_from=str(official), random_frozen_ok=())
-    reconstruct.run(config, str(tmp_path / "out"))
+    reconstruct.run(config, tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {tuple(row["size"]) for row in results["per_image"]} == {(32, 48), (32, 32)}
     assert "Starts from converted weights: official.safetensors." in results["notes"]
@@ -129,7 +130,7 @@ def test_few_programs_are_compiled(folder, monkeypatch, tmp_path):
         return plain(self, images)
 
     monkeypatch.setattr(Autoencoder, "reconstruct", counted)
-    reconstruct.run(make(images=str(folder), batch_size=2), str(tmp_path))
+    reconstruct.run(make(images=str(folder), batch_size=2), tmp_path)
     assert shapes == [(1, 32, 32, 3), (2, 32, 48, 3), (1, 32, 48, 3)]
 
 
@@ -143,7 +144,7 @@ class MeanDifference:
 def test_lpips_is_measured_with_weights(tmp_path, monkeypatch, capsys):
     place = tmp_path / "images"
     place.mkdir()
-    Image.fromarray(tiny_stage.images(1, 64, 96)[0]).save(place / "large.png")
+    Image.fromarray(tiny.images(1, 64, 96)[0]).save(place / "large.png")
     asked = []
 
     def load_frozen(role, path, model):
@@ -154,7 +155,7 @@ def test_lpips_is_measured_with_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reconstruct, "LPIPS", MeanDifference)
     config = make(images=str(place), short_side=32, batch_size=2)
     config.weights.lpips = "weights/lpips"
-    reconstruct.run(config, str(tmp_path / "out"))
+    reconstruct.run(config, tmp_path / "out")
     assert asked == [("lpips", "weights/lpips")]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     row = results["per_image"][0]
@@ -195,4 +196,4 @@ def test_mistakes_are_named_before_any_work(tmp_path):
         reconstruct.open_images(str(tmp_path))
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(ValueError, match="at least one usable image; got 1 in"):
-        reconstruct.run(make(images=str(tmp_path)), str(tmp_path / "out"))
+        reconstruct.run(make(images=str(tmp_path)), tmp_path / "out")

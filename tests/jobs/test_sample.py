@@ -104,7 +104,7 @@ def test_a_weaker_flow_of_another_path_is_refused(generator):
 def test_the_job_takes_a_weaker_flow(flow_workdir, tmp_path):
     config = config_for(flow_workdir, weaker=str(flow_workdir))
     with pytest.raises(ValueError, match="a scale other than 1; got guidance=1"):
-        drawing.run(config, str(tmp_path))
+        sample.run(config, tmp_path)
     assert drawing.open_generator(config).can_guide
     config.init_from = ""
     with pytest.raises(ValueError, match="no init_from"):
@@ -170,7 +170,7 @@ def config_for(flow_workdir, **changes):
 
 
 def test_a_stopped_job_goes_on_with_the_missing_chunks(flow_workdir, tmp_path, monkeypatch):
-    drawing.run(config_for(flow_workdir, chunk=20), str(tmp_path / "whole"))
+    sample.run(config_for(flow_workdir, chunk=20), tmp_path / "whole")
     folder = tmp_path / "parts"
     real, drawn = drawing.write_chunk, []
 
@@ -180,11 +180,11 @@ def test_a_stopped_job_goes_on_with_the_missing_chunks(flow_workdir, tmp_path, m
         if len(drawn) == 1:
             raise stopping.Interrupted("stopped by the test", 15)
 
-    monkeypatch.setattr(sample, "write_chunk", write_then_stop)
+    monkeypatch.setattr(drawing, "write_chunk", write_then_stop)
     with pytest.raises(stopping.Interrupted):
-        drawing.run(config_for(flow_workdir), str(folder))
+        sample.run(config_for(flow_workdir), folder)
     assert not (folder / "samples.npz").exists()
-    drawing.run(config_for(flow_workdir), str(folder))
+    sample.run(config_for(flow_workdir), folder)
     assert drawn == [0, 8, 16]
     ours, theirs = (
         np.concatenate([*adm_npz.open_archive(f / "samples.npz").batches(64)])
@@ -195,17 +195,17 @@ def test_a_stopped_job_goes_on_with_the_missing_chunks(flow_workdir, tmp_path, m
     assert len([*(folder / "images").glob("*.png")]) == 20
     assert not (folder / "chunks").exists()
     np.testing.assert_array_equal(np.load(folder / "labels.npy"), np.arange(20) % 10)
-    drawing.run(config_for(flow_workdir), str(folder))  # finished: nothing is drawn again
+    sample.run(config_for(flow_workdir), folder)  # finished: nothing is drawn again
     assert len(drawn) == 3
     with pytest.raises(ValueError, match="holds other samples \\(seed: 1 here, 0 there\\)"):
-        drawing.run(config_for(flow_workdir, seed=1), str(folder))
+        sample.run(config_for(flow_workdir, seed=1), folder)
 
 
 def test_samples_that_are_not_finite_are_no_black_images(flow_workdir, tmp_path, monkeypatch):
     config = config_for(flow_workdir)
     monkeypatch.setattr(Generator, "sample", lambda *_, **__: np.full((3, 32, 32, 3), np.nan))
     with pytest.raises(ValueError, match="samples must be finite; got NaN") as caught:
-        drawing.run(config, str(tmp_path / "out"))
+        sample.run(config, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "samples.npz").exists()
 

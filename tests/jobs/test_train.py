@@ -84,14 +84,14 @@ def interrupt_after(monkeypatch, steps):
 
 @pytest.mark.parametrize("stop", [1, 4])
 def test_interrupted_and_resumed_equals_uninterrupted(make, tmp_path, monkeypatch, stop):
-    train.run(make(), str(tmp_path / "whole"))
+    train.run(make(), tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt_after(patch, stop)
         with pytest.raises(stopping.Interrupted, match="of 6"):
-            train.run(make(), str(tmp_path / "parts"))
+            train.run(make(), tmp_path / "parts")
     assert int(last_state(tmp_path / "parts")["step"]) < 6
     assert not (tmp_path / "parts" / "DONE").exists()
-    train.run(make(), str(tmp_path / "parts"))
+    train.run(make(), tmp_path / "parts")
     same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
     whole, parts = ((tmp_path / n / "metrics.jsonl").read_bytes() for n in ("whole", "parts"))
     assert whole == parts
@@ -100,37 +100,37 @@ def test_interrupted_and_resumed_equals_uninterrupted(make, tmp_path, monkeypatc
 
 def test_train_n_then_2n_equals_2n(make, tmp_path):
     """Nor does a profile change anything."""
-    train.run(make(steps=6, profile_steps="2:4"), str(tmp_path / "whole"))
+    train.run(make(steps=6, profile_steps="2:4"), tmp_path / "whole")
     assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb"))
     timing = (tmp_path / "whole" / "timing.jsonl").read_text().splitlines()
     assert [json.loads(line)["tflops_per_device"] > 0 for line in timing] == [True, True]
-    train.run(make(steps=3), str(tmp_path / "parts"))
-    train.run(make(steps=6), str(tmp_path / "parts"))
+    train.run(make(steps=3), tmp_path / "parts")
+    train.run(make(steps=6), tmp_path / "parts")
     same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
     whole, parts = ((tmp_path / n / "metrics.jsonl").read_bytes() for n in ("whole", "parts"))
     assert whole == parts
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(make, tmp_path, monkeypatch, capsys):
-    train.run(make(), str(tmp_path / "whole"))
+    train.run(make(), tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
         with pytest.raises(stopping.Interrupted):
-            train.run(make(), str(tmp_path / "parts"))
+            train.run(make(), tmp_path / "parts")
     newest = checkpoint.newest(tmp_path / "parts")
     for file in (newest / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"damage")
-    train.run(make(), str(tmp_path / "parts"))
+    train.run(make(), tmp_path / "parts")
     assert "is damaged" in capsys.readouterr().out
     same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
 
 
 def test_another_config_is_refused(make, tmp_path):
-    train.run(make(steps=2), str(tmp_path))
+    train.run(make(steps=2), tmp_path)
     with pytest.raises(ValueError, match=r"holds a different run \(losses.l1: 2.0 here, 1.0 there"):
-        train.run(make(losses__l1=2.0), str(tmp_path))
-    train.run(make(steps=2, losses__l1=2.0, on_mismatch="continue"), str(tmp_path))
+        train.run(make(losses__l1=2.0), tmp_path)
+    train.run(make(steps=2, losses__l1=2.0, on_mismatch="continue"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -167,34 +167,34 @@ def test_a_chain_names_the_stage_of_a_mistake_and_can_be_moved(make, tmp_path, m
         stages.claim(workdir, stage)
         seen.append(init_from)
 
-    monkeypatch.setattr(train, "run_stage", run_stage)
+    monkeypatch.setattr(stages, "run_stage", run_stage)
     for name in config.chain:
         (tmp_path / "here" / name).mkdir(parents=True)
         (tmp_path / "here" / name / stages.DONE).write_text('{"step": 4}')
-    train.run(config, str(tmp_path / "here"))
+    train.run(config, tmp_path / "here")
     assert seen == [None, *(tmp_path / "here" / name for name in config.chain[:-1])]
     (tmp_path / "here").rename(tmp_path / "there")
-    train.run(config, str(tmp_path / "there"))
+    train.run(config, tmp_path / "there")
     config.stages.stage3.losses.l1 = 2.0
     flag = r"--config.stages.stage3.on_mismatch=continue"
     with pytest.raises(ValueError, match=rf"^stages.stage3: .*losses.l1: 2.0 here.*{flag}"):
-        train.run(config, str(tmp_path / "there"))
+        train.run(config, tmp_path / "there")
 
 
 def test_other_frozen_networks_than_the_checkpoints_are_refused(make, tmp_path):
     for seed in (0, 1):
-        train.run(make(steps=1, seed=seed), str(tmp_path / f"one{seed}"))
+        train.run(make(steps=1, seed=seed), tmp_path / f"one{seed}")
     stage3 = {"losses__gan": 0.0, "data__image_size": 64, "on_mismatch": "continue"}
     start = {seed: str(tmp_path / f"one{seed}") for seed in (0, 1)}
-    train.run(make(sae_stage4, steps=1, init_from=start[0], **stage3), str(tmp_path / "four"))
+    train.run(make(sae_stage4, steps=1, init_from=start[0], **stage3), tmp_path / "four")
     with pytest.raises(ValueError, match=r"trained around another stem and vit; name the same"):
-        train.run(make(sae_stage4, steps=2, init_from=start[1], **stage3), str(tmp_path / "four"))
+        train.run(make(sae_stage4, steps=2, init_from=start[1], **stage3), tmp_path / "four")
 
 
 def test_stage4_continues_stage1_and_agreement_is_checked(make, tmp_path):
-    train.run(make(steps=2), str(tmp_path / "one"))
+    train.run(make(steps=2), tmp_path / "one")
     stage4 = {"init_from": str(tmp_path / "one"), "losses__gan": 0.0, "steps": 2}
-    train.run(make(sae_stage4, **stage4), str(tmp_path / "four"))
+    train.run(make(sae_stage4, **stage4), tmp_path / "four")
     before, after = last_state(tmp_path / "one"), last_state(tmp_path / "four")
     assert set(after["params"]) == {"decoder"}
     assert set(before["params"]) == {"stem", "decoder"}
@@ -203,27 +203,27 @@ def test_stage4_continues_stage1_and_agreement_is_checked(make, tmp_path):
     )
     assert set(record["frozen"]) == {"stem", "vit"}
     with pytest.raises(ValueError, match=r"another architecture: model.decoder.act"):
-        train.run(make(sae_stage4, **stage4, model__decoder__act="relu"), str(tmp_path / "x"))
+        train.run(make(sae_stage4, **stage4, model__decoder__act="relu"), tmp_path / "x")
     with pytest.raises(ValueError, match=r"latent conventions differ.*pixels unit != imagenet"):
-        train.run(make(sae_stage4, **stage4, model__pixel_range="unit"), str(tmp_path / "y"))
+        train.run(make(sae_stage4, **stage4, model__pixel_range="unit"), tmp_path / "y")
     with pytest.raises(ValueError, match="does not exist"):
-        train.run(make(sae_stage4, **{**stage4, "init_from": "nowhere"}), str(tmp_path / "z"))
+        train.run(make(sae_stage4, **{**stage4, "init_from": "nowhere"}), tmp_path / "z")
 
 
 def test_missing_frozen_networks_stop_with_the_command(make, tmp_path):
     with pytest.raises(ValueError, match=r"weights_conversion.convert --kind=dinov3"):
-        train.run(make(random_frozen_ok=()), str(tmp_path))
+        train.run(make(random_frozen_ok=()), tmp_path)
 
 
 def test_a_batch_that_does_not_divide_is_refused(make, tmp_path):
     with pytest.raises(ValueError, match="multiple of the number of devices; got 12 / 1 = 12"):
-        train.run(make(batch_size=12), str(tmp_path))
+        train.run(make(batch_size=12), tmp_path)
 
 
 def test_non_finite_steps_stop_the_run_with_the_batch(make, tmp_path):
     config = make(optimizer__learning_rate=1e30, skip_limit=2, steps=9)
     with pytest.raises(FloatingPointError, match="in a row had a non-finite"):
-        train.run(config, str(tmp_path))
+        train.run(config, tmp_path)
     (dump,) = tmp_path.glob("bad_batch_*.npz")
     assert np.load(dump)["image"].shape == (8, 64, 64, 3)
 
@@ -323,7 +323,7 @@ def test_the_quickstart_chain(photos, tmp_path, capsys):
         stage = config.stages[name]
         changes = {"data.data_dir": photos, "steps": 2, "batch_size": 8, "eval.images": 8}
         stage.update_from_flattened_dict(changes)
-    train.run(config, str(tmp_path))
+    train.run(config, tmp_path)
     for name in config.chain:
         assert (tmp_path / name / "DONE").exists(), name
     for name in ("report.html", "reconstructions.png", "curves.png", "metrics.jsonl"):
@@ -331,5 +331,5 @@ def test_the_quickstart_chain(photos, tmp_path, capsys):
     text = (tmp_path / "report.html").read_text()
     assert text.index("randomly initialised") < text.index("<table")
     capsys.readouterr()
-    train.run(config, str(tmp_path))
+    train.run(config, tmp_path)
     assert capsys.readouterr().out.count("finished before, skipped") == len(config.chain)

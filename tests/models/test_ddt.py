@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinosae_jax.models.ddt import SIZES, DiTDH
+from dinosae_jax.models.ddt import DiTDH
 from dinosae_jax.models.dit import FIXED_BASES
+from dinosae_jax.sizes import DIT_DH
 from tests.models import dit_checks
 
 TINY = {
@@ -38,7 +39,7 @@ COUNTS = [
 
 @pytest.mark.parametrize(("size", "channels", "everything", "trainable"), COUNTS)
 def test_parameter_counts(size, channels, everything, trainable):
-    module = DiTDH(**SIZES[size], in_channels=channels)
+    module = DiTDH(**DIT_DH[size], in_channels=channels)
     assert dit_checks.count(module, channels, FIXED_BASES) == (everything, trainable)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dinosae_jax.models import decoder_blocks as blocks
-from dinosae_jax.models.decoder import PRESETS, Decoder, from_dcae
+from dinosae_jax.models.decoder import Decoder
 from dinosae_jax.models.layers import BatchNorm, PixelRMSNorm
+from dinosae_jax.sizes import DECODER, from_dcae
 
 SMALL = dict(latent_channels=8, width_list=(4, 8, 8), depth_list=(1, 1, 1))
 
@@ -52,19 +53,19 @@ def latents(channels, batch=2, grid=(2, 3)):
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", DECODER)
 def test_presets_build_with_the_reference_parameter_counts(name):
-    variables = shapes_of(PRESETS[name])
+    variables = shapes_of(DECODER[name])
     if name in PARAMETERS:
         sizes = [math.prod(x.shape) for x in jax.tree.leaves(variables["params"])]
         assert sum(sizes) == PARAMETERS[name]
-    path = "/".join(Decoder(**PRESETS[name]).last_kernel_path)
+    path = "/".join(Decoder(**DECODER[name]).last_kernel_path)
     assert leaf_paths(variables["params"])[path][-1] in (3, 12)
 
 
 def test_preset_a_is_what_the_decoder_makes_sixteen_times_larger():
     z = jax.ShapeDtypeStruct((2, 3, 5, 1024), jnp.float32)
-    out = jax.eval_shape(Decoder(**PRESETS["A"]).init_with_output, jax.random.key(0), z)[0]
+    out = jax.eval_shape(Decoder(**DECODER["A"]).init_with_output, jax.random.key(0), z)[0]
     assert (out.shape, out.dtype) == ((2, 48, 80, 3), jnp.float32)
 
 

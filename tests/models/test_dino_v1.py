@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinosae_jax.models.dino_v1 import SIZES, DinoV1, preprocess
+from dinosae_jax.models.dino_v1 import DinoV1, preprocess
+from dinosae_jax.sizes import DINO
 from tests.models.metrics_weights import (
     flax_variables,
     group,
@@ -90,7 +91,7 @@ def test_bad_key_depths_are_refused(key_depths):
 def test_parameter_count_of_the_published_sizes():
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     counts = {}
-    for size, numbers in SIZES.items():
+    for size, numbers in DINO.items():
         tree = jax.eval_shape(DinoV1(**numbers).init, jax.random.key(0), images)["params"]
         counts[size] = sum(leaf.size for leaf in jax.tree.leaves(tree))
     # ViT-S/16 and ViT-B/16 have 21,665,664 and 85,798,656 with the final norm, which is not here.
@@ -116,7 +117,7 @@ def test_full_size_activations_equal_recorded(golden_dir):
     )
     params = stack_blocks(flax_variables(state)["params"])
     images = recording["img_u8"] / np.float32(127.5) - 1
-    activations = jax.jit(DinoV1(**SIZES["S_8"]).apply)({"params": params}, images)
+    activations = jax.jit(DinoV1(**DINO["S_8"]).apply)({"params": params}, images)
     for i, activation in enumerate(activations):
         channels = activation[0, :, :8].T
         assert relative_error(channels, recording["act_checks"][i]) < TOLERANCE

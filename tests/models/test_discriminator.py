@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dinosae_jax.losses.adversarial import discriminator_loss, generator_loss
-from dinosae_jax.models.dino_v1 import SIZES, DinoV1
+from dinosae_jax.models.dino_v1 import DinoV1
 from dinosae_jax.models.discriminator import DiscriminatorHeads, LocalBatchNorm, SpectralConv
+from dinosae_jax.sizes import DINO
 from tests.models.metrics_weights import (
     flax_variables,
     group,
@@ -214,7 +215,7 @@ def test_full_size_logits_equal_recorded(golden_dir):
     params = stack_blocks(flax_variables(backbone)["params"])
 
     def discriminate(params, heads, images):
-        activations = DinoV1(**SIZES["S_8"]).apply({"params": params}, images)
+        activations = DinoV1(**DINO["S_8"]).apply({"params": params}, images)
         return DiscriminatorHeads(num_heads=5, channels=384).apply(heads, activations, train=False)
 
     images = recording["img_u8"] / np.float32(127.5) - 1

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinosae_jax.models.dit import FIXED_BASES, SIZES, LightningDiT, drop_labels
+from dinosae_jax.models.dit import FIXED_BASES, LightningDiT, drop_labels
+from dinosae_jax.sizes import LIGHTNING_DIT
 from tests.models import dit_checks
 
 TINY = {
@@ -51,7 +52,7 @@ COUNTS = [
 )
 def test_parameter_counts(form, size, patch, channels, flags, everything, trainable):
     module = LightningDiT(
-        **SIZES[size], patch_size=patch, in_channels=channels, time_embedding=form, **flags
+        **LIGHTNING_DIT[size], patch_size=patch, in_channels=channels, time_embedding=form, **flags
     )
     assert dit_checks.count(module, channels, FIXED_BASES) == (everything, trainable)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dinosae_jax import sizes
 from dinosae_jax.models import ddt, decoder, dit, flops, stem, vit
 
 # generation.md 5.4 and 6, autoencoder.md 3.8 (multiply-adds there); design section 8.
@@ -32,12 +33,12 @@ def test_flow_networks(model, giga):
 
 @pytest.mark.parametrize(("preset", "giga_multiply_adds"), DECODERS.items())
 def test_decoders(preset, giga_multiply_adds):
-    model = decoder.Decoder(**decoder.PRESETS[preset])
+    model = decoder.Decoder(**sizes.DECODER[preset])
     assert abs(flops.decoder_flops(model, 16, 16) / 2e9 - giga_multiply_adds) < 0.06
 
 
 def test_encoder_at_256_pixels():
-    transformer = vit.VisionTransformer(**vit.SIZES["dinov3_vitl16"])
+    transformer = vit.VisionTransformer(**sizes.VIT["dinov3_vitl16"])
     patches = flops.stem_flops(stem.PatchStem(1024), 256, 256)
     # The sheet's figure is that of the whole teacher, patch convolution included.
     assert abs((flops.vit_flops(transformer, 16, 16) + patches) / 1e9 - 164.7) < 0.06
@@ -69,7 +70,7 @@ def test_flow_networks_as_lowered(module):
 
 
 def test_vit_as_lowered():
-    size = vit.SIZES["dinov3_vitl16"] | {"depth": 2, "scan_layers": False}
+    size = sizes.VIT["dinov3_vitl16"] | {"depth": 2, "scan_layers": False}
     module = vit.VisionTransformer(**size)
     counted = _compiler_count(module, _shape(1, 16, 16, 1024))
     assert 1.0 < counted / flops.vit_flops(module, 16, 16) < 1.02

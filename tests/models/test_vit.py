@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinosae_jax.models.vit import SIZES, SwiGlu, VisionTransformer
+from dinosae_jax.models.vit import SwiGlu, VisionTransformer
+from dinosae_jax.sizes import VIT
 
 TINY = dict(embed_dim=32, depth=2, num_heads=2, ffn_hidden=64, num_storage_tokens=2)
 
@@ -60,9 +61,9 @@ def outputs_and_gradients(scan_layers, remat):
     return {"out": out, "gradients": gradients}
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", VIT)
 def test_published_sizes_have_the_reference_parameter_counts(name):
-    config = SIZES[name]
+    config = VIT[name]
     vit = VisionTransformer(**config)
     patches = jax.ShapeDtypeStruct((1, 2, 2, config["embed_dim"]), jnp.float32)
     params = jax.eval_shape(vit.init, jax.random.key(0), patches)["params"]

@@ -1,6 +1,6 @@
 """The autoencoder against recorded outputs of the reference implementations.
 
-tests/data/autoencoder holds a part of the recordings; with DINOSAE_GOLDEN set, all are swept.
+tests/recordings/autoencoder holds a part of the recordings; with DINOSAE_GOLDEN set, all are swept.
 """
 
 import functools
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinosae_jax.models.decoder import Decoder, from_dcae
+from dinosae_jax.models.decoder import Decoder
 from dinosae_jax.models.rope import default_periods
 from dinosae_jax.models.stem import ConvStem
 from dinosae_jax.models.vit import VisionTransformer
+from dinosae_jax.sizes import from_dcae
 from tests.parity.torch_keys import read, to_flax, under
 
 Pairs = Iterator[tuple[str, jax.Array, np.ndarray]]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dinosae_jax.models import positions
-from dinosae_jax.models import reference_guidance as guidance
 from tests.parity import dit_keys
+from weights_conversion.verification import reference_guidance as guidance
 
 FAMILIES = ("orig_lightningdit", "rae_lightningdit", "rae_ditdh")
 SUBSET = "generation_models"
@@ -119,7 +119,7 @@ def _cases(folder: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
     return [(f, p) for f in FAMILIES for p in sorted((folder / f).glob("*.safetensors"))]
 
 
-SUBSET_CASES = _cases(pathlib.Path(__file__).parents[1] / "data" / SUBSET)
+SUBSET_CASES = _cases(pathlib.Path(__file__).parents[1] / "recordings" / SUBSET)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import rfm_ddt, rfm_dit
-from dinosae_jax.jobs import collectives
 from dinosae_jax.models import registry
+from dinosae_jax.perf import collectives
 from dinosae_jax.runtime import fsdp, jit, sharding
 from dinosae_jax.train import flow_step, flow_task
 

@@ -10,12 +10,12 @@ from dinosae_jax.eval import robustness
 from dinosae_jax.runtime import precision, sharding
 from dinosae_jax.train import autoencoder_task
 from dinosae_jax.weights import checkpoint, weight_source
-from tests import tiny_stage
+from tests import tiny
 from tests.weights_conversion import layouts
 
 
 def test_a_finished_stage_has_pictures_baselines_and_robustness(tmp_path):
-    prepared, mesh = tiny_stage.prepare(tmp_path)
+    prepared, mesh = tiny.prepare(tmp_path)
     with jax.set_mesh(mesh), checkpoint.open_manager(tmp_path / "stage", keep=1) as manager:
         state = prepared.restore(manager)
         figures = prepared.task.evaluate(state)
@@ -31,10 +31,10 @@ def test_a_finished_stage_has_pictures_baselines_and_robustness(tmp_path):
 
 def test_a_stage_continues_official_weights(data_dir, tmp_path):
     """Their file writes the same architecture in other words and leaves the teacher out."""
-    tiny_stage.write_images(tmp_path / "data")
+    tiny.write_images(tmp_path / "data")
     source = layouts.official(data_dir, tmp_path)
     config = sae_stage4.get_config("tiny")
-    config.update_from_flattened_dict({**tiny_stage.TINIEST, "losses.gan": 0.0})
+    config.update_from_flattened_dict({**tiny.TINIEST, "losses.gan": 0.0})
     for role, part in weight_source.open_weights(source).model.items():
         given = {name: value for name, value in part.items() if name in config.model[role]}
         single = {n: v[0] if n in ("block_type", "norm", "act") else v for n, v in given.items()}

@@ -105,7 +105,7 @@ def test_every_use_of_the_augmentation_has_its_own_draws(make_config, make_run, 
         used.append(constant)
         return real(key, constant, index)
 
-    monkeypatch.setattr(discriminator_step, "uniforms_of", remember)
+    monkeypatch.setattr(discriminator_step, "augment_draws", remember)
     stage, state, frozen, values, batch = make_run(make_config(losses__gan=0.5))
     jax.eval_shape(
         functools.partial(autoencoder_step.gradients, stage, state, frozen, values),

@@ -12,7 +12,7 @@ from dinosae_jax.models import autoencoder
 from dinosae_jax.runtime import precision, sharding
 from dinosae_jax.train import flow_evaluation, flow_task
 from dinosae_jax.weights import weight_source
-from tests.jobs.small_flow import small_flow
+from tests.tiny import small_flow
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,10 @@ from PIL import Image
 from configs import hae_dit, rfm_ddt, rfm_dit
 from dinosae_jax import rules
 from dinosae_jax.data import loading
-from dinosae_jax.flow import matching, samplers, schedule
 from dinosae_jax.runtime import precision, sharding
 from dinosae_jax.train import flow_task, optim, stages, task
 from dinosae_jax.weights import checkpoint, weight_source
-from tests.jobs.small_flow import small_flow
+from tests.tiny import small_flow
 
 
 def lines(path):
@@ -110,12 +109,6 @@ def test_the_recipe_of_rae(module):
     numbers = optim.hyperparameters(config.optimizer, config.steps)
     rates = [optim.learning_rate(np.int32(1251 * epoch), numbers) for epoch in (0, 40, 80, 800)]
     np.testing.assert_allclose(rates, [2e-4, 2e-4, 1.905e-4, 2e-5], rtol=2e-4)
-
-
-def test_names_in_the_config_rules_are_those_of_the_flow():
-    assert tuple(matching.PATHS) == rules.PATHS
-    assert tuple(samplers.SAMPLERS) == rules.SAMPLERS
-    assert schedule.DISTRIBUTIONS == rules.TIME_DISTRIBUTIONS
 
 
 @pytest.mark.parametrize(("name", "value"), [("jacobi", "data"), ("radial_weight", 0.1)])

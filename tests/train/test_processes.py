@@ -16,13 +16,13 @@ from configs import sae_stage1
 from dinosae_jax.jobs import train
 from dinosae_jax.runtime import sharding, stopping
 from dinosae_jax.weights import checkpoint
-from tests import tiny_stage
+from tests import tiny
 from tests.train import recorded_main
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = ("step", "params", "opt", "ema", "extra", "metrics", "key", "skipped")
 SMALL = {
-    **tiny_stage.TINIEST,
+    **tiny.TINIEST,
     "steps": 6,
     "log_every": 1,
     "checkpoint.every": 3,
@@ -34,7 +34,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    tiny_stage.write_images(folder)
+    tiny.write_images(folder)
     return f"folder:{folder}"
 
 
@@ -105,7 +105,7 @@ def alone(overrides, workdir, batches, stop_at=0):
     config.update_from_flattened_dict(overrides)
     real = recorded_main.record(batches, stop_at)
     try:
-        train.run(config, str(workdir))
+        train.run(config, workdir)
     finally:
         sharding.put_batch = real
 

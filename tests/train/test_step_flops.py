@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from configs import rfm_ddt, rfm_dit, sae_stage1, sae_stage2, sae_stage3, sae_stage4
-from dinosae_jax.jobs import programs
+from dinosae_jax.perf import programs
 from dinosae_jax.runtime import sharding
 from dinosae_jax.train import step_flops
 

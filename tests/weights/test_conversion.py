@@ -8,7 +8,7 @@ import pytest
 from dinosae_jax.weights import conversion
 from tests.weights_conversion.layouts import save
 from weights_conversion.convert import convert_file
-from weights_conversion.golden import read_golden
+from weights_conversion.verification.golden import read_golden
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import re
 import numpy as np
 
 from weights_conversion import convert
-from weights_conversion.golden import read_golden
-from weights_conversion.safetensors_file import write_safetensors
+from weights_conversion.readers.safetensors_file import write_safetensors
+from weights_conversion.verification.golden import read_golden
 
 HUGGING_FACE = [
     (r"^blocks\.", "layer."),

@@ -13,11 +13,12 @@ from tests.models.metrics_weights import efficientnet_state
 from tests.weights_conversion import layouts
 from tests.weights_conversion.layouts import save
 from tests.weights_conversion.torch_zip import write_torch
-from weights_conversion import containers, convert, export
-from weights_conversion.golden import read_golden
-from weights_conversion.rules import MismatchError
-from weights_conversion.safetensors_file import read_safetensors
-from weights_conversion.stored import RefusedFileError
+from weights_conversion import convert, export
+from weights_conversion.mapping import MismatchError
+from weights_conversion.readers import containers
+from weights_conversion.readers.safetensors_file import read_safetensors
+from weights_conversion.readers.stored import RefusedFileError
+from weights_conversion.verification.golden import read_golden
 
 
 def assert_round_trip(tmp_path, kind, source, expected, **options):

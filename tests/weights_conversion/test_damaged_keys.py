@@ -9,8 +9,8 @@ import json
 import pytest
 
 from tests.weights_conversion import layouts
-from weights_conversion import modules, rules, tables
-from weights_conversion.golden import read_golden
+from weights_conversion import mapping, modules, tables
+from weights_conversion.verification.golden import read_golden
 
 # What a file may lack: buffers that the model does not read, the teacher's patches as a whole, and
 # DiT^DH's positions, which are a choice of the model.
@@ -61,8 +61,8 @@ def complaints(kind, shapes):
     """The lines of the error, without the first."""
     layout = tables.plan(kind, shapes)
     tensors = {key: Stored(shape) for key, shape in shapes.items()}
-    with pytest.raises(rules.MismatchError) as caught:
-        rules.convert(tensors, layout, model_shapes(json.dumps(layout.config)))
+    with pytest.raises(mapping.MismatchError) as caught:
+        mapping.convert(tensors, layout, model_shapes(json.dumps(layout.config)))
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 

@@ -23,8 +23,8 @@ from tests.weights_conversion.torch_zip import (
     storage,
     write_torch,
 )
-from weights_conversion.pth import read_pth
-from weights_conversion.stored import RefusedFileError, StoredTensor
+from weights_conversion.readers.pth import read_pth
+from weights_conversion.readers.stored import RefusedFileError, StoredTensor
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -2,12 +2,12 @@
 
 import pytest
 
-from dinosae_jax.models import ddt, decoder, dit, vit
-from weights_conversion import modules, rules, tables
+from dinosae_jax import sizes
+from weights_conversion import mapping, modules, tables
 
 OFFICIAL = {"decoder": ""}
-PUBLISHED = [name for name in decoder.PRESETS if name.startswith("dc-ae")]
-OURS = [name for name in decoder.PRESETS if not name.startswith("dc-ae")]
+PUBLISHED = [name for name in sizes.DECODER if name.startswith("dc-ae")]
+OURS = [name for name in sizes.DECODER if not name.startswith("dc-ae")]
 PLAIN = {
     "latent_channels": 8,
     "width_list": (8, 16, 16),
@@ -17,14 +17,14 @@ PLAIN = {
 
 def keys_of(shapes, rows):
     """Keys and torch shapes of our leaves, by the naming rule and the given rows."""
-    layout = rules.Layout("test", {}, rows)
+    layout = mapping.Layout("test", {}, rows)
     found = {}
     for target, shape in shapes.items():
         role, _, rest = target.split("/", 2)
-        (name,) = rules.source_names(layout, f"{role}/{rest}")
+        (name,) = mapping.source_names(layout, f"{role}/{rest}")
         stacked = "{i" in name
         own = torch_shape(target, shape[1:] if stacked else shape, shapes)
-        names = [rules.at_index(name, i) for i in range(shape[0])] if stacked else [name]
+        names = [mapping.at_index(name, i) for i in range(shape[0])] if stacked else [name]
         found |= dict.fromkeys(names, own)
     return found
 
@@ -48,23 +48,23 @@ def assert_inferred(kind, config, rows):
     return found
 
 
-@pytest.mark.parametrize("size", vit.SIZES)
+@pytest.mark.parametrize("size", sizes.VIT)
 def test_dinov3_sizes(size):
-    config = {"vit": vit.SIZES[size]}
+    config = {"vit": sizes.VIT[size]}
     planned = assert_inferred("dinov3", config, {"vit": "", "vit/blocks": "blocks.{i}"})
-    assert planned["num_heads"] == vit.SIZES[size]["num_heads"]
+    assert planned["num_heads"] == sizes.VIT[size]["num_heads"]
 
 
 @pytest.mark.parametrize("preset", OURS)
 def test_official_decoders(preset):
-    config = {"decoder": decoder.PRESETS[preset]}
+    config = {"decoder": sizes.DECODER[preset]}
     planned = assert_inferred("dinosae_decoder", config, OFFICIAL)
-    assert tuple(planned["depth_list"]) == decoder.PRESETS[preset]["depth_list"]
+    assert tuple(planned["depth_list"]) == sizes.DECODER[preset]["depth_list"]
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_published_dcae_decoders(preset):
-    config = {"decoder": decoder.PRESETS[preset]}
+    config = {"decoder": sizes.DECODER[preset]}
     last = len(config["decoder"]["width_list"]) - 1
     rows = OFFICIAL | {f"decoder/stages_{k}": f"stages.{last - k}" for k in range(last + 1)}
     assert_inferred("dcae_decoder", config, rows)
@@ -103,7 +103,7 @@ def test_unusual_decoders(changes):
     ],
 )
 def test_lightningdit(kind, changes):
-    own = {"model": "LightningDiT", **dit.SIZES["S"], "in_channels": 32, **changes}
+    own = {"model": "LightningDiT", **sizes.LIGHTNING_DIT["S"], "in_channels": 32, **changes}
     own["time_embedding"] = "sinusoidal" if kind == "lightningdit" else "fourier"
     config = {"dit": own}
     planned = assert_inferred(kind, config, {"dit": "", "dit/blocks": "blocks.{i}"})
@@ -112,10 +112,10 @@ def test_lightningdit(kind, changes):
         assert planned[name] == changes[name], name
 
 
-@pytest.mark.parametrize("size", ddt.SIZES)
+@pytest.mark.parametrize("size", sizes.DIT_DH)
 @pytest.mark.parametrize("changes", [{}, {"use_pos_embed": False, "use_qknorm": True}])
 def test_ditdh(size, changes):
-    own = {"model": "DiTDH", **ddt.SIZES[size], "in_channels": 32, **changes}
+    own = {"model": "DiTDH", **sizes.DIT_DH[size], "in_channels": 32, **changes}
     first = own["depth"][0]
     rows = {
         "dit": "",

@@ -7,8 +7,8 @@ import pytest
 
 from tests.weights_conversion import layouts
 from weights_conversion import verify
-from weights_conversion.golden import read_golden
-from weights_conversion.safetensors_file import read_safetensors, write_safetensors
+from weights_conversion.readers.safetensors_file import read_safetensors, write_safetensors
+from weights_conversion.verification.golden import read_golden
 
 CASES = [
     ("dinov3", "autoencoder/c_dinov3_mlp"),

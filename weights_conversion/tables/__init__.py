@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from weights_conversion.rules import Layout, Shape
+from weights_conversion.mapping import Layout, Shape
 from weights_conversion.tables import critics, dcae, dinosae, dinov3, dit
 from weights_conversion.tables.keys import UnknownLayoutError
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from weights_conversion.rules import Layout, Row, Shape
+from weights_conversion.mapping import Layout, Row, Shape
 from weights_conversion.tables.keys import UnknownLayoutError, count, has, measure
 
 Shapes = dict[str, Shape]

@@ -7,7 +7,7 @@ fused weight, not queries, keys and values, so they are joined again.
 
 import re
 
-from weights_conversion.rules import Layout, Row, Shape
+from weights_conversion.mapping import Layout, Row, Shape
 from weights_conversion.tables.dinosae import COUNTERS, infer_decoder
 from weights_conversion.tables.keys import count, has
 

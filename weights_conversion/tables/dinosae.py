@@ -9,7 +9,7 @@ activations leave no trace, so they are DC-AE's habit: relu with batch norm, els
 import re
 from typing import Any
 
-from weights_conversion.rules import Layout, Shape
+from weights_conversion.mapping import Layout, Shape
 from weights_conversion.tables import dinov3
 from weights_conversion.tables.keys import UnknownLayoutError, count, has, measure
 

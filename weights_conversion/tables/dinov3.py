@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from weights_conversion.rules import Layout, Row, Shape
+from weights_conversion.mapping import Layout, Row, Shape
 from weights_conversion.tables.keys import count, has, measure
 
 Shapes = dict[str, Shape]

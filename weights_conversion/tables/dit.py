@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from dinosae_jax.models import ddt, dit
-from weights_conversion.rules import Layout, Row, Shape
+from dinosae_jax import sizes
+from weights_conversion.mapping import Layout, Row, Shape
 from weights_conversion.tables.keys import UnknownLayoutError, count, has, measure
 
 Shapes = dict[str, Shape]
@@ -167,7 +167,7 @@ def _heads(shapes: Shapes, width: int, rope: str, block: str) -> int:
     head_width = measure(shapes, "diffusion transformer", places, width + 1)
     if width % head_width == 0:
         return width // head_width
-    sizes = {s["hidden_size"]: s["num_heads"] for s in dit.SIZES.values()}
-    for size in ddt.SIZES.values():
-        sizes |= dict(zip(size["hidden_size"], size["num_heads"], strict=True))
-    return sizes.get(width, max(width // 64, 1))
+    heads = {s["hidden_size"]: s["num_heads"] for s in sizes.LIGHTNING_DIT.values()}
+    for size in sizes.DIT_DH.values():
+        heads |= dict(zip(size["hidden_size"], size["num_heads"], strict=True))
+    return heads.get(width, max(width // 64, 1))

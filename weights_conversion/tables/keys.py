@@ -4,7 +4,7 @@ import collections
 import re
 from collections.abc import Mapping
 
-from weights_conversion.rules import Shape
+from weights_conversion.mapping import Shape
 
 
 class UnknownLayoutError(ValueError):

@@ -25,7 +25,6 @@ from dinosae_jax.data.records import fingerprint_of
 HASHED_BYTES = 4 * 2**30  # caches up to this size are hashed whole when they are opened
 AHEAD = 2  # batches
 ENCODE = "configs/encode.py"
-ENCODER_ROLES = ("stem", "vit")
 # The fields of the data config that decide which pixels were encoded.
 IMAGE_FIELDS = ("source", "holdout", "crop", "image_size")
 

@@ -3,19 +3,23 @@
 Two formats: 'bfloat16', the tokens as they are but rounded; and 'int8', where each token's
 direction is rounded to 8-bit numbers (the largest component is 127 or -127) and its norm is a
 float16. The direction needs no scale of its own, since it has norm 1: a token is
-norm * q / |q|, which `train.rfm_step` computes on the device. A random direction in 1024 dimensions
-is turned by 0.1 degrees in bfloat16, by 0.4 in int8.
+norm * q / |q|, which `dequantise` computes on the device. A random direction in 1024 dimensions is
+turned by 0.1 degrees in bfloat16, by 0.4 in int8.
 """
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-FORMATS = ("bfloat16", "int8")
+from dinosae_jax import names
+
+FORMATS: tuple[names.LatentFormat, ...] = get_args(names.LatentFormat)
 LARGEST_NORM = float(np.finfo(np.float16).max)
 
 
@@ -104,3 +108,18 @@ def unpack_into(
         place = array.reshape(len(array), -1).view(np.uint8)[row]
         place[:] = np.frombuffer(record, np.uint8, field.nbytes, offset)
         offset += field.nbytes
+
+
+def dequantise(direction: jax.Array, norm: jax.Array) -> jax.Array:
+    """Tokens of their stored form, the way back from `pack` in int8: norm * q / |q|.
+
+    Args:
+      direction: int8 [b, n, d].
+      norm: float16 [b, n].
+
+    Returns:
+      float32 [b, n, d].
+    """
+    rounded = direction.astype(jnp.float32)
+    length = jnp.maximum(jnp.linalg.norm(rounded, axis=-1), 1.0)
+    return rounded * (norm.astype(jnp.float32) / length)[..., None]

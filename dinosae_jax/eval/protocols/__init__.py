@@ -1,0 +1,1 @@
+"""How an autoencoder, a flow or a file of samples is measured, step by step."""

@@ -1,0 +1,257 @@
+"""Reconstructions against their images: Frechet and kernel distance, PSNR, SSIM, LPIPS."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from dinosae_jax.data import images
+from dinosae_jax.eval import distances, features, image_quality, interpolation, results
+from dinosae_jax.eval.protocols import generated, inputs, references
+from dinosae_jax.eval.protocols.inputs import Subject
+from dinosae_jax.flow import sphere
+from dinosae_jax.inference import batching
+from dinosae_jax.inference.autoencoder import Autoencoder
+from dinosae_jax.models import autoencoder as autoencoder_lib
+from dinosae_jax.models.lpips import LPIPS
+from dinosae_jax.runtime import console, sharding
+from dinosae_jax.weights import conversion
+
+INTERPOLATED = "interpolated_frechet"
+SHOWN = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
+CONVENTIONS = {
+    "psnr": "mean of dB over images, range [0,1], at most 100 dB (RAE)",
+    "ssim": "torchmetrics: Gaussian 11x11, sigma 1.5, reflected borders, full image (RAE)",
+    "lpips": "VGG16, version 0.1",
+}
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    subject: Subject,
+    network: features.FeatureNetwork,
+    metrics: tuple[str, ...],
+    mesh: jax.sharding.Mesh,
+    folder: pathlib.Path,
+) -> list[results.Result]:
+    """Every metric of an autoencoder on the evaluation images of a data set.
+
+    Raises:
+      ValueError: before long work, for too few images or a reference of another recipe; later for
+        reconstructions or features that are not finite.
+    """
+    autoencoder = subject.autoencoder
+    assert autoencoder is not None
+    data = images.open_images(config.data, "eval")
+    count = min(len(data), config.images or len(data))
+    compared = tuple(metric for metric in metrics if metric in network.metrics)
+    taps = generated.taps_of(network, compared)
+    opened = references.open_reference(config, network, taps) if config.reference else None
+    if opened:
+        references.check_recipes(network, opened, taps, config.data.image_size)
+    plain = tuple(metric for metric in compared if metric != INTERPOLATED)
+    known = opened.known if opened else count
+    distances.check_counts(plain, count, known, config.kernel_subset_size)
+    if INTERPOLATED in compared:  # against the same images, whatever the reference is
+        distances.check_counts((INTERPOLATED,), count, count, config.kernel_subset_size)
+    lpips = conversion.load(config.weights.lpips, ("lpips",)) if "lpips" in metrics else None
+    figures = tuple(metric for metric in metrics if metric in SHOWN)
+    reconstruct = functools.partial(
+        _compiled_reconstruct(autoencoder.modules, figures, config.uint8_conversion),
+        autoencoder.variables,
+        sharding.replicate(lpips.variables["lpips"] if lpips else {}, mesh),
+    )
+    both, found = _measure(config, data, network, taps, mesh, count, reconstruct)
+    rows = [_figure_row(config, name, found[name], data) for name in figures]
+    if not compared:
+        return rows
+    reference = distances.Reference(
+        both["images"], f"{config.data.source} eval, the same images", data.fingerprint
+    )
+    far = opened.load(mesh, folder) if opened else reference
+    prefix = "" if opened else "r"
+    made = both["reconstructions"]
+    rows += generated.all_distances(config, network, plain, made, far, prefix)
+    if INTERPOLATED in compared:
+        between = _interpolated(config, data, network, mesh, count, autoencoder)
+        only = (INTERPOLATED,)
+        rows += generated.all_distances(config, network, only, between, reference, "")
+    return rows
+
+
+def _measure(
+    config: ml_collections.ConfigDict,
+    data: images.ImageSource,
+    network: features.FeatureNetwork,
+    taps: tuple[str, ...],
+    mesh: jax.sharding.Mesh,
+    count: int,
+    reconstruct: Callable[[jax.Array], dict[str, Any]],
+) -> tuple[dict[str, features.FeatureSet], dict[str, np.ndarray]]:
+    """One pass: features of images and reconstructions, and each image's figures [n] float64."""
+    collectors = {
+        "images": _collector(config, network, taps, "stored", f"{config.data.source} eval"),
+        "reconstructions": _collector(
+            config, network, taps, config.uint8_conversion, "reconstructions"
+        ),
+    }
+
+    def running() -> Iterator[dict[str, Any]]:
+        for batch in _batches(config, data, mesh, count):
+            made = reconstruct(batch["image"])
+            sets = {"images": batch["image"], "reconstructions": made["image"]}
+            taken = {name: network(each, taps) for name, each in sets.items()} if taps else {}
+            yield {**batch, **made, "taps": taken}
+
+    figures: dict[str, list[np.ndarray]] = {}
+    for done in batching.one_behind(running()):
+        index, mask = sharding.gather(done["index"]), sharding.gather(done["mask"])
+        _check_finite(sharding.gather(done["finite"]), index)
+        for name, each in done["figures"].items():
+            figures.setdefault(name, []).append(sharding.gather(each)[mask].astype(np.float64))
+        for name, rows in done["taps"].items():
+            collectors[name].add({k: sharding.gather(v) for k, v in rows.items()}, index, mask)
+    whole = {name: np.concatenate(each) for name, each in figures.items()}
+    return {name: each.finish() for name, each in collectors.items()} if taps else {}, whole
+
+
+def _check_finite(finite: np.ndarray, index: np.ndarray) -> None:
+    """Raises ValueError where a reconstruction is not: as 8 bits it would be a black image."""
+    if not finite.all():
+        raise ValueError(
+            f"reconstructions must be finite; got NaN or infinity in {np.sum(~finite)} of a batch "
+            f"of {len(finite)} (first: image {index[~finite][0]}); check the weights, or pass "
+            "--config.dtype=float32"
+        )
+
+
+def _collector(
+    config: ml_collections.ConfigDict,
+    network: features.FeatureNetwork,
+    taps: tuple[str, ...],
+    conversion: str,
+    what: str,
+) -> features.Collector:
+    about = {"resolution": config.data.image_size, "uint8_conversion": conversion, "images": what}
+    return features.Collector({tap: network.recipe(tap, **about) for tap in taps})
+
+
+def _batches(
+    config: ml_collections.ConfigDict, data: images.ImageSource, mesh: jax.sharding.Mesh, count: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Global batches on the devices, with progress."""
+    size = sharding.device_multiple(config.batch_size, mesh)
+    found = inputs.dataset_batches(data, config, mesh, count)
+    return features.place(console.progress(config.name, found, count, size), mesh)
+
+
+def _figure_row(
+    config: ml_collections.ConfigDict, name: str, values: np.ndarray, data: images.ImageSource
+) -> results.Result:
+    recipe = {
+        "convention": CONVENTIONS[name],
+        "uint8_conversion": config.uint8_conversion,
+        "resolution": config.data.image_size,
+        "crop": "adm_centre_crop",
+    }
+    where = f"{config.data.source} eval, the same images"
+    return results.Result(
+        SHOWN[name],
+        float(values.mean()),
+        len(values),
+        recipe,
+        reference=where,
+        reference_hash=data.fingerprint,
+        reference_count=len(values),
+    )
+
+
+@functools.lru_cache
+def _compiled_reconstruct(
+    modules: autoencoder_lib.AutoencoderModules, figures: tuple[str, ...], conversion: str
+) -> Callable[..., dict[str, Any]]:
+    """(variables, lpips variables, uint8 [b,h,w,3]) -> 8-bit images, figures, finite [b] before."""
+
+    @jax.jit
+    def reconstruct(variables: Any, lpips: Any, image: jax.Array) -> dict[str, Any]:
+        pixels = autoencoder_lib.unit_interval(image)
+        encoded = autoencoder_lib.encode(modules, variables, pixels)
+        decoded = autoencoder_lib.decode(modules, variables, encoded.tokens, encoded.grid)
+        made = image_quality.to_uint8(decoded, conversion)
+        rounded = autoencoder_lib.unit_interval(made)
+        functions: dict[str, Callable[..., Any]] = {
+            "psnr": image_quality.psnr,
+            "ssim": image_quality.ssim,
+            "lpips": functools.partial(LPIPS().apply, lpips),
+        }
+        with jax.default_matmul_precision("highest"):
+            found = {name: functions[name](rounded, pixels) for name in figures}
+        finite = jnp.isfinite(decoded).all((1, 2, 3))
+        return {"image": made, "figures": found, "finite": finite}
+
+    return reconstruct
+
+
+def _interpolated(
+    config: ml_collections.ConfigDict,
+    data: images.ImageSource,
+    network: features.FeatureNetwork,
+    mesh: jax.sharding.Mesh,
+    count: int,
+    autoencoder: Autoencoder,
+) -> features.FeatureSet:
+    """Features of what lies half way between each image's latent and its nearest neighbour's.
+
+    Neighbours are found by the mean patch token; each token then moves along the sphere, its norm
+    linearly.
+    """
+    console.report(f"{config.name}: nearest neighbours and their midpoints")
+    own = features.encoder(autoencoder.modules, autoencoder.variables, "", mesh)
+    tap = (features.ENCODER_TAP,)
+    collector = _collector(config, own, tap, "stored", "images")
+    pooled = features.extract(own, _batches(config, data, mesh, count), collector)
+    nearest = interpolation.nearest_neighbours(pooled.features[features.ENCODER_TAP])
+    partner = np.zeros(len(data), np.int64)
+    partner[pooled.index] = pooled.index[nearest]
+    crop = images.recipe_of(config.data)
+    midpoints = _compiled_midpoints(autoencoder.modules, config.uint8_conversion)
+
+    def others() -> Iterator[features.Batch]:
+        for batch in inputs.dataset_batches(data, config, mesh, count):
+            wanted = partner[np.maximum(batch["index"], 0)]
+            second = np.stack([crop.evaluate(data[int(i)]["image"]) for i in wanted])
+            yield {**batch, "image": second}
+
+    pairs = zip(_batches(config, data, mesh, count), features.place(others(), mesh), strict=True)
+    made = (
+        {**first, "image": midpoints(autoencoder.variables, first["image"], second["image"])}
+        for first, second in pairs
+    )
+    taps = (network.metrics[INTERPOLATED][1],)
+    collector = _collector(config, network, taps, config.uint8_conversion, "interpolations")
+    return features.extract(network, made, collector)
+
+
+@functools.lru_cache
+def _compiled_midpoints(
+    modules: autoencoder_lib.AutoencoderModules, conversion: str
+) -> Callable[..., jax.Array]:
+    @jax.jit
+    def midpoints(variables: Any, first: jax.Array, second: jax.Array) -> jax.Array:
+        a, b = (
+            autoencoder_lib.encode(modules, variables, autoencoder_lib.unit_interval(each))
+            for each in (first, second)
+        )
+        way = sphere.geodesic(a.tokens, b.tokens, 0.5)
+        z = sphere.project(way, 0.5 * (sphere.norm(a.tokens) + sphere.norm(b.tokens)))
+        decoded = autoencoder_lib.decode(modules, variables, z, a.grid)
+        return image_quality.to_uint8(decoded, conversion)
+
+    return midpoints

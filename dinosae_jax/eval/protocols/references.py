@@ -1,0 +1,172 @@
+"""What samples are compared with: an .npz of images, of moments, or a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import zipfile
+from collections.abc import Callable, Iterator
+
+import jax
+import ml_collections
+import numpy as np
+
+from dinosae_jax.data import adm_npz, images
+from dinosae_jax.eval import adm_moments, distances, features, frechet
+from dinosae_jax.eval.protocols import inputs
+from dinosae_jax.eval.recipe import Recipe, check_comparable
+from dinosae_jax.runtime import console, files, sharding
+
+KEPT_REFERENCE = 10_000  # images of a data set whose features Precision/Recall and KID see, as ADM
+
+
+def check_recipes(
+    network: features.FeatureNetwork,
+    opened: OpenedReference,
+    taps: tuple[str, ...],
+    resolution: int,
+) -> None:
+    """Raises ValueError where a reference was made by another recipe, before it is computed."""
+    for tap in taps:
+        check_comparable(network.recipe(tap, resolution=resolution), opened.recipe(tap))
+
+
+def archive_batches(
+    config: ml_collections.ConfigDict, archive: adm_npz.Archive, mesh: jax.sharding.Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """An archive's images on the devices, with progress."""
+    size = sharding.device_multiple(config.batch_size, mesh)
+    found = features.archive_batches(archive, size, sharding.local_rows(mesh, size))
+    return features.place(console.progress(config.name, found, archive.shape[0], size), mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedReference:
+    """A reference whose file or data set is open and nothing computed.
+
+    Attributes:
+      recipe: tap -> what is known of how its features are made.
+      known: number of images whose features will be known; None for moments alone.
+      load: (mesh, folder) -> the reference with its features.
+    """
+
+    recipe: Callable[[str], Recipe]
+    known: int | None
+    load: Callable[[jax.sharding.Mesh, pathlib.Path], distances.Reference]
+
+
+def open_reference(
+    config: ml_collections.ConfigDict, network: features.FeatureNetwork, taps: tuple[str, ...]
+) -> OpenedReference:
+    """Opens `config.reference`, or the data set where it is empty.
+
+    Raises:
+      ValueError: for an .npz of another layout, or a data set that cannot be read.
+    """
+    if not config.reference:
+        return _dataset_reference(config, network, taps)
+    path = pathlib.Path(config.reference).expanduser()
+    check_file("reference", path)
+    with zipfile.ZipFile(path) as file:
+        members = set(file.namelist())
+    is_moments = "scatter.npy" in members
+    return (_moments_reference if is_moments else _archive_reference)(config, network, taps, path)
+
+
+def _dataset_reference(
+    config: ml_collections.ConfigDict, network: features.FeatureNetwork, taps: tuple[str, ...]
+) -> OpenedReference:
+    source = images.open_images(config.data, "train")
+    count = min(len(source), config.reference_images or len(source))
+    spaced = np.linspace(0, count - 1, min(count, KEPT_REFERENCE)).round().astype(np.int64)
+    recipe = functools.partial(
+        network.recipe,
+        resolution=config.data.image_size,
+        uint8_conversion="stored",
+        images=f"{config.data.source} train",
+    )
+
+    def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
+        console.report(f"{config.name}: features of {count} reference images")
+        collector = features.Collector({tap: recipe(tap) for tap in taps}, spaced)
+        batches = console.progress(
+            config.name,
+            inputs.dataset_batches(source, config, mesh, count),
+            count,
+            sharding.device_multiple(config.batch_size, mesh),
+        )
+        found = features.extract(network, features.place(batches, mesh), collector)
+        if jax.process_index() == 0:
+            for tap in taps:
+                frechet.write_statistics(folder / f"reference_{tap}.npz", found.moments[tap])
+        return distances.Reference(found, f"{config.data.source} train", source.fingerprint)
+
+    return OpenedReference(recipe, len(spaced), load)
+
+
+def _archive_reference(
+    config: ml_collections.ConfigDict,
+    network: features.FeatureNetwork,
+    taps: tuple[str, ...],
+    path: pathlib.Path,
+) -> OpenedReference:
+    """Images, and moments of more images where the file has those of the network's taps."""
+    archive = adm_npz.open_archive(path)
+    about = {
+        "resolution": _side_of(archive, "a reference's images"),
+        "uint8_conversion": "stored",
+        "images": path.name,
+    }
+    stored: dict[str, frechet.Statistics] = {}
+    if network.name == adm_moments.ADM_RECIPE.network:
+        for tap in set(taps) & set(adm_moments.MOMENTS):
+            moments = adm_moments.read_moments(path, tap)
+            stored |= {tap: moments} if moments else {}
+
+    def recipe(tap: str) -> Recipe:
+        return stored[tap].recipe if tap in stored else network.recipe(tap, **about)
+
+    def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
+        console.report(f"{config.name}: features of {archive.shape[0]} reference images")
+        collector = features.Collector({tap: network.recipe(tap, **about) for tap in taps})
+        found = features.extract(network, archive_batches(config, archive, mesh), collector)
+        with_stored = dataclasses.replace(found, moments={**found.moments, **stored})
+        return distances.Reference(with_stored, path.name, files.file_sha256(path))
+
+    return OpenedReference(recipe, archive.shape[0], load)
+
+
+def _moments_reference(
+    config: ml_collections.ConfigDict,
+    network: features.FeatureNetwork,
+    taps: tuple[str, ...],
+    path: pathlib.Path,
+) -> OpenedReference:
+    """Moments of one tap, as an earlier evaluation left them."""
+    moments = frechet.read_statistics(path)
+    others = [tap for tap in taps if tap != moments.recipe.tap]
+    if others:
+        raise ValueError(
+            f"{path} holds the moments of {moments.recipe.tap}; got metrics that need "
+            f"{', '.join(others)}; set metrics to frechet, or give a reference with images"
+        )
+
+    def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
+        nothing = features.FeatureSet({}, np.zeros(0, np.int64), {moments.recipe.tap: moments})
+        return distances.Reference(nothing, path.name, files.file_sha256(path))
+
+    return OpenedReference(lambda tap: moments.recipe, None, load)
+
+
+def _side_of(archive: adm_npz.Archive, what: str) -> int:
+    _, height, width, _ = archive.shape
+    if height != width:
+        raise ValueError(f"{what} are square; got {height} x {width} in {archive.path}; crop them")
+    return height
+
+
+def check_file(field: str, path: pathlib.Path) -> None:
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        state = "is no such file" if path.is_file() else "does not exist"
+        raise ValueError(f"{field} must be an .npz file; got {path}, which {state}; check the path")

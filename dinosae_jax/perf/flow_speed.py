@@ -1,0 +1,140 @@
+"""What `bench` measures of the flow beside its training step: latent cache, encoder, sampler."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
+from dinosae_jax.inference import encoding
+from dinosae_jax.inference.generator import random_generator
+from dinosae_jax.runtime import console, precision, sharding
+
+
+def measure_latents(config: ml_collections.ConfigDict) -> dict[str, dict[str, float]]:
+    """Writes a cache of random latents and reads training batches of it, in each format.
+
+    Args:
+      config: images, tokens, width, batch_size and batches.
+
+    Returns:
+      format -> gb_per_second_per_core (bytes of the records read, over the processor time of all
+      threads) and images_per_second (by the clock, with two threads).
+    """
+    found: dict[str, dict[str, float]] = {}
+    for stored in latent_record.FORMATS:
+        with tempfile.TemporaryDirectory() as folder:
+            source = _write_random(pathlib.Path(folder), config, stored)
+            size = sum(field.nbytes for field in source.fields) * config.batch_size
+            _, busy = _read(source, config, threads=0)
+            elapsed, _ = _read(source, config, threads=2)
+        found[stored] = row = {
+            "gb_per_second_per_core": config.batches * size / busy / 1e9,
+            "images_per_second": config.batches * config.batch_size / elapsed,
+        }
+        console.report(
+            f"latent cache, {stored}: {row['gb_per_second_per_core']:.2f} GB/s a core, "
+            f"{row['images_per_second']:.0f} images/s by two threads"
+        )
+    return found
+
+
+def _write_random(
+    folder: pathlib.Path, config: ml_collections.ConfigDict, stored: str
+) -> latent_reader.LatentSource:
+    """A cache of Gaussian tokens in two shards, without flips."""
+    plan = {
+        "format": stored,
+        "tokens": config.tokens,
+        "width": config.width,
+        "flipped": False,
+        "label_names": ["one"],
+        "count": config.images,
+        "num_shards": 2,
+    }
+    random = np.random.default_rng(0)
+
+    def encoded(count: int) -> Iterator[latent_writer.Encoded]:
+        for _ in range(count):
+            tokens = random.standard_normal((1, 1, config.tokens, config.width), np.float32)
+            yield tokens, np.zeros(1, np.int32)
+
+    latent_writer.claim(folder, plan)
+    for number in range(2):
+        count = len(latent_writer.shard_range(plan, number))
+        latent_writer.write_shard(folder, plan, number, encoded(count))
+    return latent_reader.LatentSource(folder, latent_writer.finish(folder, plan))
+
+
+def _read(
+    source: latent_reader.LatentSource, config: ml_collections.ConfigDict, threads: int
+) -> tuple[float, float]:
+    """Seconds by the clock and of processor time, for `batches` batches after the first."""
+    options = {"flip": False, "threads": threads}
+    batches = latent_reader.train_batches(source, options, batch_size=config.batch_size, seed=0)
+    next(batches)
+    started = time.perf_counter(), time.process_time()
+    for _ in itertools.islice(batches, config.batches):
+        pass
+    return time.perf_counter() - started[0], time.process_time() - started[1]
+
+
+def measure_flow(config: ml_collections.ConfigDict) -> dict[str, float]:
+    """Rates of encoding images, and of sampling pictures, with random networks.
+
+    Args:
+      config: stages, and flow (stage, the name of the networks, '' for none; batch_per_device;
+        sampling_steps).
+
+    Returns:
+      batch_size, encoded_images_per_second, sampling_steps, sampled_images_per_second.
+    """
+    if not config.flow.stage:
+        return {}
+    stage_config = precision.resolve_config(config.stages[config.flow.stage])
+    mesh = sharding.make_mesh()
+    size = config.flow.batch_per_device * mesh.size
+    generator = random_generator(stage_config, mesh)
+    side = stage_config.data.image_size
+    image = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
+    placed = jax.device_put(image, sharding.batch_sharding(mesh))
+    run = functools.partial(
+        encoding.compiled_encode(generator.networks.modules), generator.variables
+    )
+    labels = np.zeros(size, np.int32)
+    draw = functools.partial(
+        generator.sample,
+        labels,
+        key=jax.random.PRNGKey(0),
+        steps=config.flow.sampling_steps,
+        batch_size=size,
+    )
+    rates = {
+        "batch_size": size,
+        "encoded_images_per_second": size / _seconds(lambda: run(placed)),
+        "sampling_steps": config.flow.sampling_steps,
+        "sampled_images_per_second": size / _seconds(draw),
+    }
+    console.report(
+        f"{config.flow.stage} at batch {size}: encodes "
+        f"{rates['encoded_images_per_second']:.1f} images/s, samples "
+        f"{rates['sampled_images_per_second']:.2f} images/s in {config.flow.sampling_steps} steps"
+    )
+    return rates
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    """Seconds of one call, after one that compiles."""
+    jax.block_until_ready(function())
+    started = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - started

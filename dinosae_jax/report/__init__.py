@@ -1,0 +1,1 @@
+"""Pictures, curves, tables and the HTML page of a run."""
