@@ -25,6 +25,7 @@ from dinosae_jax.data.latents import latent_reader, latent_writer
 from dinosae_jax.eval.protocols import inputs, provenance
 from dinosae_jax.inference import encoding
 from dinosae_jax.inference.autoencoder import Autoencoder
+from dinosae_jax.names import PATCH_SIZE
 from dinosae_jax.runtime import console, sharding, stopping
 from dinosae_jax.weights import role_files
 
@@ -65,7 +66,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """Everything that the shards of one split have in common; stands in its manifest."""
     data, convention = config.data, autoencoder.convention
-    tokens = (data.image_size // 16) ** 2
+    tokens = (data.image_size // PATCH_SIZE) ** 2
     flipped = bool(data.flip) and split == "train"
     shape = (flipped, config.format, tokens, convention.width)
     return {

@@ -11,6 +11,7 @@ import numpy as np
 from dinosae_jax.data import images, png
 from dinosae_jax.eval.protocols import inputs, provenance
 from dinosae_jax.models import autoencoder as autoencoder_lib
+from dinosae_jax.names import PATCH_SIZE
 from dinosae_jax.report import pca
 from dinosae_jax.runtime import console
 
@@ -33,7 +34,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     inputs.require_teacher(autoencoder)
     shown = choose_images(config)
     provenance.prepare_workdir(config, folder)
-    side = config.data.image_size // 16
+    side = config.data.image_size // PATCH_SIZE
     teacher, student = (
         function(shown).reshape(len(shown), side, side, -1)
         for function in (autoencoder.encode_teacher, autoencoder.encode)

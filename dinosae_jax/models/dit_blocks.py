@@ -13,17 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dinosae_jax.models import positions
+from dinosae_jax.models import layers, positions
 from dinosae_jax.runtime import fsdp
 
 Initialisation = Literal["xavier", "torch"]
 
 _FREQUENCIES = 256  # of RAE's Gaussian Fourier basis; the original has half as many, fixed ones
 _normal = nn.initializers.normal(0.02)
-_REMAT_POLICIES: dict[str, Callable | None] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": None,
-}
 
 
 def _flat_xavier(key, shape, dtype=jnp.float32):
@@ -281,11 +277,7 @@ def block_stack(
     # The whole weights are made inside what is rematerialised, so that they are never kept.
     gather = functools.partial(fsdp.gather_block, depth=depth)
     body: Any = nn.map_variables(Block, "params", gather, init=True)
-    if remat != "none":
-        if remat not in _REMAT_POLICIES:
-            raise ValueError(f"remat must be 'none', 'dots' or 'full', got {remat!r}.")
-        # Without the loop the compiler would merge the recomputation back into the forward pass.
-        body = nn.remat(body, policy=_REMAT_POLICIES[remat], prevent_cse=not scan_layers)
+    body = layers.rematerialised(body, remat, prevent_cse=not scan_layers)
     stack = nn.scan(
         body,
         variable_axes={"params": 0},

@@ -6,6 +6,7 @@ Everything is NHWC. Parameters are float32; convolutions run in `dtype`, norms i
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -201,3 +202,28 @@ class ConvLayer(nn.Module):
             name="conv",
         )(x)
         return ACTIVATIONS[self.act](apply_norm(self.norm, x, train, name="norm"))
+
+
+def rematerialised(block: type[nn.Module], remat: str, prevent_cse: bool) -> type[nn.Module]:
+    """The block class with the given recomputation in its backward pass.
+
+    Args:
+      block: a module class.
+      remat: "none", "dots" (keep matrix products without batch dimension) or "full".
+      prevent_cse: needed outside a loop, where the compiler would undo the recomputation.
+
+    Returns:
+      The class to build the blocks from.
+
+    Raises:
+      ValueError: for another value of `remat`.
+    """
+    policies: dict[str, Any] = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": None,
+    }
+    if remat == "none":
+        return block
+    if remat not in policies:
+        raise ValueError(f"remat is 'none', 'dots' or 'full'; got {remat!r}; choose one of them")
+    return nn.remat(block, policy=policies[remat], prevent_cse=prevent_cse)

@@ -4,14 +4,14 @@ Mirrors DinoVisionTransformer of facebookresearch/dinov3 in evaluation mode. The
 qkv bias counts as zero there (`mask_k_bias`); here whoever loads a checkpoint zeroes it.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from dinosae_jax.models import rope
+from dinosae_jax.models import layers, rope
 from dinosae_jax.models.layers import layer_norm, normal_init
 from dinosae_jax.models.stem import PatchStem
 
@@ -228,7 +228,7 @@ class VisionTransformer(nn.Module):
     def _make_blocks(self, intermediates: bool) -> nn.Module:
         """The stack of blocks: one scanned module, whatever the unrolling and rematerialisation."""
         blocks = nn.scan(
-            rematerialised(Block, self.remat, prevent_cse=not self.scan_layers),
+            layers.rematerialised(Block, self.remat, prevent_cse=not self.scan_layers),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
@@ -251,28 +251,3 @@ def dense(features: int, dtype: Dtype, name: str, use_bias: bool = True) -> nn.D
     return nn.Dense(
         features, use_bias=use_bias, dtype=dtype, kernel_init=normal_init(0.02), name=name
     )
-
-
-def rematerialised(block: type[nn.Module], remat: str, prevent_cse: bool) -> type[nn.Module]:
-    """The block class with the given recomputation in its backward pass.
-
-    Args:
-      block: a module class.
-      remat: "none", "dots" (keep matrix products without batch dimension) or "full".
-      prevent_cse: needed outside a loop, where the compiler would undo the recomputation.
-
-    Returns:
-      The class to build the blocks from.
-
-    Raises:
-      ValueError: for another value of `remat`.
-    """
-    policies: dict[str, Any] = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": None,
-    }
-    if remat == "none":
-        return block
-    if remat not in policies:
-        raise ValueError(f"remat is 'none', 'dots' or 'full', got {remat!r}: choose one of them.")
-    return nn.remat(block, policy=policies[remat], prevent_cse=prevent_cse)

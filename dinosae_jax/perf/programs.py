@@ -13,8 +13,10 @@ import ml_collections
 from dinosae_jax.flow import samplers
 from dinosae_jax.inference import sampling_program
 from dinosae_jax.models import autoencoder, flops, registry
+from dinosae_jax.names import PATCH_SIZE
 from dinosae_jax.runtime import precision, sharding
 from dinosae_jax.train import autoencoder_step, autoencoder_task, flow_step, flow_task
+from dinosae_jax.train.jit_step import jit_step
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
@@ -27,7 +29,7 @@ class Kind(NamedTuple):
       make_stage: config -> its static part.
       draw: (stage, config, key) -> random variables of every role.
       trained: roles in the state, where the stage has them.
-      step: module with create_state, compile_step and numbers.
+      step: module with create_state, train_step and hyperparameters.
       labels: whether a batch holds labels.
     """
 
@@ -112,7 +114,7 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Program
     values = jax.eval_shape(lambda: kind.step.numbers(config))
     everywhere = sharding.replicated(mesh)
     return Program(
-        kind.step.compile_step(stage, mesh),
+        jit_step(kind.step.train_step, stage, mesh),
         (
             _place(state, sharding.shardings(state, mesh)),
             _place(frozen, jax.tree.map(lambda _: everywhere, frozen)),
@@ -186,7 +188,7 @@ def _batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, labels: b
     split, b, side = sharding.batch_sharding(mesh), config.batch_size, config.data.image_size
     batch = {"image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8, sharding=split)}
     if config.data.get("latents"):  # of a cache in bfloat16
-        shape = (b, (side // 16) ** 2, config.model.vit.embed_dim)
+        shape = (b, (side // PATCH_SIZE) ** 2, config.model.vit.embed_dim)
         batch = {"latent": jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split)}
     if labels:
         batch["label"] = jax.ShapeDtypeStruct((b,), jnp.int32, sharding=split)

@@ -22,7 +22,7 @@ from dinosae_jax.eval import image_quality
 from dinosae_jax.losses import adversarial, alignment
 from dinosae_jax.losses import reconstruction as reconstruction_losses
 from dinosae_jax.models import autoencoder
-from dinosae_jax.runtime import fsdp, sharding
+from dinosae_jax.runtime import fsdp
 from dinosae_jax.train import accumulate, discriminator_step, optim
 from dinosae_jax.train import state as state_lib
 
@@ -124,20 +124,6 @@ def create_state(spec: StepSpec, variables: Variables, seed: int) -> state_lib.T
     if spec.discriminator:
         opt["discriminator"] = optim.init(params["disc_heads"])
     return state_lib.create(params, extra, opt, spec.metric_names, seed, spec.trainable)
-
-
-@functools.lru_cache
-def compile_step(spec: StepSpec, mesh: jax.sharding.Mesh) -> Callable[..., state_lib.TrainState]:
-    """Jit of `train_step`; the state is donated and keeps its shardings."""
-
-    def step(
-        state: state_lib.TrainState, frozen: Variables, batch: Tree, hyperparams: Tree
-    ) -> state_lib.TrainState:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            new = train_step(spec, state, frozen, batch, hyperparams)
-        return jax.lax.with_sharding_constraint(new, sharding.shardings(state, mesh))
-
-    return jax.jit(step, donate_argnums=0)
 
 
 def train_step(

@@ -25,6 +25,7 @@ from dinosae_jax.train import (
     step_flops,
 )
 from dinosae_jax.train import state as state_lib
+from dinosae_jax.train.jit_step import jit_step
 from dinosae_jax.train.task import Task
 
 Tree = Any
@@ -81,8 +82,8 @@ def prepare(
         return state
 
     evaluation = autoencoder_evaluation.Evaluation(config, spec, frozen, eval_source, mesh)
-    hyperparams = autoencoder_step.hyperparameters(config)
-    compiled = autoencoder_step.compile_step(spec, mesh)
+    hyperparams = sharding.replicate(autoencoder_step.hyperparameters(config), mesh)
+    compiled = jit_step(autoencoder_step.train_step, spec, mesh)
     batches = functools.partial(
         loading.training_batches, train_source, config, mesh, ("image",), config.batch_size
     )

@@ -10,7 +10,7 @@ the same. What is static is a `Stage`, the numbers are arguments, as in `sae_ste
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from flax import traverse_util
 from dinosae_jax.data.latents import latent_record
 from dinosae_jax.flow import matching, schedule
 from dinosae_jax.models import autoencoder, dit
-from dinosae_jax.runtime import fsdp, sharding
+from dinosae_jax.runtime import fsdp
 from dinosae_jax.train import accumulate, optim
 from dinosae_jax.train import state as state_lib
 
@@ -114,20 +114,6 @@ def create_state(spec: StepSpec, variables: Variables, seed: int) -> state_lib.T
     params = {"dit": variables["dit"]["params"]}
     opt = {"dit": optim.init(split_bases(params["dit"])[0])}
     return state_lib.create(params, {"dit": {}}, opt, METRICS, seed, ("dit",))
-
-
-@functools.lru_cache
-def compile_step(spec: StepSpec, mesh: jax.sharding.Mesh) -> Callable[..., state_lib.TrainState]:
-    """Jit of `train_step`; the state is donated and keeps its shardings."""
-
-    def step(
-        state: state_lib.TrainState, frozen: Variables, batch: Tree, hyperparams: Tree
-    ) -> state_lib.TrainState:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            new = train_step(spec, state, frozen, batch, hyperparams)
-        return jax.lax.with_sharding_constraint(new, sharding.shardings(state, mesh))
-
-    return jax.jit(step, donate_argnums=0)
 
 
 def train_step(

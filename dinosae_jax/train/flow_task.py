@@ -23,6 +23,7 @@ from dinosae_jax.models import autoencoder, registry
 from dinosae_jax.runtime import console, precision, sharding
 from dinosae_jax.train import flow_evaluation, flow_step, latent_norms, preparation, step_flops
 from dinosae_jax.train import state as state_lib
+from dinosae_jax.train.jit_step import jit_step
 from dinosae_jax.train.task import Task
 from dinosae_jax.weights import role_files
 
@@ -110,8 +111,8 @@ def prepare(
         found = flow_evaluation.held_out_losses(config, spec, frozen, eval_source, mesh, state)
         return found | (distance(generator_of(state)) if distance else {})
 
-    hyperparams = flow_step.hyperparameters(config)
-    compiled = flow_step.compile_step(spec, mesh)
+    hyperparams = sharding.replicate(flow_step.hyperparameters(config), mesh)
+    compiled = jit_step(flow_step.train_step, spec, mesh)
     batches = functools.partial(
         loading.training_batches,
         train_source,

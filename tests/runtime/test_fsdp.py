@@ -13,6 +13,7 @@ from dinosae_jax.models import registry
 from dinosae_jax.perf import collectives
 from dinosae_jax.runtime import fsdp, jit, sharding
 from dinosae_jax.train import flow_step, flow_task
+from dinosae_jax.train.jit_step import jit_step
 
 CLEAN = {"all-gather", "all-reduce", "reduce-scatter"}
 
@@ -87,7 +88,7 @@ def test_a_split_step_is_the_whole_step(flow, monkeypatch):
         places = sharding.shardings(jax.eval_shape(create, {"dit": drawn}), mesh)
         state = jit.jit_once(create, out_shardings=places)({"dit": drawn})
         arguments = (state, {}, sharding.put_batch(batch, mesh), flow_step.hyperparameters(config))
-        compiled = flow_step.compile_step(stage, mesh).lower(*arguments).compile()
+        compiled = jit_step(flow_step.train_step, stage, mesh).lower(*arguments).compile()
         kinds = set(collectives.census(compiled.as_text()))
         # XLA:CPU makes no reduce-scatter: it sums and slices.
         assert kinds <= CLEAN and ("all-gather" in kinds) == (ways > 1), kinds

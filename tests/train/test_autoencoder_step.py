@@ -11,6 +11,7 @@ from dinosae_jax.losses import adversarial
 from dinosae_jax.runtime import sharding
 from dinosae_jax.train import autoencoder_step, discriminator_step
 from dinosae_jax.train import state as state_lib
+from dinosae_jax.train.jit_step import jit_step
 
 GAN = {"losses__gan": 0.5, "optimizer__learning_rate": 5e-4}  # the rate of stages 2-4, tiny
 DECODER_ONLY = {"trainable": ("decoder",), "losses__cosine": 0.0, "init_from": "x"}
@@ -178,7 +179,9 @@ def test_one_and_eight_devices_agree(make_config, make_run, no_rounding, name):
     for devices in (1, 8):
         mesh = sharding.make_mesh(1, jax.devices()[:devices])
         place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
-        step = autoencoder_step.compile_step.__wrapped__(stage, mesh)  # not the cache: see quantise
+        step = jit_step.__wrapped__(
+            autoencoder_step.train_step, stage, mesh
+        )  # not the cache: see quantise
         current, fixed = place(jax.tree.map(np.asarray, (state, frozen)))
         on_devices = sharding.put_batch(batch, mesh)
         for _ in range(3):
@@ -226,7 +229,7 @@ def test_the_state_is_donated_and_nothing_recompiles(make_config, make_run, name
     place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
     state, frozen = place(jax.tree.map(np.asarray, (state, frozen)))
     on_devices = sharding.put_batch(batch, mesh)
-    step = autoencoder_step.compile_step(stage, mesh)
+    step = jit_step(autoencoder_step.train_step, stage, mesh)
     memory = step.lower(state, frozen, on_devices, values).compile().memory_analysis()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes == size

@@ -12,6 +12,7 @@ from dinosae_jax.flow import matching
 from dinosae_jax.models import autoencoder, registry
 from dinosae_jax.runtime import jit, sharding
 from dinosae_jax.train import flow_evaluation, flow_step, flow_task
+from dinosae_jax.train.jit_step import jit_step
 
 BATCH = 16
 
@@ -44,7 +45,7 @@ def run(config, batches, devices=1):
     """The states' metrics after each batch, and the last state."""
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     stage = flow_task.step_spec(config)
-    step = flow_step.compile_step(stage, mesh)
+    step = jit_step(flow_step.train_step, stage, mesh)
     values = flow_step.hyperparameters(config)
     create = functools.partial(flow_step.create_state, stage, seed=0)
     place = {"out_shardings": sharding.replicated(mesh)}

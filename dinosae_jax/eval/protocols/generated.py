@@ -13,6 +13,7 @@ from dinosae_jax.data import adm_npz
 from dinosae_jax.eval import distances, features, results
 from dinosae_jax.eval.protocols import inputs, references
 from dinosae_jax.inference import drawing
+from dinosae_jax.names import PATCH_SIZE
 from dinosae_jax.runtime import console
 
 
@@ -90,7 +91,7 @@ def _expected(config: ml_collections.ConfigDict, subject: inputs.Subject) -> tup
     assert subject.source is not None
     dit = subject.source.model["dit"]
     wanted = (config.sample.labels, config.sample.count, dit["num_classes"], config.seed)
-    return len(drawing.choose_labels(*wanted)), 16 * dit["input_size"], config.sample.labels
+    return len(drawing.choose_labels(*wanted)), PATCH_SIZE * dit["input_size"], config.sample.labels
 
 
 def _tell_blocks(name: str, done: int, total: int) -> None:
