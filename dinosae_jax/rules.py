@@ -22,6 +22,7 @@ MEASUREMENTS = ("evaluate", "probe", "pca", "encode")
 UINT8_CONVERSIONS = ("truncate", "round", "round_signed")
 INCEPTION_RESIZES = ("tf1_bilinear", "half_pixel_bilinear")
 LATENT_FORMATS = ("bfloat16", "int8")
+EFFORTS = ("O0", "O1", "O2", "O3")  # XLA's levels of optimization
 POSITIVE = (
     "steps",
     "batch_size",
@@ -74,6 +75,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 raise in_stage(name, error) from error
         if config.job == "bench":
             _validate_bench(config)
+        if config.job == "plan":
+            _require_member("effort", config.effort, EFFORTS)
         return
     if config.job in ("export", "reconstruct"):
         _validate_reader(config)

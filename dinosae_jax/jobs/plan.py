@@ -41,9 +41,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       ValueError: for an unknown target, a missing compiler, or a batch that does not divide.
     """
     devices = plan_targets.devices_of(config.target)
-    jax.config.update("jax_exec_time_optimization_effort", config.effort)
     for name in config.chain:
-        row = {**plan(name, config.stages[name], config.target, devices), "effort": config.effort}
+        row = plan(name, config.stages[name], config.target, devices, config.effort)
         logging.report(describe(row))
         folder = pathlib.Path(workdir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +51,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
             enter(pathlib.Path(config.ledger), {**row, "command": command()})
 
 
-def plan(name: str, config: ml_collections.ConfigDict, target: str, devices: list[Any]) -> Row:
+def plan(
+    name: str, config: ml_collections.ConfigDict, target: str, devices: list[Any], effort: str
+) -> Row:
     """Compiles one training step and reads memory, collectives and replication off it.
 
     Args:
@@ -60,6 +61,7 @@ def plan(name: str, config: ml_collections.ConfigDict, target: str, devices: lis
       config: of the stage.
       target: for the row.
       devices: of the target.
+      effort: of the compiler, one of `rules.EFFORTS`.
 
     Returns:
       The row of the ledger; memory, collectives and FLOPs are those of one device. A program that
@@ -93,12 +95,13 @@ def plan(name: str, config: ml_collections.ConfigDict, target: str, devices: lis
         "memory_bytes": int(known.memory_gib * GIB) if known else None,
         "ms_at_peak": 1e3 * flops / (known.peak_tflops * 1e12) if known else None,
         "jax": jax.__version__,
+        "effort": effort,
     }
     started, cpu_started = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
         lowered = program.step.lower(*program.arguments)
     try:
-        compiled = lowered.compile(plan_targets.compiler_options(target))
+        compiled = lowered.compile(plan_targets.compiler_options(target, effort))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -25,6 +25,8 @@ EXAMPLES = ("cpu:8", "h200:8", "v4:2x2x4", "v5e:4x4", "v5p:4x4x4", "v6e:2x4", "v
 HOST_GPUS = 8
 # Where no GPU is there to try them on, not every matrix product finds a Triton tiling.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# xla.ExecutionOptions.EffortLevel; jax 0.10 and 0.12 both take the number, 0.12 alone the name.
+EFFORT_LEVELS = dict(zip(rules.EFFORTS, (9, 19, 29, 39), strict=True))
 
 
 class Gpu(NamedTuple):
@@ -92,9 +94,10 @@ def devices_of(target: str) -> list[Any]:
     return _tpu_devices(target, *GENERATIONS[kind])
 
 
-def compiler_options(target: str) -> dict[str, Any]:
-    """What XLA is told beyond its defaults for a target."""
-    return GPU_OPTIONS if target.partition(":")[0] in GPUS else {}
+def compiler_options(target: str, effort: str) -> dict[str, Any]:
+    """What XLA is told beyond its defaults for a target, at an effort of `rules.EFFORTS`."""
+    options = GPU_OPTIONS if target.partition(":")[0] in GPUS else {}
+    return {**options, "optimization_level": EFFORT_LEVELS[effort]}
 
 
 def _cpu_devices(count: int) -> list[Any]:
