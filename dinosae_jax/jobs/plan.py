@@ -197,9 +197,10 @@ def table(rows: list[Row]) -> str:
         "# Ledger of planned steps",
         "",
         "Made by `docs/ledger.sh` (`configs/plan.py`): compiled ahead of time by the compilers of "
-        "the targets (libtpu; XLA:GPU), without the hardware and at least effort. Nothing here was "
-        "run. Bytes are those of one device. The command of each row is in `ledger.json`; a `cut` "
-        "row has two layers of each transformer. Frozen networks, and the sampler's weights, are "
+        "the targets (libtpu; XLA:GPU), without the hardware and at least effort (`effort` in "
+        "`ledger.json`: O0, or -1 in rows made on the scale before it). Nothing here was run. "
+        "Bytes are those of one device. The command of each row is in `ledger.json`; a `cut` row "
+        "has two layers of each transformer. Frozen networks, and the sampler's weights, are "
         "copies on every device by design.",
         "",
         *_markdown(VERDICT),

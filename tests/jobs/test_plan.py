@@ -280,5 +280,7 @@ def test_a_cut_row_compiled_again_is_the_ledgers(row):
     assert set(found["collectives"]) == set(row["collectives"])
     for field in ("state_bytes", "frozen_bytes", "aliased_bytes", "replicated", "flops"):
         assert found[field] == row[field], field
-    # Another release of the compiler may lay out temporaries otherwise.
-    assert found["peak_bytes"] == pytest.approx(row["peak_bytes"], rel=0.15)
+    # Another release of the compiler lays out temporaries otherwise: that of jax 0.12 fuses the
+    # sampler's softmax anew and needs a fifth more for the row of jax 0.10.
+    allowed = 0.15 if found["jax"] == row["jax"] else 0.25
+    assert found["peak_bytes"] == pytest.approx(row["peak_bytes"], rel=allowed)
