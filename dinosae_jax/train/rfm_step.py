@@ -167,7 +167,7 @@ def train_step(
     index = placement.spread(jnp.arange(batch["label"].shape[0]))
     one = functools.partial(gradients, stage, state, frozen, values)
     grads, scalars = accumulate.mean_over_micro_batches(one, (batch, index), stage.accumulation)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(scalars["loss"])
 
     trained, bases = split_bases(state.params["dit"])
