@@ -42,9 +42,10 @@ def get_config(argument=None):
             chain=tuple(rows),
             stages=stages,
             target="cpu:8" if "tiny" in variants else "v5e:4x4",
-            # How long the compiler looks for speed, -1 to 1. Least: a fifth of the time; memory and
-            # the number of collectives were the same, gathers may move float32 for bfloat16.
-            effort=-1.0,
+            # How long the compiler looks for speed, O0 (least) to O3. Least takes a fifth of the
+            # time or less; memory and the number of collectives were the same, gathers may move
+            # float32 for bfloat16.
+            effort="O0",
             ledger="",  # a JSON file that the row is entered into
             compile_cache="",
         )

@@ -68,6 +68,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 raise in_stage(name, error) from error
         if config.job == "bench":
             _validate_bench(config)
+        if config.job == "plan":
+            _require_member("effort", config.effort, get_args(names.Effort))
         return
     if config.job in ("export", "reconstruct"):
         _validate_reader(config)

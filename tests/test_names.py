@@ -8,6 +8,7 @@ from dinosae_jax import names
 from dinosae_jax.eval import features, image_quality
 from dinosae_jax.flow import matching, samplers
 from dinosae_jax.models import autoencoder, registry
+from dinosae_jax.perf import targets
 
 TABLES = {
     "FlowPath": matching.PATHS,
@@ -16,6 +17,7 @@ TABLES = {
     "InceptionResize": features.PIPELINES,
     "PixelRange": autoencoder.PIXEL_RANGES,
     "StemKind": registry.CLASSES["stem"],
+    "Effort": targets.EFFORT_LEVELS,
     "DitModel": registry.CLASSES["dit"],
 }
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from dinosae_jax import names
 from dinosae_jax.perf import collectives, programs, targets
 from dinosae_jax.runtime import console, files, hardware, sharding
 from dinosae_jax.train import step_flops
@@ -42,9 +43,8 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       ValueError: for an unknown target, a missing compiler, or a batch that does not divide.
     """
     devices = targets.devices_of(config.target)
-    jax.config.update("jax_exec_time_optimization_effort", config.effort)
     for name in config.chain:
-        row = {**plan(name, config.stages[name], config.target, devices), "effort": config.effort}
+        row = plan(name, config.stages[name], config.target, devices, config.effort)
         console.report(describe(row))
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "plan.json", row)
@@ -52,7 +52,13 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
             enter(pathlib.Path(config.ledger), {**row, "command": command()})
 
 
-def plan(name: str, config: ml_collections.ConfigDict, target: str, devices: list[Any]) -> Row:
+def plan(
+    name: str,
+    config: ml_collections.ConfigDict,
+    target: str,
+    devices: list[Any],
+    effort: names.Effort,
+) -> Row:
     """Compiles one training step and reads memory, collectives and replication off it.
 
     Args:
@@ -60,6 +66,7 @@ def plan(name: str, config: ml_collections.ConfigDict, target: str, devices: lis
       config: of the stage.
       target: for the row.
       devices: of the target.
+      effort: of the compiler, one of `names.Effort`.
 
     Returns:
       The row of the ledger; memory, collectives and FLOPs are those of one device. A program that
@@ -93,12 +100,13 @@ def plan(name: str, config: ml_collections.ConfigDict, target: str, devices: lis
         "memory_bytes": int(known.memory_gib * GIB) if known else None,
         "ms_at_peak": 1e3 * flops / (known.peak_tflops * 1e12) if known else None,
         "jax": jax.__version__,
+        "effort": effort,
     }
     started, cpu_started = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
         lowered = program.step.lower(*program.arguments)
     try:
-        compiled = lowered.compile(targets.compiler_options(target))
+        compiled = lowered.compile(targets.compiler_options(target, effort))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -194,9 +202,10 @@ def table(rows: list[Row]) -> str:
         "# Ledger of planned steps",
         "",
         "Made by `docs/ledger.sh` (`configs/plan.py`): compiled ahead of time by the compilers of "
-        "the targets (libtpu; XLA:GPU), without the hardware and at least effort. Nothing here was "
-        "run. Bytes are those of one device. The command of each row is in `ledger.json`; a `cut` "
-        "row has two layers of each transformer. Frozen networks, and the sampler's weights, are "
+        "the targets (libtpu; XLA:GPU), without the hardware and at least effort (`effort` in "
+        "`ledger.json`: O0, or -1 in rows made on the scale before it). Nothing here was run. "
+        "Bytes are those of one device. The command of each row is in `ledger.json`; a `cut` row "
+        "has two layers of each transformer. Frozen networks, and the sampler's weights, are "
         "copies on every device by design.",
         "",
         *_markdown(VERDICT),

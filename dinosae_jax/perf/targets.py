@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dinosae_jax import rules
+from dinosae_jax import names, rules
 
 # Generation -> configuration of its chips, a slice of it; a v4 or v5p chip is one device
 # ("megacore").
@@ -25,6 +25,8 @@ EXAMPLES = ("cpu:8", "h200:8", "v4:2x2x4", "v5e:4x4", "v5p:4x4x4", "v6e:2x4", "v
 HOST_GPUS = 8
 # Where no GPU is there to try them on, not every matrix product finds a Triton tiling.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# xla.ExecutionOptions.EffortLevel; jax 0.10 and 0.12 both take the number, 0.12 alone the name.
+EFFORT_LEVELS: dict[names.Effort, int] = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}
 
 
 class Gpu(NamedTuple):
@@ -92,9 +94,10 @@ def devices_of(target: str) -> list[Any]:
     return _tpu_devices(target, *GENERATIONS[kind])
 
 
-def compiler_options(target: str) -> dict[str, Any]:
-    """What XLA is told beyond its defaults for a target."""
-    return GPU_OPTIONS if target.partition(":")[0] in GPUS else {}
+def compiler_options(target: str, effort: names.Effort) -> dict[str, Any]:
+    """What XLA is told beyond its defaults for a target, at an effort of `names.Effort`."""
+    options = GPU_OPTIONS if target.partition(":")[0] in GPUS else {}
+    return {**options, "optimization_level": EFFORT_LEVELS[effort]}
 
 
 def _cpu_devices(count: int) -> list[Any]:

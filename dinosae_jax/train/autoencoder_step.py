@@ -151,11 +151,11 @@ def train_step(
     grads = accumulate.mean_over_micro_batches(one, (images, index), spec.accumulation)
     if grads.adversarial is not None:
         grads = add_adversarial(spec, grads, gan_strength(state, hyperparams))
-    norm = optax.global_norm((grads.params, grads.heads))
+    norm = optax.tree.norm((grads.params, grads.heads))
     finite = jnp.isfinite(jnp.stack([norm, *grads.scalars.values()])).all()
 
     generator = {role: state.params[role] for role in spec.trainable}
-    generator_norm = optax.global_norm(grads.params)
+    generator_norm = optax.tree.norm(grads.params)
     generator, generator_opt = optim.update(
         grads.params,
         state.opt["generator"],

@@ -139,7 +139,7 @@ def train_step(
     index = fsdp.shard_by_example(jnp.arange(batch["label"].shape[0]))
     one = functools.partial(gradients, spec, state, frozen, hyperparams)
     grads, scalars = accumulate.mean_over_micro_batches(one, (batch, index), spec.accumulation)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(scalars["loss"])
 
     trained, bases = split_bases(state.params["dit"])

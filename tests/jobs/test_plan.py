@@ -168,6 +168,7 @@ def test_a_row_and_the_ledger(tmp_path, capsys, monkeypatch):
         plan.run(config, tmp_path / "plan")
     row = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert (row["devices"], row["batch_size"], row["dtype"]) == (8, 8, "float32")
+    assert row["effort"] == "O0"
     assert row["aliased_bytes"] == row["state_bytes"]
     assert row["arguments_bytes"] > row["state_bytes"] + row["frozen_bytes"] / 2
     assert row["peak_bytes"] >= row["arguments_bytes"]
@@ -190,6 +191,19 @@ def test_configs_by_name_and_variant():
     rules.validate(plan_config.get_config("tiny"))
     with pytest.raises(ValueError, match="tinny"):
         plan_config.get_config("sae_stage1,tinny")
+
+
+def test_an_unknown_effort_is_refused():
+    config = plan_config.get_config("tiny")
+    config.effort = "-1"
+    with pytest.raises(ValueError, match=r"effort: '-1' is not known.* known: O0, O1, O2, O3"):
+        rules.validate(config)
+
+
+@pytest.mark.parametrize("effort", targets.EFFORT_LEVELS)
+def test_every_effort_is_one_that_this_jax_compiles_with(effort):
+    lowered = jax.jit(jnp.square).lower(3.0)
+    assert lowered.compile(targets.compiler_options("cpu:8", effort))(3.0) == 9.0
 
 
 def rows():
@@ -262,19 +276,13 @@ def test_a_cut_row_compiled_again_is_the_ledgers(row):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("NOT CHECKED: the TPU compiler is missing; pip install -e '.[test,plan]'")
     devices = targets.devices_of(row["target"])
-    # As the planner's own process has them; tests of numbers ask for full precision.
-    settings = {"jax_exec_time_optimization_effort": row["effort"]}
-    settings["jax_default_matmul_precision"] = None
-    before = {name: getattr(jax.config, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        found = plan.plan(row["name"], stage_of(row), row["target"], devices)
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    # As the planner's own process has it; tests of numbers ask for full precision.
+    with jax.default_matmul_precision(None):
+        found = plan.plan(row["name"], stage_of(row), row["target"], devices, row["effort"])
     assert set(found["collectives"]) == set(row["collectives"])
     for field in ("state_bytes", "frozen_bytes", "aliased_bytes", "replicated", "flops"):
         assert found[field] == row[field], field
-    # Another release of the compiler may lay out temporaries otherwise.
-    assert found["peak_bytes"] == pytest.approx(row["peak_bytes"], rel=0.15)
+    # Another release of the compiler lays out temporaries otherwise: that of jax 0.12 fuses the
+    # sampler's softmax anew and needs a fifth more for the row of jax 0.10.
+    allowed = 0.15 if found["jax"] == row["jax"] else 0.25
+    assert found["peak_bytes"] == pytest.approx(row["peak_bytes"], rel=allowed)

@@ -80,9 +80,9 @@ def check_float32_parts(jaxpr):
             assert equation.invars[0].aval.dtype == jnp.float32, equation
             seen.add(name)
         if name == "scan":  # the carry of the stack of blocks is the residual stream
-            first = equation.params["num_consts"]
-            carry = equation.invars[first : first + equation.params["num_carry"]]
-            assert all(v.aval.dtype != jnp.bfloat16 for v in carry)
+            results = zip(equation.outvars, equation.params["jaxpr"].out_avals, strict=True)
+            carry = [v.aval for v, aval in results if v.aval.shape == aval.shape]  # rest is stacked
+            assert carry and all(aval.dtype != jnp.bfloat16 for aval in carry), equation
             seen.add(name)
         if name == "dot_general":
             seen.add(str(equation.invars[0].aval.dtype))

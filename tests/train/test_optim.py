@@ -66,6 +66,6 @@ def test_update_is_optax_adamw(clip_norm):
         updates, reference_state = reference.update(grads, reference_state, expected)
         expected = optax.apply_updates(expected, updates)
         ours, ours_state = optim.update(
-            grads, ours_state, ours, jnp.int32(step), values, optax.global_norm(grads)
+            grads, ours_state, ours, jnp.int32(step), values, optax.tree.norm(grads)
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), ours, expected)
