@@ -133,7 +133,7 @@ def _synthetic(program: programs.Program, seed: int) -> tuple[Any, tuple[Any, ..
         return random.integers(0, 256 if leaf.ndim > 1 else 2, leaf.shape).astype(leaf.dtype)
 
     drawn = jax.device_put(jax.tree.map(draw, program.arguments[2]), batch)
-    return made, (fixed, drawn, jax.device_put(program.numbers(), values))
+    return made, (fixed, drawn, jax.device_put(program.hyperparams(), values))
 
 
 def _time(

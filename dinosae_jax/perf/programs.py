@@ -44,23 +44,23 @@ class Program(NamedTuple):
     """A training step before it is compiled.
 
     Attributes:
-      step: jitted (state, frozen, batch, values) -> state.
+      step: jitted (state, frozen, batch, hyperparams) -> state.
       arguments: shapes, dtypes and shardings of its four arguments.
       make: key -> (state, frozen), random.
-      numbers: () -> the fourth argument.
+      hyperparams: () -> the fourth argument.
     """
 
     step: Any
     arguments: tuple[Tree, Tree, Tree, Tree]
     make: Callable[[jax.Array], tuple[Any, Variables]]
-    numbers: Callable[[], Tree]
+    hyperparams: Callable[[], Tree]
 
 
 class Sampler(NamedTuple):
     """A sampler before it is compiled.
 
     Attributes:
-      step: jitted (variables, noise, labels, numbers) -> images.
+      step: jitted (variables, noise, labels, scales) -> images.
       arguments: shapes, dtypes and shardings of its four arguments.
     """
 
@@ -111,7 +111,7 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Program
         return kind.step.create_state(stage, ours, config.seed), frozen
 
     state, frozen = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
-    values = jax.eval_shape(lambda: kind.step.numbers(config))
+    values = jax.eval_shape(lambda: kind.step.hyperparameters(config))
     everywhere = sharding.replicated(mesh)
     return Program(
         jit_step(kind.step.train_step, stage, mesh),
@@ -122,7 +122,7 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Program
             _place(values, jax.tree.map(lambda _: everywhere, values)),
         ),
         make,
-        functools.partial(kind.step.numbers, config),
+        functools.partial(kind.step.hyperparameters, config),
     )
 
 

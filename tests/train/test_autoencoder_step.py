@@ -45,7 +45,7 @@ def after_one(make_config, make_run):
 @pytest.mark.parametrize("name", STAGES)
 def test_exactly_the_stages_roles_change(after_one, name):
     before, after, stage = after_one(name)
-    expected = {*stage.trainable} | ({"disc_heads"} if stage.critics else set())
+    expected = {*stage.trainable} | ({"disc_heads"} if stage.discriminator else set())
     assert set(after.params) == expected
     for role in expected:
         assert not all(leaves_equal(before.params[role], after.params[role])), role
