@@ -272,9 +272,9 @@ def write_flow(folder):
     wanted = precision.resolve_config(wanted)
     workdir = folder / "flow"
     workdir.mkdir()
-    prepared = flow_task.prepare(wanted, workdir, sharding.make_mesh())
+    task = flow_task.prepare(wanted, workdir, sharding.make_mesh())
     with checkpoint.open_manager(workdir, keep=1) as manager:
-        checkpoint.save(manager, prepared.restore(manager), prepared.record)
+        checkpoint.save(manager, task.restore(manager), task.record)
         checkpoint.wait(manager)
     return workdir
 

@@ -15,17 +15,17 @@ from tests.weights_conversion import layouts
 
 
 def test_a_finished_stage_has_pictures_baselines_and_robustness(tmp_path):
-    prepared, mesh = tiny.prepare(tmp_path)
+    task, mesh = tiny.prepare(tmp_path)
     with jax.set_mesh(mesh), checkpoint.open_manager(tmp_path / "stage", keep=1) as manager:
-        state = prepared.restore(manager)
-        figures = prepared.task.evaluate(state)
-        prepared.finish(state)
+        state = task.restore(manager)
+        metrics = task.evaluate(state)
+        task.finish(state)
     for name in ("reconstructions.png", "baselines.json"):
         assert (tmp_path / "stage" / name).is_file()
     rows = json.loads((tmp_path / "stage" / "robustness.json").read_text())
     assert [row["angle_degrees"] for row in rows] == list(robustness.ANGLES)
     # Unturned tokens give the reconstruction; both are means of the same three images.
-    assert abs(rows[0]["psnr"] - figures["eval/psnr"]) < 1e-3
+    assert abs(rows[0]["psnr"] - metrics["eval/psnr"]) < 1e-3
     assert len({row["psnr"] for row in rows}) > 1
 
 
@@ -43,10 +43,10 @@ def test_a_stage_continues_official_weights(data_dir, tmp_path):
         )
     config.data.source, config.init_from = f"folder:{tmp_path / 'data'}", str(source)
     mesh = sharding.make_mesh()
-    prepared = autoencoder_task.prepare(precision.resolve_config(config), tmp_path, mesh)
+    task = autoencoder_task.prepare(precision.resolve_config(config), tmp_path, mesh)
     with jax.set_mesh(mesh), checkpoint.open_manager(tmp_path, keep=1) as manager:
-        figures = prepared.task.evaluate(prepared.restore(manager))
-    assert list(figures) == ["eval/psnr", "eval/l1"]
+        metrics = task.evaluate(task.restore(manager))
+    assert list(metrics) == ["eval/psnr", "eval/l1"]
     config.trainable, config.losses.cosine, config.latent_noise.tau = ("stem", "decoder"), 0.5, 0.0
     with pytest.raises(ValueError, match="alignment needs the teacher"):
         autoencoder_task.prepare(precision.resolve_config(config), tmp_path, mesh)
