@@ -49,6 +49,24 @@ def start(compile_cache: str = "") -> None:
         multihost_utils.sync_global_devices("start")
 
 
+def require_devices() -> None:
+    """Starts JAX's platform.
+
+    Raises:
+      ValueError: where this machine or this jax has no such platform as JAX_PLATFORMS names.
+    """
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where there is no such plugin
+        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
+        reason = (str(error).splitlines() or ["no such platform is installed"])[0]
+        raise ValueError(
+            f"JAX_PLATFORMS={wanted or ''} names a platform that this machine or this jax does not "
+            f"have ({reason}); unset it to take what there is, or install jax for it "
+            "(pip install 'dinosae-jax[cuda]' or 'dinosae-jax[tpu]')"
+        ) from error
+
+
 def spare_threads() -> None:
     """Gives forced CPU devices enough threads, before any device is used.
 
