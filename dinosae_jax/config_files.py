@@ -11,6 +11,7 @@ import importlib
 import pathlib
 import sys
 import types
+from collections.abc import Iterable
 
 import ml_collections
 
@@ -42,8 +43,7 @@ def find(name: str) -> pathlib.Path:
         return here
     if here.parent == pathlib.Path(PACKAGE) and (packaged() / here.name).is_file():
         return packaged() / here.name
-    folders = (pathlib.Path(PACKAGE), packaged())
-    known = {f"{PACKAGE}/{path.name}" for folder in folders for path in folder.glob("[!_]*.py")}
+    known = {f"{PACKAGE}/{name}.py" for name in _names((pathlib.Path(PACKAGE), packaged()))}
     raise ValueError(f"--config names a config file; got {name!r}{rules.nearest(name, known)}")
 
 
@@ -87,6 +87,11 @@ def made_by(folder: str) -> tuple[str, str] | None:
 
 def config_names() -> list[str]:
     """Names of the config files that `configs` holds now."""
-    paths = getattr(importlib.import_module(PACKAGE), "__path__", [])
-    found = {path.stem for folder in paths for path in pathlib.Path(folder).glob("[!_]*.py")}
-    return sorted(found)
+    paths = getattr(importlib.import_module(PACKAGE), "__path__", ())
+    return sorted(_names(pathlib.Path(path) for path in paths))
+
+
+def _names(folders: Iterable[pathlib.Path]) -> set[str]:
+    """Names of the files in these folders that define a config."""
+    files = (path for folder in folders for path in folder.glob("*.py"))
+    return {path.stem for path in files if "def get_config(" in path.read_text()}
