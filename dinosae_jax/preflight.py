@@ -21,6 +21,7 @@ import ml_collections
 from dinosae_jax import config as config_lib
 from dinosae_jax import config_files, names
 
+SOURCES = ("tfds", "folder", "tar", "array_record")
 PROGRAM = "python -m dinosae_jax.main"
 SETTLED = frozenset({"stem", "decoder", *names.CONVERSIONS})  # what an unknown kind may hold
 IMAGENET_COMMAND = (
@@ -88,8 +89,15 @@ class Survey:
           field -> value of the flags that the command lacks.
         """
         found = SETTLED if follows_stage else self._start(config)
+        for field in ("weaker", "encoder"):
+            self._start(config, field)
         flags = self._weights(config, found)
-        self._images(config)
+        for field in ("samples", "reference"):
+            self._file(field, config.get(field, ""))
+        if "images" in config and config.job == "reconstruct":
+            self._images("images", config.images, config.data_dir)
+        elif "data" in config:
+            self._data_set(config)
         return flags
 
     def text(self, command: str) -> str:
@@ -124,16 +132,16 @@ class Survey:
                 self._conversions[role] = conversion.command(source, target)
         return flags
 
-    def _start(self, config: ml_collections.ConfigDict) -> Iterable[str]:
-        """Looks for the run of `init_from`; returns the roles that it brings along."""
-        path = config.get("init_from", "")
-        if not path or (config.get("samples") and config.job == "evaluate"):
+    def _start(self, config: ml_collections.ConfigDict, field: str = "init_from") -> Iterable[str]:
+        """Looks for the run that a field names; returns the roles that it brings along."""
+        path = config.get(field, "")
+        if not path or (field == "init_from" and config.get("samples")):
             return ()
         folder = pathlib.Path(path)
         unfinished = config.job in ("train", "encode") and _is_unfinished(folder)
         if folder.exists() and not unfinished:
             return roles_of(folder)
-        self.missing.append(f"{path} (init_from{', not finished' if unfinished else ''})")
+        self.missing.append(f"{path} ({field}{', not finished' if unfinished else ''})")
         made = config_files.made_by(path)
         before = config_files.load(*made) if made else None
         if made is None or before is None or before.job != "train" or "chain" in before:
@@ -141,33 +149,34 @@ class Survey:
             self._runs[path] = (
                 f"the command that began {path}, once more"
                 if unfinished
-                else "name a workdir, checkpoint, export or conversion with --config.init_from=..."
+                else f"name a workdir, checkpoint, export or conversion with --config.{field}=..."
             ) + _newest_checkpoint(folder)
             return SETTLED
         given = {}
-        for field in ("source", "data_dir") if "data" in config else ():  # the same images
-            if before.data[field] != config.data[field]:
-                given[f"data.{field}"] = before.data[field] = config.data[field]
+        for name in ("source", "data_dir") if "data" in config else ():  # the same images
+            if before.data[name] != config.data[name]:
+                given[f"data.{name}"] = before.data[name] = config.data[name]
         seen = len(self.missing)
         found = self._start(before)
         flags = self._weights(before, found)
-        self._images(before)
+        self._data_set(before)
         del self.missing[seen:]  # what the earlier stages lack stands among the commands
         command = _command_for(self.program, path, made, flags | given)
         self._runs[path] = command + _newest_checkpoint(folder)
         return {*found, *config_lib.frozen_networks(before)}
 
-    def _images(self, config: ml_collections.ConfigDict) -> None:
+    def _file(self, field: str, path: str) -> None:
+        """Looks for a file that only the user can name."""
+        if path and not pathlib.Path(path).exists():
+            self.missing.append(f"{path} ({field}){_near(pathlib.Path(path))}")
+            self._data[path] = f"name another file with --config.{field}=..."
+
+    def _data_set(self, config: ml_collections.ConfigDict) -> None:
         """Looks for the images or latents that a job reads."""
-        data = config.get("data")
-        if data is None:
+        data = config.data
+        if config.get("samples") and config.get("reference"):
             return
-        if config.job == "evaluate" and config.samples and config.reference:
-            return
-        kind, _, place = data.source.partition(":")
-        if not _has_images(kind, place, data.data_dir):
-            self.missing.append(f"images (data.source={data.source})")
-            self._data[data.source] = _data_command(kind, place)
+        self._images("data.source", data.source, data.data_dir)
         latents = data.get("latents", "")
         if latents and not (pathlib.Path(latents) / "train" / "manifest.json").is_file():
             self.missing.append(f"latents (data.latents={latents})")
@@ -175,6 +184,19 @@ class Survey:
                 f"{self.program} --config=configs/encode.py --workdir={shlex.quote(latents)} "
                 f"--config.init_from={shlex.quote(config.init_from)}"
             )
+
+    def _images(self, field: str, source: str, data_dir: str) -> None:
+        """Looks for a source of images, or a folder of them."""
+        kind, _, place = source.partition(":")
+        if kind not in SOURCES and field == "images" and not source.startswith("photos/"):
+            kind, place = "folder", source
+        folder = _tfds_folder(place, data_dir) if kind == "tfds" else pathlib.Path(place)
+        if _has_images(kind, folder):
+            return
+        close = difflib.get_close_matches(place, ["imagenet2012"]) if kind == "tfds" else []
+        near = f", did you mean tfds:{close[0]}?" if close and close[0] != place else _near(folder)
+        self.missing.append(f"images ({field}={source}){near}")
+        self._data[source] = _data_command(self.program, field, kind, place)
 
 
 def holds(path: str, role: str) -> bool:
@@ -203,8 +225,8 @@ def _command_for(program: str, path: str, made: tuple[str, str], flags: dict[str
 
 
 def _near(folder: pathlib.Path) -> str:
-    """A word about the neighbour of a missing folder whose name is nearest."""
-    siblings = [each.name for each in folder.parent.glob("*") if each.is_dir()]
+    """A phrase that names the neighbour of a missing path whose name is nearest."""
+    siblings = [each.name for each in folder.parent.glob("*")]
     close = difflib.get_close_matches(folder.name, siblings, n=1)
     return f", did you mean {folder.parent / close[0]}?" if close else ""
 
@@ -231,33 +253,33 @@ def _why_not(path: str) -> str:
     return "is no folder of converted weights"
 
 
-def _has_images(kind: str, place: str, data_dir: str) -> bool:
+def _tfds_folder(name: str, data_dir: str) -> pathlib.Path:
+    """Where tensorflow-datasets keeps a set: 'name', 'name/config' or 'name:version'."""
+    root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return pathlib.Path(root).expanduser() / name.partition("/")[0].partition(":")[0]
+
+
+def _has_images(kind: str, folder: pathlib.Path) -> bool:
     """Whether a source of images is there; True for what only the job can tell."""
-    if kind == "tfds":
-        root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        name = place.partition("/")[0].partition(":")[0]
-        return (pathlib.Path(root).expanduser() / name).is_dir()
-    path = os.path.expanduser(place)
+    folder = folder.expanduser()
     if kind == "tar":
-        return bool(glob.glob(path.replace("{split}", "*")))
+        return bool(glob.glob(str(folder).replace("{split}", "*")))
     if kind == "array_record":
-        return any(
-            (pathlib.Path(path) / each / "manifest.json").is_file() for each in ("", "train")
-        )
-    return kind != "folder" or pathlib.Path(path).is_dir()
+        return any((folder / each / "manifest.json").is_file() for each in ("", "train"))
+    return kind not in ("folder", "tfds") or folder.is_dir()
 
 
-def _data_command(kind: str, place: str) -> str:
+def _data_command(program: str, field: str, kind: str, place: str) -> str:
     if kind == "tfds" and place == "imagenet2012":
         return f"{IMAGENET_COMMAND}\n     # {IMAGENET_HINT}"
     if kind == "tfds":
         return f"pip install tensorflow && tfds build {place} --file_format=array_record"
     if kind == "array_record":
         return (
-            f"{PROGRAM} --config=configs/convert_images.py --workdir={shlex.quote(place)} "
+            f"{program} --config=configs/convert_images.py --workdir={shlex.quote(place)} "
             "--config.source=folder:PATH"
         )
-    return "name images with --config.data.source=folder:PATH, tar:PATTERN, tfds:NAME or photos/112"
+    return f"name images with --config.{field}=folder:PATH, tar:PATTERN, tfds:NAME or photos/112"
 
 
 def _command(program: str, argv: Sequence[str], flags: dict[str, str]) -> str:

@@ -197,6 +197,32 @@ def test_images_are_looked_for(source, file):
     assert missing(config) == ("", [])
 
 
+def test_the_images_of_reconstruct_are_a_folder_or_a_source():
+    config = reconstruct.get_config("tiny")
+    for images in ("mine", "folder:mine", "tfds:cifar10"):
+        config.images = images
+        heading, _ = missing(config)
+        assert f"images (images={images})" in heading
+    write("mine/1.png")
+    config.images = "mine"
+    assert missing(config) == ("", [])
+
+
+def test_the_nearest_data_set_is_named():
+    config = encode.get_config("tiny")
+    config.data.source = "tfds:imagenet2021"
+    assert "(data.source=tfds:imagenet2021), did you mean tfds:imagenet2012?" in missing(config)[0]
+
+
+def test_a_weaker_flow_and_an_encoder_are_looked_for():
+    finish("runs/rfm_dit")
+    config = sample.get_config()
+    config.weaker = "runs/rfm_dit_s"
+    heading, commands = missing(config, "--config=configs/sample.py")
+    assert "runs/rfm_dit_s (weaker)" in heading
+    assert commands[-2] == f"{MAIN} --config=configs/rfm_dit.py:s"
+
+
 def test_latents_are_made_by_encode():
     prepare_images()
     finish("runs/sae_stage4")
@@ -214,6 +240,11 @@ def test_latents_are_made_by_encode():
 def test_an_npz_of_samples_needs_no_autoencoder():
     config = evaluate.get_config()
     config.samples = config.reference = "x.npz"
+    write("x1.npz")
+    heading, commands = missing(config)
+    assert heading.startswith("missing: x.npz (samples), did you mean x1.npz?")
+    assert commands[0].startswith("name another file with")
+    write("x.npz")
     assert missing(config) == ("", [])
     config.weights.inception = "weights/inception"
     heading, commands = missing(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import re
 import sys
 from typing import NoReturn
@@ -29,8 +28,7 @@ def start(compile_cache: str = "") -> None:
     """
     spare_threads()
     if compile_cache:
-        folder = str(pathlib.Path(compile_cache).expanduser())
-        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_compilation_cache_dir", compile_cache)
     # Its C++ handler would swallow SIGTERM, and `stopping` decides for all jobs; see there.
     jax.config.update("jax_enable_preemption_service", False)
     said = [f"{name}={os.environ[name]}" for name in (*COUNTS, *HOSTS) if _several(name)]
