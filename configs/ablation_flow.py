@@ -17,7 +17,7 @@ samples, so that its numbers compare with one another and with the row 'real cro
 and crops are balanced over the classes, so that the kernel distance of equal distributions is a
 little below zero: that row has it.
 
-    python -m dinosae_jax.main --config=configs/ablation_flow.py --workdir=runs/ablation_flow \
+    python -m dinosae_jax.main --config=configs/ablation_flow.py \
         --config.weights.efficientnet=weights/efficientnet
 
 Writes tables.md, scores.json, ablation_flow.png. More seeds or settings are added to what is there;

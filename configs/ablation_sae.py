@@ -4,7 +4,7 @@ Four arms with equal steps and three seeds each, at a size that a CPU trains: co
 with the convolutional stem, MSE alignment, no alignment, and cosine with DINOv3's plain patch
 embedding. Reports held-out PSNR, L1 and the cosine to the teacher.
 
-    python -m dinosae_jax.main --config=configs/ablation_sae.py --workdir=runs/ablation_sae \
+    python -m dinosae_jax.main --config=configs/ablation_sae.py \
         --config.base.data.source=folder:PHOTOS
 
 Variants: tiny (a few steps on the embedded photographs).

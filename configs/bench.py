@@ -1,6 +1,6 @@
 """Speed and memory of training steps, loaders, sampling and metrics: a benchmark, never a test.
 
-    python -m dinosae_jax.main --config=configs/bench.py:tiny --workdir=runs/bench
+    python -m dinosae_jax.main --config=configs/bench.py:tiny
 
 No argument: the paper's sizes, for accelerators. Variants: large (a width that two CPU cores can
 bear), tiny. `--config.chain="('sae_stage1',)"` picks rows, `"()"` none of the steps;

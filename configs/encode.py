@@ -1,9 +1,9 @@
 """Writes the latents of an image set as a cache, which the flow then reads instead of encoding.
 
-    python -m dinosae_jax.main --config=configs/encode.py --workdir=caches/imagenet \
-        --config.init_from=runs/stage4
-    python -m dinosae_jax.main --config=configs/rfm_dit.py --workdir=runs/flow \
-        --config.init_from=runs/stage4 --config.data.latents=caches/imagenet
+    python -m dinosae_jax.main --config=configs/encode.py
+    python -m dinosae_jax.main --config=configs/rfm_dit.py --config.data.latents=runs/encode
+
+`init_from` is the autoencoder, runs/sae_stage4 unless another is named.
 
 ADM's centre crop of each image and, where `data.flip` is set, of its mirror image (encoded, not
 mirrored tokens). `format` is bfloat16 (ImageNet at 256 pixels, both ways: 1.34 TB) or int8 (8-bit
@@ -20,6 +20,7 @@ from dinosae_jax import config as config_lib
 VARIANTS = {
     "int8": {"format": "int8"},
     "tiny": {
+        "init_from": "",
         "random_frozen_ok": ("stem", "vit", "decoder"),
         "batch_size": 8,
         "data.source": "photos/72",

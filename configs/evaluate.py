@@ -1,7 +1,7 @@
 """The numbers of an autoencoder, of a flow, or of an .npz of samples, each with its recipe.
 
-    python -m dinosae_jax.main --config=configs/evaluate.py --workdir=runs/evaluate \
-        --config.init_from=runs/stage4 --config.weights.inception=weights/inception
+    python -m dinosae_jax.main --config=configs/evaluate.py \
+        --config.init_from=runs/sae_stage4 --config.weights.inception=weights/inception
 
 An autoencoder gets rFID against the same validation images, PSNR, SSIM and (with weights.lpips)
 LPIPS. A flow's workdir is sampled first, 50 images a class; `--config.samples=FILE.npz` measures
@@ -32,6 +32,7 @@ from dinosae_jax import config as config_lib
 
 VARIANTS = {
     "tiny": {
+        "init_from": "",
         "random_frozen_ok": ("stem", "vit", "decoder"),
         "images": 32,
         "batch_size": 16,

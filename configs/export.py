@@ -4,18 +4,18 @@ The moving averages of stem, ViT, decoder and diffusion transformer, the model c
 convention and the notes; `Autoencoder.load` and every `init_from` read it. The workdir is the new
 folder; one that holds something already is refused.
 
-    python -m dinosae_jax.main --config=configs/export.py --workdir=exports/sae \
-        --config.init_from=runs/stage4
+    python -m dinosae_jax.main --config=configs/export.py --workdir=exports/sae
 
-`init_from` is a stage's workdir, a checkpoint, an export or converted weights; `pixel_range` names
-what the decoder of converted weights emits (default imagenet). Variants: tiny (a random tiny model
+`init_from` is a stage's workdir (runs/sae_stage4 unless another is named), a checkpoint, an export
+or converted weights; `pixel_range` names what the decoder of converted weights emits (default
+imagenet). Variants: tiny (a random tiny model
 where init_from is empty).
 """
 
 from configs import sae_stage1
 from dinosae_jax import config as config_lib
 
-VARIANTS = {"tiny": {"random_frozen_ok": ("stem", "vit", "decoder")}}
+VARIANTS = {"tiny": {"init_from": "", "random_frozen_ok": ("stem", "vit", "decoder")}}
 
 
 def get_config(argument=None):

@@ -4,8 +4,9 @@ LightningDiT-XL/1 in float32 on the sphere of radius 32 with shift 8 and a radia
 EMA 0.9995; sampled by Rodrigues' exponential map in 50 steps and decoded at radius 14. Its gFID
 after 80 epochs is 2.65 without guidance. Not run at full size.
 
-    python -m dinosae_jax.main --config=configs/hae_dit.py --workdir=runs/hae_flow \
-        --config.init_from=runs/hae2
+    python -m dinosae_jax.main --config=configs/hae_dit.py
+
+It starts from runs/hae_stage2.
 
 Variants: s, b, l, xl (sizes), tiny.
 """
@@ -23,7 +24,7 @@ def get_config(argument=None):
     """The second version's values."""
     config = config_lib.flow_defaults()
     config.name = "hae_dit"
-    config.init_from = "runs/hae2"
+    config.init_from = "runs/hae_stage2"
     config.dtype = "float32"
     config.ema = 0.9995
     config.flow.radius = 32.0

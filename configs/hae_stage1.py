@@ -2,7 +2,7 @@
 
 Batch 512; otherwise stage 1 of the first version. Not run at full size.
 
-    python -m dinosae_jax.main --config=configs/hae_stage1.py --workdir=runs/hae1 \
+    python -m dinosae_jax.main --config=configs/hae_stage1.py \
         --config.weights.vit=weights/dinov3 --config.weights.lpips=weights/lpips
 """
 

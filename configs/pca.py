@@ -3,8 +3,8 @@
 Three principal components of the patch tokens, fitted on the teacher and used for both, so that
 a flipped sign does not look like a difference. Writes pca.png.
 
-    python -m dinosae_jax.main --config=configs/pca.py --workdir=runs/pca \
-        --config.init_from=runs/stage1
+    python -m dinosae_jax.main --config=configs/pca.py \
+        --config.init_from=runs/sae_stage1
 
 Variants: tiny (photographs; a random autoencoder where init_from is empty).
 """
@@ -14,6 +14,7 @@ from dinosae_jax import config as config_lib
 
 VARIANTS = {
     "tiny": {
+        "init_from": "",
         "random_frozen_ok": ("stem", "vit", "decoder"),
         "count": 6,
         "data.source": "photos/256",

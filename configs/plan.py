@@ -1,6 +1,6 @@
 """Does a training step or a sampler fit a pod? Compiled ahead of time for it, on any machine.
 
-    python -m dinosae_jax.main --config=configs/plan.py:sae_stage2 --workdir=runs/plan \
+    python -m dinosae_jax.main --config=configs/plan.py:sae_stage2 \
         --config.target=v5e:4x4 --config.stages.sae_stage2.mesh.fsdp=16
 
 The argument names a training config or a sampler (sample_dit, sample_ddt) and its variants, joined

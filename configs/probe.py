@@ -5,8 +5,8 @@ images, random resized crops and flips; features are the class token beside the 
 The paper gives neither resolution nor features, so both networks get this recipe. Held-out images
 go through ADM's centre crop (DINOv3 resizes to 256 and cuts 224). Writes results.json, results.md.
 
-    python -m dinosae_jax.main --config=configs/probe.py --workdir=runs/probe \
-        --config.init_from=runs/stage4
+    python -m dinosae_jax.main --config=configs/probe.py \
+        --config.init_from=runs/sae_stage4
 
 Variants: tiny (photographs; a random autoencoder where init_from is empty).
 """
@@ -16,6 +16,7 @@ from dinosae_jax import config as config_lib
 
 VARIANTS = {
     "tiny": {
+        "init_from": "",
         "random_frozen_ok": ("stem", "vit", "decoder"),
         "steps": 20,
         "batch_size": 16,

@@ -4,8 +4,9 @@ DiT^DH-XL at 1024 channels, 840.0 M parameters: AdamW (0.9, 0.95) at 2e-4, batch
 EMA 0.9995, gradients clipped at norm 1. The 40 epochs of "warm-up" of RAE's schedule are constant
 too, so the rate is constant here. The paper used 8 H100. Not run at full size.
 
-    python -m dinosae_jax.main --config=configs/rfm_ddt.py --workdir=runs/flow_ddt \
-        --config.init_from=runs/stage4
+    python -m dinosae_jax.main --config=configs/rfm_ddt.py
+
+It starts from stage 4, runs/sae_stage4.
 
 Variants: s, b, l, xl (sizes), rae (its 800 epochs, the rate falling after 40), qknorm, f32, tiny.
 """

@@ -5,8 +5,9 @@ RAE's form of LightningDiT-XL/1 on 256 tokens of 1024 channels: AdamW (0.9, 0.95
 the time shift 8; the decode radius is measured at the start. The paper used 8 H100. Not run at
 full size.
 
-    python -m dinosae_jax.main --config=configs/rfm_dit.py --workdir=runs/flow \
-        --config.init_from=runs/stage4
+    python -m dinosae_jax.main --config=configs/rfm_dit.py
+
+It starts from stage 4, runs/sae_stage4.
 
 Variants: s, b, l, xl (sizes), rae (its EMA, clipping and 800-epoch schedule), qknorm, f32, tiny.
 """

@@ -33,5 +33,8 @@ TINY = {
     "data.crop": "random",
     "data.threads": 2,
 }
-# After stage 1 the tiny model is fine-tuned.
-TINY_LATER = {**TINY, "optimizer.learning_rate": 5e-4}
+
+
+def tiny_after(stage):
+    """The `tiny` variant of a stage that fine-tunes the tiny model of an earlier one."""
+    return {**TINY, "optimizer.learning_rate": 5e-4, "init_from": f"runs/{stage}_tiny"}

@@ -4,7 +4,7 @@ Trains stem and decoder through the frozen ViT with L1 + LPIPS + 0.5 cosine alig
 1e-5, batch 256. The paper used 8 A100-40GB and states no length; 16 epochs here. Not run at full
 size.
 
-    python -m dinosae_jax.main --config=configs/sae_stage1.py --workdir=runs/stage1 \
+    python -m dinosae_jax.main --config=configs/sae_stage1.py \
         --config.weights.vit=weights/dinov3 --config.weights.lpips=weights/lpips
 """
 

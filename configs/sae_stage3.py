@@ -3,9 +3,9 @@
 Continues stage 2 with L1 + LPIPS + 0.5 hinge GAN on the decoder alone, AdamW at 1e-4 with betas
 (0.5, 0.9). 8 epochs here, the paper states no length. Not run at full size.
 
-    python -m dinosae_jax.main --config=configs/sae_stage3.py --workdir=runs/stage3 \
-        --config.init_from=runs/stage2 --config.weights.lpips=weights/lpips \
-        --config.weights.dino=weights/dino
+    python -m dinosae_jax.main --config=configs/sae_stage3.py
+
+The frozen networks come along with stage 2, runs/sae_stage2.
 """
 
 from configs import sae_base
@@ -16,7 +16,8 @@ def get_config(argument=None):
     """The paper's stage 3; variants: tiny."""
     config = config_lib.autoencoder_defaults()
     config.name = "sae_stage3"
-    config.init_from = "runs/stage2"
+    config.seed = 2
+    config.init_from = "runs/sae_stage2"
     config.trainable = ("decoder",)
     config.steps = config_lib.epochs(8, config.batch_size)
     config.losses.cosine = 0.0
@@ -24,4 +25,4 @@ def get_config(argument=None):
     config.optimizer.learning_rate = 1e-4
     config.optimizer.b1, config.optimizer.b2 = 0.5, 0.9
     config.optimizer.warmup_steps = config_lib.epochs(1, config.batch_size)
-    return config_lib.apply_variants(config, argument, {"tiny": sae_base.TINY_LATER})
+    return config_lib.apply_variants(config, argument, {"tiny": sae_base.tiny_after("sae_stage2")})

@@ -3,9 +3,9 @@
 Continues stage 3 with sigma ~ U(0, 0.8) per image added to the tokens, AdamW at 5.4e-5; the
 losses are stage 3's. 4 epochs here, the paper states no length. Not run at full size.
 
-    python -m dinosae_jax.main --config=configs/sae_stage4.py --workdir=runs/stage4 \
-        --config.init_from=runs/stage3 --config.weights.lpips=weights/lpips \
-        --config.weights.dino=weights/dino
+    python -m dinosae_jax.main --config=configs/sae_stage4.py
+
+The frozen networks come along with stage 3, runs/sae_stage3.
 """
 
 from configs import sae_base, sae_stage3
@@ -16,8 +16,9 @@ def get_config(argument=None):
     """The paper's stage 4; variants: tiny."""
     config = sae_stage3.get_config()
     config.name = "sae_stage4"
-    config.init_from = "runs/stage3"
+    config.seed = 3
+    config.init_from = "runs/sae_stage3"
     config.steps = config_lib.epochs(4, config.batch_size)
     config.latent_noise.tau = 0.8
     config.optimizer.learning_rate = 5.4e-5
-    return config_lib.apply_variants(config, argument, {"tiny": sae_base.TINY_LATER})
+    return config_lib.apply_variants(config, argument, {"tiny": sae_base.tiny_after("sae_stage3")})

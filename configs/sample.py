@@ -2,12 +2,12 @@
 
 50 images of each class by the flow's own sampler, steps and guidance; any of them can be given.
 
-    python -m dinosae_jax.main --config=configs/sample.py --workdir=runs/samples \
-        --config.init_from=runs/flow --config.sampling.steps=50
+    python -m dinosae_jax.main --config=configs/sample.py \
+        --config.init_from=runs/rfm_dit --config.sampling.steps=50
 
 `labels` is 'balanced', 'all', 'random' or numbers joined by commas (`--config.labels=3,3,207`);
 `count` cuts or repeats them. `--config.sampling.guidance=1.42` guides, away from the flow of
-`--config.weaker=runs/flow_small` where one is named (autoguidance), otherwise from no label.
+`--config.weaker=runs/rfm_dit_s` where one is named (autoguidance), otherwise from no label.
 Variants: tiny (20 images; a random flow where init_from is empty).
 """
 
@@ -16,6 +16,7 @@ from dinosae_jax import config as config_lib
 
 VARIANTS = {
     "tiny": {
+        "init_from": "",
         "count": 20,
         "batch_size": 16,
         "chunk": 16,

@@ -7,6 +7,7 @@ A config file starts from one of the `*_defaults` functions, changes what differ
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,11 @@ CONTINUABLE = (
     "data.latents",  # another place of the same cache
     "mesh",
 )
+
+
+# Where the runs that others start from go by default; see `config_files.default_workdir`.
+AUTOENCODER_RUN = "runs/sae_stage4"
+FLOW_RUN = "runs/rfm_dit"
 
 
 def epochs(count: float, batch_size: int) -> int:
@@ -90,7 +96,7 @@ def export_defaults() -> ml_collections.ConfigDict:
             job="export",
             name="export",
             seed=0,
-            init_from="",  # workdir, checkpoint, export or conversion
+            init_from=AUTOENCODER_RUN,  # workdir, checkpoint, export or conversion
             pixel_range="",  # what the decoder of converted weights emits
             random_frozen_ok=(),
             random_model=dict(),  # a model config that is drawn at random where source is empty
@@ -185,7 +191,8 @@ def flow_defaults() -> ml_collections.ConfigDict:
             trainable=("dit",),
             batch_size=1024,
             ema=0.9999,
-            init_from="runs/stage4",
+            seed=4,  # behind those of the four stages
+            init_from=AUTOENCODER_RUN,
             flow=dict(
                 path="geodesic",
                 radius=0.0,  # of the flow's sphere; 0: sqrt(width)
@@ -237,7 +244,7 @@ def sample_defaults() -> ml_collections.ConfigDict:
             name="sample",
             seed=0,
             dtype="auto",
-            init_from="",  # workdir, checkpoint or export of a flow
+            init_from=FLOW_RUN,  # workdir, checkpoint or export of a flow
             weaker="",  # of another one, for autoguidance instead of classifier-free guidance
             random_frozen_ok=(),
             random_flow=dict(),  # a flow config that is drawn at random where init_from is empty
@@ -264,7 +271,7 @@ def measurement_defaults() -> ml_collections.ConfigDict:
             name="",
             seed=0,
             dtype="auto",
-            init_from="",  # workdir, checkpoint, export or conversion
+            init_from=AUTOENCODER_RUN,  # workdir, checkpoint, export or conversion
             random_frozen_ok=(),
             random_model=dict(),  # a model config that is drawn at random where init_from is empty
             batch_size=64,
@@ -307,6 +314,27 @@ def apply_variants(
             raise ValueError(f"config argument {name!r} is not a variant of this config{hint}")
         config.update_from_flattened_dict(dict(variants[name]))
     return config
+
+
+def frozen_networks(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The published networks that a stage uses frozen: of vit, lpips and dino, what it needs.
+
+    A stage reads them from `weights.*`, where `init_from` does not bring them along. A flow's
+    come with its autoencoder.
+    """
+    if "losses" not in config:
+        return ()
+    losses = config.losses
+    needed = {"vit": True, "lpips": losses.lpips > 0, "dino": losses.gan > 0}
+    return tuple(role for role, is_needed in needed.items() if is_needed)
+
+
+def expand_home(config: ml_collections.ConfigDict) -> None:
+    """Replaces `~/` at the start of every path in a config by the home folder, in place."""
+    with config.unlocked():
+        for field, value in list(rules.leaves(config)):
+            if isinstance(value, str) and value.startswith("~"):
+                config.update_from_flattened_dict({field: os.path.expanduser(value)})
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

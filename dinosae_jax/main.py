@@ -1,20 +1,24 @@
-"""The one entry point: flags, the distributed start, the config check, the job.
+"""The one entry point: flags, the config check, what is missing, the distributed start, the job.
 
-    python -m dinosae_jax.main --config=configs/X.py[:variant] --workdir=DIR [--config.key=value]
+    python -m dinosae_jax.main --config=configs/X.py[:variant] [--workdir=DIR] [--config.key=value]
+
+`dinosae` is the same command where the package is installed. `configs/X.py` is a file here, or one
+that came with the package. Without `--workdir` a run goes to runs/X, or runs/X_variant.
 
 Exit codes: 0 done, or saved after SIGTERM; 2 a rule was broken (one line says which; with
-DINOSAE_TRACEBACK=1 in the environment, where); 130 Ctrl-C; another one where the run broke. When
-one of several processes is lost the others end too, within JAX's heartbeat timeout of 100 s.
+DINOSAE_TRACEBACK=1 in the environment, where) or something is missing (numbered commands make it);
+130 Ctrl-C; another one where the run broke. When one of several processes is lost the others end
+too, within JAX's heartbeat timeout of 100 s.
 """
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import importlib.util
 import os
 import pathlib
-import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,14 +27,13 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dinosae_jax import jobs
-
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/X.py[:variant].")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same again goes on.")
-JOBS = tuple(module.name for module in pkgutil.iter_modules(jobs.__path__))
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Output folder, runs/X where not given. Run again with it to resume."
+)
 
-
-# What a person can put right: one line instead of a traceback.
+OUR_FLAGS = ("config", "workdir", "help")
+# Errors that the user can fix: one line instead of a traceback.
 MISTAKES = (ValueError, FileNotFoundError, FloatingPointError, OSError)
 
 
@@ -46,27 +49,33 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(argv: Sequence[str]) -> None:
-    from dinosae_jax import rules
+    from dinosae_jax import config as config_lib
+    from dinosae_jax import config_files, preflight, rules
 
     if len(argv) > 1:
         raise ValueError(f"only flags are understood; got {argv[1]!r}; see --help")
-    for flag, example in ((_CONFIG, "configs/quickstart.py"), (_WORKDIR, "runs/quickstart")):
-        if not flag.value:
-            raise ValueError(f"--{flag.name} is needed; got none; as in --{flag.name}={example}")
-    workdir = pathlib.Path(str(_WORKDIR.value)).expanduser()
+    if not _CONFIG.value:
+        raise ValueError("--config is needed; got none; as in --config=configs/quickstart.py")
+    config = _CONFIG.value
+    rules.validate(config)
+    config_lib.expand_home(config)
+    named = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
+    given = _WORKDIR.value or config_files.default_workdir(named)
+    rules.require_local("--workdir", given)
+    workdir = pathlib.Path(given).expanduser()
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir names a folder; got {workdir}, a file; name another one")
-    config = _CONFIG.value
-    if config.job not in JOBS:
-        hint = rules.nearest(config.job, JOBS)
-        raise ValueError(f"config.job: {config.job!r} is not known{hint}")
-    rules.validate(config)
+    preflight.check(config, workdir, sys.argv)
 
     import jax
 
-    from dinosae_jax.runtime import distributed, stopping
+    from dinosae_jax.runtime import console, distributed, stopping
 
     distributed.start(config.compile_cache)
+    if config.job != "plan":  # which compiles for devices that this machine need not have
+        distributed.require_devices()
+        if not _WORKDIR.value:
+            console.report(f"This run's folder is {workdir} (--workdir names another)")
     job = importlib.import_module(f"dinosae_jax.jobs.{config.job}")
     try:
         job.run(config, workdir)
@@ -85,8 +94,15 @@ def _run(argv: Sequence[str]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; a mistake becomes one line that names the nearest key."""
+    from dinosae_jax import config_files
+
     try:
-        _check_config_file(_flags_in(argv).get("config", ""))
+        value = _flags_in(argv).get("config", "")
+        if value:
+            file, colon, variants = value.partition(":")
+            path = config_files.find(file)
+            config_files.open_package(path)
+            argv = _replace_flag(argv, "config", f"{path}{colon}{variants}")
         return flags.FLAGS(argv)
     except SystemExit:
         sys.exit(0)  # the help was shown, which absl counts as a failure
@@ -96,34 +112,32 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(_refuse(_explain(argv, error)))
 
 
-def _check_config_file(value: str) -> None:
-    """Raises ValueError where `--config` names no file (absl says so late and less clearly)."""
-    from dinosae_jax import rules
-
-    file = value.partition(":")[0]
-    if file and not pathlib.Path(file).is_file():
-        known = [str(path) for path in pathlib.Path("configs").glob("*.py")]
-        hint = rules.nearest(file, known) if known else "; start in the folder that holds configs/"
-        raise ValueError(f"--config names a config file; got {file!r}{hint}")
-
-
 def _explain(argv: Sequence[str], error: Exception) -> Exception:
-    """Finds the override that does not exist in the config or fit it, if that went wrong."""
+    """What was wrong with the flags, in one line: one that does not exist, or does not fit."""
     given = _flags_in(argv)
     file, _, argument = given.get("config", "").partition(":")
-    try:
-        spec = importlib.util.spec_from_file_location("config", file)
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-        config = module.get_config(argument or None)
-    except Exception:
-        return error
+    config = None
+    if file:
+        try:
+            config = _load(file, argument)
+        except Exception:
+            return ValueError(_last_line(error))
     for name, value in given.items():
-        if name.startswith("config."):
-            wrong = _wrong_override(config, name, value, error)
-            if wrong:
-                return wrong
-    return error
+        wrong = (
+            _wrong_override(config, name, value, error)
+            if name.startswith("config.") and config is not None
+            else _wrong_flag(config, name)
+        )
+        if wrong:
+            return wrong
+    return ValueError(_last_line(error))
+
+
+def _load(file: str, argument: str) -> Any:
+    spec = importlib.util.spec_from_file_location("config", file)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module.get_config(argument or None)
 
 
 def _flags_in(argv: Sequence[str]) -> dict[str, str]:
@@ -136,16 +150,48 @@ def _flags_in(argv: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _replace_flag(argv: Sequence[str], name: str, value: str) -> list[str]:
+    """The arguments with `--name` given once more, at its first place, with another value."""
+    bare = (f"--{name}", f"-{name}")
+    found, position = [], 0
+    while position < len(argv):
+        here = argv[position]
+        if here in bare:
+            found += [here, value]
+            position += 1
+        else:
+            joined = here.startswith(tuple(f"{flag}=" for flag in bare))
+            found.append(f"--{name}={value}" if joined else here)
+        position += 1
+    return found
+
+
+def _wrong_flag(config: Any, name: str) -> Exception | None:
+    """What is wrong with a flag outside the config, or None."""
+    from dinosae_jax import rules
+
+    head, dot, rest = name.partition(".")
+    if not head.isidentifier() or head in flags.FLAGS or head.removeprefix("no") in flags.FLAGS:
+        return None
+    close = difflib.get_close_matches(head, OUR_FLAGS, n=1, cutoff=0.7)
+    meant = f"--{close[0]}{dot}{rest}" if close else None
+    if config is not None and not meant:
+        meant = rules.nearest_flag(config, name)
+    return ValueError(
+        f"--{name} is not a flag; {f'did you mean {meant}?' if meant else 'see --help'}"
+    )
+
+
 def _wrong_override(config: Any, name: str, value: str, error: Exception) -> Exception | None:
     """What is wrong with `--config.a.b=value`, or None."""
     from dinosae_jax import rules
 
-    *parents, last = name.split(".")[1:]
+    key = name.removeprefix("config.")
     node, seen = config, "config"
-    for part in (*parents, last):
+    for part in key.split("."):
         keys = list(node.keys()) if hasattr(node, "keys") else []
         if part not in keys:
-            return ValueError(f"{seen} has no key {part!r}{rules.nearest(part, keys)}")
+            return ValueError(f"{seen} has no key {part!r}{rules.nearest_key(config, key)}")
         node, seen = node[part], f"{seen}.{part}"
     if hasattr(node, "keys"):
         return ValueError(
@@ -157,10 +203,17 @@ def _wrong_override(config: Any, name: str, value: str, error: Exception) -> Exc
     return None
 
 
-def _refuse(error: BaseException) -> int:
-    # absl wraps what a config file raises in a traceback; its last line is the message.
+def _last_line(error: BaseException) -> str:
+    """The message of an error that absl may have wrapped in a traceback: its last line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    message = lines[-1].strip().removeprefix("ValueError: ")
+    return lines[-1].strip().removeprefix("ValueError: ")
+
+
+def _refuse(error: BaseException) -> int:
+    """Prints what a user can mend, all lines of what is missing and one of everything else."""
+    from dinosae_jax import preflight
+
+    message = str(error) if isinstance(error, preflight.Missing) else _last_line(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message += "; what was saved before is whole: free some space, run the same command again"
     print(f"dinosae_jax: {message}", file=sys.stderr)

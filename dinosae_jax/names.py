@@ -5,7 +5,7 @@ than a second. The tables of functions that the words name (`flow.samplers.SAMPL
 typed with them, and `tests/test_names.py` compares each table with its words.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 PATCH_SIZE = 16  # pixels a side of the patch that a token stands for
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -37,3 +37,54 @@ Sampler = Literal[
 Effort = Literal["O0", "O1", "O2", "O3"]  # XLA's levels of optimisation
 Uint8Conversion = Literal["truncate", "round", "round_signed"]
 InceptionResize = Literal["tf1_bilinear", "half_pixel_bilinear"]
+
+
+class Conversion(NamedTuple):
+    """How the weights of a published network are converted.
+
+    Attributes:
+      network: its name, for messages.
+      kind: of `weights_conversion.convert`.
+      files: as their authors name them.
+      folder: where the documentation puts the result.
+    """
+
+    network: str
+    kind: str
+    files: str
+    folder: str
+
+    def command(self, files: str = "", folder: str = "") -> str:
+        """The command line, of other files or into another folder where they are given."""
+        return (
+            f"python -m weights_conversion.convert --kind={self.kind} "
+            f"--input={files or self.files} --output={folder or self.folder}"
+        )
+
+
+CONVERSIONS = {  # field of config.weights ->
+    "vit": Conversion(
+        "DINOv3 ViT", "dinov3", "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", "weights/dinov3"
+    ),
+    "lpips": Conversion(
+        "LPIPS VGG16", "lpips_vgg16", "vgg16-397923af.pth,vgg.pth", "weights/lpips"
+    ),
+    "dino": Conversion(
+        "DINO discriminator backbone",
+        "dino_discriminator",
+        "dino_deitsmall8_pretrain.pth",
+        "weights/dino",
+    ),
+    "inception": Conversion(
+        "FID's Inception",
+        "inception_fid",
+        "pt_inception-2015-12-05-6726825d.pth",
+        "weights/inception",
+    ),
+    "efficientnet": Conversion(
+        "EfficientNet-Lite0",
+        "efficientnet_lite0",
+        "efficientnet-lite0.pth",
+        "weights/efficientnet",
+    ),
+}

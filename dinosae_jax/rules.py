@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 import ml_collections
 
 from dinosae_jax import names
 
-MEASUREMENTS = ("evaluate", "probe", "pca", "encode")
+LARGEST_SEED = 2**32 - 1
 POSITIVE = (
     "steps",
     "batch_size",
@@ -40,54 +41,192 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint} known: {', '.join(known) or 'none'}"
 
 
+# What people call a field elsewhere.
+SYNONYMS = {
+    "batch": "batch_size",
+    "bs": "batch_size",
+    "cfg": "sampling.guidance",
+    "cfg_scale": "sampling.guidance",
+    "checkpoint_path": "init_from",
+    "ckpt": "init_from",
+    "data_path": "data.source",
+    "dataset": "data.source",
+    "ema_decay": "ema",
+    "epochs": "steps",
+    "guidance_scale": "sampling.guidance",
+    "log_interval": "log_every",
+    "lr": "optimizer.learning_rate",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "num_workers": "data.workers",
+    "resume": "init_from",
+    "train_steps": "steps",
+    "wd": "optimizer.weight_decay",
+}
+WORKDIR_SYNONYMS = ("log_dir", "logdir", "out", "outdir", "output", "output_dir", "save_dir")
+
+
+def nearest_key(config: ml_collections.ConfigDict, name: str) -> str:
+    """A closing phrase for a key that the config has not: what was most likely meant.
+
+    Args:
+      config: the whole tree.
+      name: the dotted name as given, without `config.`.
+    """
+    siblings = config
+    for part in name.split("."):
+        if part not in siblings or not isinstance(siblings[part], ml_collections.ConfigDict):
+            break
+        siblings = siblings[part]
+    beside = difflib.get_close_matches(part, siblings, n=1, cutoff=0.65)
+    flag = None if beside else nearest_flag(config, name)
+    return f"; did you mean {flag}?" if flag else nearest(part, siblings)
+
+
+def nearest_flag(config: ml_collections.ConfigDict, name: str) -> str | None:
+    """The flag anywhere in a config that a misplaced, misspelt or foreign name most likely means.
+
+    Args:
+      config: the whole tree.
+      name: a dotted name, without `config.`.
+
+    Returns:
+      Such as "--config.batch_size"; on a chain the first stage's, and which others have it. None
+      where nothing is near.
+    """
+    last = name.rpartition(".")[2].replace("-", "_")
+    if last in WORKDIR_SYNONYMS:
+        return "--workdir"
+    wanted = SYNONYMS.get(last, last)
+    chain = list(config.get("chain", ()))
+    known = sorted(_keys(config), key=lambda key: _place(key, chain))
+    near = [key for key in known if f".{key}".endswith(f".{wanted}")]
+    if not near:
+        ends = {key.rpartition(".")[2] for key in known}
+        close = difflib.get_close_matches(last, ends, n=1, cutoff=0.65)
+        near = [key for key in known if key.rpartition(".")[2] in close]
+    if not near:
+        return None
+    meant = name.removesuffix(last) + wanted
+
+    def likeness(key: str) -> float:
+        compared = key if name.startswith("stages.") else _in_stage(key)
+        return difflib.SequenceMatcher(None, meant, compared).ratio()
+
+    best = max(near, key=likeness)
+    others = [k.split(".")[1] for k in near if k != best and _in_stage(k) == _in_stage(best)]
+    also = f" (also of {', '.join(others)})" if others and not name.startswith("stages.") else ""
+    return f"--config.{best}{also}"
+
+
+def _keys(config: ml_collections.ConfigDict, seen: str = "") -> list[str]:
+    """Dotted names of all fields and groups; a random model is no place for a hint."""
+    found = []
+    for name in config:
+        if name in ("random_model", "random_flow"):
+            continue
+        found.append(f"{seen}{name}")
+        if isinstance(config[name], ml_collections.ConfigDict):
+            found += _keys(config[name], f"{seen}{name}.")
+    return found
+
+
+def _place(key: str, chain: list[str]) -> int:
+    """Where a key comes in a list of hints: the stages of a chain in their order."""
+    stage = key.split(".")[1] if key.count(".") > 1 else ""
+    return chain.index(stage) if stage in chain else -1
+
+
+def _in_stage(key: str) -> str:
+    """The name of a key within its stage."""
+    return key.split(".", 2)[2] if key.startswith("stages.") and key.count(".") > 1 else key
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks every rule between the fields of a training config, or of each stage of a chain.
+    """Checks every rule between the fields of a job's config, or of each stage of a chain.
 
     Raises:
       ValueError: with one line that states the rule, the value received and the way out.
     """
-    _require_finite(config)
-    if config.job == "ablation":
-        for arm in config.order:
-            if arm not in config.arms:
-                raise ValueError(f"order names the arm {arm!r}{nearest(arm, config.arms)}")
-        validate(config.base)  # each arm is checked when its changes are applied
-        if "autoencoder" in config:
-            _validate_comparison(config)
-        return
-    if "chain" in config:
-        for name in config.chain:
-            if name not in config.stages:
+    _require_member("config.job", config.job, RULES)
+    for field, value in leaves(config):
+        _check_leaf(field, value)
+    RULES[config.job](config)
+
+
+def leaves(config: ml_collections.ConfigDict, seen: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field of a config that is no group."""
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from leaves(value, f"{seen}{name}.")
+        else:
+            yield f"{seen}{name}", value
+
+
+def require_local(field: str, value: str) -> None:
+    """Refuses a URL where a path is wanted: 'gs://...', or 'folder:gs://...' for images.
+
+    Raises:
+      ValueError: with the field, the URL and what works.
+    """
+    if re.match(r"([a-z_]+:)?[A-Za-z][A-Za-z0-9+.-]*://", value):
+        raise ValueError(
+            f"{field} is a path on this machine; got {value!r}, a URL, which is not read; mount "
+            "the bucket (gcsfuse, mountpoint-s3, rclone mount) or copy it, and name that folder"
+        )
+
+
+def _check_leaf(field: str, value: Any) -> None:
+    """The rules for one value wherever it stands: finite numbers, seeds, no URLs."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{field} must be a finite number; got {value}; set --config.{field}=...")
+    if isinstance(value, str):
+        require_local(field, value)
+    if field.rpartition(".")[2] in ("seed", "seeds"):
+        for seed in value if isinstance(value, tuple | list) else (value,):
+            if not (isinstance(seed, int) and 0 <= seed <= LARGEST_SEED):
                 raise ValueError(
-                    f"chain names the stage {name!r}, which config.stages does not define"
-                    f"{nearest(name, config.stages)}"
+                    f"{field} must be a whole number from 0 to 2^32-1; got {seed}; "
+                    f"set --config.{field}=..."
                 )
-            try:
-                validate(config.stages[name])
-            except ValueError as error:
-                raise in_stage(name, error) from error
-        if config.job == "bench":
-            _validate_bench(config)
-        if config.job == "plan":
-            _require_member("effort", config.effort, get_args(names.Effort))
-        return
-    if config.job in ("export", "reconstruct"):
-        _validate_reader(config)
-        return
-    if config.job == "convert_images":
-        _validate_conversion(config)
-        return
-    if config.job == "sample":
-        _validate_sample(config)
-        return
-    if config.job in MEASUREMENTS:  # each checks its own fields when it has opened its inputs
-        _validate_measurement(config)
+
+
+def _validate_training(config: ml_collections.ConfigDict) -> None:
+    if "chain" in config:
+        _validate_chain(config)
         return
     _validate_run(config)
     if "flow" in config:
         _validate_flow(config)
     else:
         _validate_autoencoder(config)
+
+
+def _validate_chain(config: ml_collections.ConfigDict) -> None:
+    for name in config.chain:
+        if name not in config.stages:
+            raise ValueError(
+                f"chain names the stage {name!r}, which config.stages does not define"
+                f"{nearest(name, config.stages)}"
+            )
+        try:
+            validate(config.stages[name])
+        except ValueError as error:
+            raise in_stage(name, error) from error
+
+
+def _validate_plan(config: ml_collections.ConfigDict) -> None:
+    _validate_chain(config)
+    _require_member("effort", config.effort, get_args(names.Effort))
+
+
+def _validate_ablation(config: ml_collections.ConfigDict) -> None:
+    for arm in config.order:
+        if arm not in config.arms:
+            raise ValueError(f"order names the arm {arm!r}{nearest(arm, config.arms)}")
+    validate(config.base)  # each arm is checked when its changes are applied
+    if "autoencoder" in config:
+        _validate_comparison(config)
 
 
 def _validate_comparison(config: ml_collections.ConfigDict) -> None:
@@ -115,17 +254,8 @@ def in_stage(name: str, error: ValueError) -> ValueError:
     return ValueError(f"stages.{name}: {text}")
 
 
-def _require_finite(config: ml_collections.ConfigDict, seen: str = "") -> None:
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            _require_finite(value, f"{seen}{name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(
-                f"{seen}{name} must be a finite number; got {value}; set --config.{seen}{name}=..."
-            )
-
-
 def _validate_bench(config: ml_collections.ConfigDict) -> None:
+    _validate_chain(config)
     for field in ("repeats", "steps", *(f"batch_per_device.{name}" for name in config.chain)):
         _require_positive(config, field)
     if config.warmup < 0:
@@ -323,33 +453,38 @@ def _validate_conversion(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_measurement(config: ml_collections.ConfigDict) -> None:
+    """The rules of every job that measures trained weights on images."""
     _require_positive(config, "batch_size")
     _require_member("dtype", config.dtype, get_args(names.Dtype))
     _validate_data(config.data)
-    if config.job == "encode":
-        _require_center_crop(config.data, "encode")
-        _require_member("format", config.format, get_args(names.LatentFormat))
-        if config.num_shards < 0:
-            raise ValueError(
-                f"num_shards must not be negative; got {config.num_shards}; 0 makes shards of 1 GiB"
-            )
-    if config.job == "evaluate":
-        _require_member(
-            "uint8_conversion", config.uint8_conversion, get_args(names.Uint8Conversion)
-        )
-        _require_member("resize", config.resize, get_args(names.InceptionResize))
-        for field, least in (("images", 0), ("reference_images", 0), ("kernel_subset_size", 2)):
-            if config[field] < least:
-                raise ValueError(
-                    f"{field} must be at least {least}; got {config[field]}; the papers' protocol "
-                    "is the default of configs/evaluate.py"
-                )
     if not (config.init_from or config.get("samples") or config.random_frozen_ok):
         raise ValueError(
             f"{config.job} needs trained weights; got an empty init_from; name a workdir, "
             "checkpoint, export or conversion with --config.init_from=..., or use the variant "
             ":tiny, which draws random ones"
         )
+
+
+def _validate_encode(config: ml_collections.ConfigDict) -> None:
+    _validate_measurement(config)
+    _require_center_crop(config.data, "encode")
+    _require_member("format", config.format, get_args(names.LatentFormat))
+    if config.num_shards < 0:
+        raise ValueError(
+            f"num_shards must not be negative; got {config.num_shards}; 0 makes shards of 1 GiB"
+        )
+
+
+def _validate_evaluation(config: ml_collections.ConfigDict) -> None:
+    _validate_measurement(config)
+    _require_member("uint8_conversion", config.uint8_conversion, get_args(names.Uint8Conversion))
+    _require_member("resize", config.resize, get_args(names.InceptionResize))
+    for field, least in (("images", 0), ("reference_images", 0), ("kernel_subset_size", 2)):
+        if config[field] < least:
+            raise ValueError(
+                f"{field} must be at least {least}; got {config[field]}; the papers' protocol "
+                "is the default of configs/evaluate.py"
+            )
 
 
 def validate_sampling(sampling: Mapping[str, Any], has_null_label: bool = True) -> None:
@@ -413,19 +548,21 @@ def _validate_reader(config: ml_collections.ConfigDict) -> None:
             "checkpoint, an export or converted weights with --config.init_from=..., or use the "
             "variant :tiny, which draws a random one"
         )
-    if config.job == "reconstruct":
-        _require_member("dtype", config.dtype, get_args(names.Dtype))
-        _require_positive(config, "batch_size")
-        if not config.images:
-            raise ValueError(
-                "reconstruct needs images; got an empty images; name a folder with "
-                "--config.images=..."
-            )
-        if config.short_side and config.short_side < 16:
-            raise ValueError(
-                f"short_side is at least the patch size 16, or 0 to keep every size; got "
-                f"{config.short_side}; raise it"
-            )
+
+
+def _validate_reconstruction(config: ml_collections.ConfigDict) -> None:
+    _validate_reader(config)
+    _require_member("dtype", config.dtype, get_args(names.Dtype))
+    _require_positive(config, "batch_size")
+    if not config.images:
+        raise ValueError(
+            "reconstruct needs images; got an empty images; name a folder with --config.images=..."
+        )
+    if config.short_side and config.short_side < 16:
+        raise ValueError(
+            f"short_side is at least the patch size 16, or 0 to keep every size; got "
+            f"{config.short_side}; raise it"
+        )
 
 
 def _require_positive(config: ml_collections.ConfigDict, field: str) -> None:
@@ -439,3 +576,20 @@ def _require_positive(config: ml_collections.ConfigDict, field: str) -> None:
 def _require_member(field: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{field}: {value!r} is not known{nearest(str(value), allowed)}")
+
+
+RULES: dict[str, Callable[[ml_collections.ConfigDict], None]] = {  # of each file of jobs/
+    "ablation": _validate_ablation,
+    "bench": _validate_bench,
+    "convert_images": _validate_conversion,
+    "encode": _validate_encode,
+    "evaluate": _validate_evaluation,
+    "export": _validate_reader,
+    "paper": _validate_chain,
+    "pca": _validate_measurement,
+    "plan": _validate_plan,
+    "probe": _validate_measurement,
+    "reconstruct": _validate_reconstruction,
+    "sample": _validate_sample,
+    "train": _validate_training,
+}

@@ -7,18 +7,25 @@ import pytest
 
 from configs import (
     bench,
+    convert_images,
+    encode,
+    evaluate,
     hae_stage1,
     hae_stage2,
     quickstart,
+    reconstruct,
+    rfm_dit,
     sae_stage1,
     sae_stage2,
     sae_stage3,
     sae_stage4,
+    sample,
 )
 from dinosae_jax import config as config_lib
 from dinosae_jax import rules
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+SEEDS = ("seed", "seeds")
 STAGES = (sae_stage1, sae_stage2, sae_stage3, sae_stage4, hae_stage1, hae_stage2)
 
 
@@ -122,6 +129,125 @@ def test_a_mistake_in_a_chain_names_its_stage_and_flag():
     match = r"^stages.stage2: steps must be above zero; got 0; set --config.stages.stage2.steps="
     with pytest.raises(ValueError, match=match):
         rules.validate(config)
+
+
+def test_every_job_has_its_rules():
+    jobs = pathlib.Path(rules.__file__).parent / "jobs"
+    assert set(rules.RULES) == {path.stem for path in jobs.glob("[!_]*.py")}
+    config = sae_stage1.get_config("tiny")
+    config.job = "trian"
+    with pytest.raises(ValueError, match=r"config.job: 'trian' is not known; did you mean 'train'"):
+        rules.validate(config)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_one_rule_for_every_seed(path):
+    module = importlib.import_module(f"configs.{path.stem}")
+    config = module.get_config("tiny") if hasattr(module, "get_config") else {}
+    seeds = [field for field, _ in rules.leaves(config) if field.split(".")[-1] in SEEDS]
+    for field in seeds:
+        for wrong in (-1, 2**32):
+            changed = config.copy_and_resolve_references()
+            value = (0, wrong) if field.endswith("seeds") else wrong
+            changed.update_from_flattened_dict({field: value})
+            with pytest.raises(ValueError, match=r"must be a whole number from 0 to 2\^32-1; got"):
+                rules.validate(changed)
+        value = (2**32 - 1,) if field.endswith("seeds") else 2**32 - 1
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({field: value})
+        rules.validate(changed)
+
+
+def test_the_stages_of_a_chain_draw_from_different_seeds():
+    """So that stage 2 does not replay the order and the crops of stage 1."""
+    stages = (sae_stage1, sae_stage2, sae_stage3, sae_stage4, rfm_dit)
+    assert [module.get_config().seed for module in stages] == [0, 1, 2, 3, 4]
+    chain = quickstart.get_config()
+    assert len({chain.stages[name].seed for name in chain.chain}) == len(chain.chain)
+    assert hae_stage1.get_config().seed != hae_stage2.get_config().seed
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://b", "https://a.b/c", "folder:gs://b/c"])
+@pytest.mark.parametrize(
+    ("module", "field"),
+    [
+        (sae_stage1, "init_from"),
+        (sae_stage1, "weights.vit"),
+        (sae_stage1, "data.source"),
+        (sae_stage1, "data.data_dir"),
+        (sae_stage1, "compile_cache"),
+        (rfm_dit, "data.latents"),
+        (encode, "init_from"),
+        (evaluate, "encoder"),
+        (evaluate, "reference"),
+        (evaluate, "samples"),
+        (reconstruct, "images"),
+        (sample, "weaker"),
+        (convert_images, "source"),
+    ],
+)
+def test_a_url_is_no_path(module, field, url):
+    config = module.get_config("tiny")
+    config.update_from_flattened_dict({field: url})
+    match = f"^{field} is a path on this machine; got '{url}', a URL.*mount the bucket"
+    with pytest.raises(ValueError, match=match):
+        rules.validate(config)
+
+
+@pytest.mark.parametrize(
+    "place", ["runs/a", "/disk/a:b", "C:/a", "folder:/disk/x", "tar:a/{split}*"]
+)
+def test_paths_are_no_urls(place):
+    rules.require_local("init_from", place)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "phrase"),
+    [
+        (
+            quickstart,
+            "bacth_size",
+            "mean --config.stages.stage1.batch_size (also of stage2, stage3,",
+        ),
+        (quickstart, "stages.stage3.lr", "mean --config.stages.stage3.optimizer.learning_rate?"),
+        (quickstart, "optimizer.lr", "mean --config.stages.stage1.optimizer.learning_rate (also"),
+        (sae_stage1, "lr", "mean --config.optimizer.learning_rate?"),
+        (sae_stage1, "bs", "mean --config.batch_size?"),
+        (sae_stage1, "epochs", "mean --config.steps?"),
+        (sae_stage1, "ckpt", "mean --config.init_from?"),
+        (sae_stage1, "output", "mean --workdir?"),
+        (sae_stage1, "losses.gam", "mean 'gan'?"),
+        (sae_stage1, "workers", "mean --config.data.workers?"),
+        (sample, "batch", "mean 'batch_size'?"),
+        (sample, "cfg_scale", "mean --config.sampling.guidance?"),
+    ],
+)
+def test_a_key_is_looked_for_in_the_whole_tree(module, name, phrase):
+    assert phrase in rules.nearest_key(module.get_config(), name)
+
+
+def test_a_key_that_is_like_nothing_gets_the_list():
+    assert rules.nearest_key(quickstart.get_config(), "zzz").startswith("; known: chain, ")
+
+
+def test_paths_in_the_home_folder_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = sae_stage1.get_config()
+    config.weights.vit, config.init_from = "~/dinov3", "runs/~x"
+    config.lock()
+    config_lib.expand_home(config)
+    assert (config.weights.vit, config.init_from) == ("/home/me/dinov3", "runs/~x")
+
+
+def test_the_frozen_networks_of_a_stage():
+    expected = {
+        sae_stage1: ("vit", "lpips"),
+        sae_stage2: ("vit", "lpips", "dino"),
+        rfm_dit: (),
+    }
+    for module, roles in expected.items():
+        assert config_lib.frozen_networks(module.get_config()) == roles
+    assert config_lib.frozen_networks(sae_stage1.get_config("tiny")) == ("vit",)
 
 
 def test_a_benchmark_times_at_least_one_step():

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "dinosae_jax"
 FLOORS = (
     {"names", "sizes"},
     {"rules", "latent_convention", "flow", "losses"},
-    {"config", "runtime"},
-    {"data", "models", "weights"},
+    {"config", "config_files", "runtime"},
+    {"preflight", "data", "models", "weights"},
     {"inference"},
     {"eval"},
     {"report"},

@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 
+from dinosae_jax import rules
 from dinosae_jax.data.manifest import MANIFEST, check_shards, read_manifest
 from dinosae_jax.data.records import (
     ArchiveRecords,
@@ -53,6 +54,7 @@ def open_records(
 
 def _open(source: str, split: str, data_dir: str | None) -> tuple[Records, bool]:
     """The records of a split and True, or of a whole set that has no splits and False."""
+    rules.require_local("an image source", source)
     kind, _, place = source.partition(":")
     if source.startswith("photos/"):
         from dinosae_jax.data import photos

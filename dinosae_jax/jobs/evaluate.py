@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from dinosae_jax import rules
+from dinosae_jax import config as config_lib
+from dinosae_jax import names, rules
 from dinosae_jax.data import adm_npz
 from dinosae_jax.eval import features, results
 from dinosae_jax.eval.protocols import generated, inputs, provenance, reconstructions
@@ -27,14 +28,8 @@ from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.runtime import console, precision, sharding
 from dinosae_jax.weights import weight_source
 
-CONVERT_INCEPTION = (
-    "python -m weights_conversion.convert --kind=inception_fid "
-    "--input=pt_inception-2015-12-05-6726825d.pth --output=weights/inception"
-)
-CONVERT_EFFICIENTNET = (
-    "python -m weights_conversion.convert --kind=efficientnet_lite0 "
-    "--input=efficientnet-lite0.pth --output=weights/efficientnet"
-)
+CONVERT_INCEPTION = names.CONVERSIONS["inception"].command()
+CONVERT_EFFICIENTNET = names.CONVERSIONS["efficientnet"].command()
 IMAGE_METRICS = ("psnr", "ssim", "lpips")
 SAMPLE_METRICS = (
     "frechet",
@@ -81,7 +76,7 @@ def open_subject(config: ml_collections.ConfigDict) -> Subject:
     Raises:
       ValueError: for both or none of init_from and samples, or what cannot be read.
     """
-    if config.samples and config.init_from:
+    if config.samples and config.init_from not in ("", config_lib.AUTOENCODER_RUN):
         raise ValueError(
             "one thing is measured at a time; got both init_from and samples; leave one out "
             "(`encoder` names the weights that give features)"
@@ -151,7 +146,7 @@ def choose_metrics(
         if metric == "lpips" and not config.weights.lpips:
             raise ValueError(
                 "the metric lpips needs weights; got none (weights.lpips is empty); convert them "
-                f"with `{weight_source.CONVERSION_COMMANDS['lpips']}`"
+                f"with `{names.CONVERSIONS['lpips'].command()}`"
             )
         if metric not in (*IMAGE_METRICS, *network.metrics):
             raise ValueError(

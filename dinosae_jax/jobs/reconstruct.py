@@ -166,7 +166,7 @@ def _notes(config: ml_collections.ConfigDict, survey: Survey) -> list[str]:
     if config.short_side:
         notes.append(f"The short side was resized to {config.short_side} pixels before that.")
     if not config.weights.lpips:
-        command = weight_source.CONVERSION_COMMANDS["lpips"]
+        command = names.CONVERSIONS["lpips"].command()
         notes.append(
             f"LPIPS is left out, it needs weights: convert them with `{command}` and pass "
             "--config.weights.lpips=weights/lpips."

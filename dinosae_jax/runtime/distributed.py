@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import re
 import sys
 from typing import NoReturn
@@ -29,8 +28,7 @@ def start(compile_cache: str = "") -> None:
     """
     spare_threads()
     if compile_cache:
-        folder = str(pathlib.Path(compile_cache).expanduser())
-        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_compilation_cache_dir", compile_cache)
     # Its C++ handler would swallow SIGTERM, and `stopping` decides for all jobs; see there.
     jax.config.update("jax_enable_preemption_service", False)
     said = [f"{name}={os.environ[name]}" for name in (*COUNTS, *HOSTS) if _several(name)]
@@ -47,6 +45,24 @@ def start(compile_cache: str = "") -> None:
     if jax.distributed.is_initialized():
         # While all are here: gloo gives a first meeting 30 s, and compilations take turns.
         multihost_utils.sync_global_devices("start")
+
+
+def require_devices() -> None:
+    """Starts JAX's platform.
+
+    Raises:
+      ValueError: where this machine or this jax has no such platform as JAX_PLATFORMS names.
+    """
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # an assertion where there is no such plugin
+        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
+        reason = (str(error).splitlines() or ["no such platform is installed"])[0]
+        raise ValueError(
+            f"JAX_PLATFORMS={wanted or ''} names a platform that this machine or this jax does not "
+            f"have ({reason}); unset it to take what there is, or install jax for it "
+            "(pip install 'dinosae-jax[cuda]' or 'dinosae-jax[tpu]')"
+        ) from error
 
 
 def spare_threads() -> None:

@@ -12,6 +12,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from dinosae_jax import config as config_lib
+from dinosae_jax import names, rules
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.runtime import files
 from dinosae_jax.weights import checkpoint, conversion, role_files
@@ -22,20 +23,12 @@ FROZEN_FOLDER = "frozen"
 EXPORT_FILE = "export.json"
 # Fields of the model config that change how it is computed, not what.
 COMPUTE_FIELDS = ("scan_layers", "remat")
-CONVERSION_COMMANDS = {
-    "vit": "python -m weights_conversion.convert --kind=dinov3 "
-    "--input=dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth --output=weights/dinov3",
-    "lpips": "python -m weights_conversion.convert --kind=lpips_vgg16 "
-    "--input=vgg16-397923af.pth,vgg.pth --output=weights/lpips",
-    "dino": "python -m weights_conversion.convert --kind=dino_discriminator "
-    "--input=dino_deitsmall8_pretrain.pth --output=weights/dino",
-}
 NETWORKS = {
     "stem": "stem",
-    "vit": "DINOv3 ViT",
+    "vit": names.CONVERSIONS["vit"].network,
     "decoder": "decoder",
-    "lpips": "LPIPS VGG16",
-    "dino": "DINO discriminator backbone",
+    "lpips": names.CONVERSIONS["lpips"].network,
+    "dino": names.CONVERSIONS["dino"].network,
 }
 
 
@@ -66,13 +59,14 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
     Raises:
       ValueError: where nothing of the kind is there, or a file is damaged.
     """
+    rules.require_local("the place of weights", str(path))
     folder = pathlib.Path(path).expanduser()
     if (folder / EXPORT_FILE).exists():
         return _open_export(folder)
     if conversion.is_conversion(folder):
         converted = conversion.load(folder)
-        names = ", ".join(file["name"] for file in converted.metadata["files"])
-        note = f"Starts from converted weights: {names}."
+        titles = ", ".join(file["name"] for file in converted.metadata["files"])
+        note = f"Starts from converted weights: {titles}."
         return WeightSource(converted.variables, converted.config, {}, [note], folder)
     step = folder if folder.name.isdigit() and (folder / "state").exists() else None
     step = step or checkpoint.newest(folder)
@@ -178,17 +172,18 @@ def require_frozen(role: str, random_ok: tuple[str, ...]) -> str:
     Raises:
       ValueError: where the config does not allow it in words.
     """
-    if role not in random_ok and role not in CONVERSION_COMMANDS:
+    if role not in random_ok and role not in names.CONVERSIONS:
         raise ValueError(
             f"the frozen {NETWORKS[role]} needs weights, and init_from holds none; name a trained "
-            "autoencoder, --config.init_from=runs/stage4, or say that random weights are wanted: "
-            f"--config.random_frozen_ok={role},"
+            "autoencoder, --config.init_from=runs/sae_stage4, or say that random weights are "
+            f"wanted: --config.random_frozen_ok={role},"
         )
     if role not in random_ok:
         raise ValueError(
             f"the frozen {NETWORKS[role]} needs weights; got none (weights.{role} is empty). "
-            f"Convert them with `{CONVERSION_COMMANDS[role]}` and pass --config.weights.{role}="
-            f"weights/..., or say that random ones are wanted: --config.random_frozen_ok={role},"
+            f"Convert them with `{names.CONVERSIONS[role].command()}` and pass "
+            f"--config.weights.{role}=weights/..., or say that random ones are wanted: "
+            f"--config.random_frozen_ok={role},"
         )
     return (
         f"The frozen {NETWORKS[role]} is randomly initialised (random_frozen_ok names it): "

@@ -70,7 +70,9 @@ def test_configs_are_valid():
     for argument in ("tiny", "int8,tiny"):
         rules.validate(encode_config.get_config(argument))
     with pytest.raises(ValueError, match="encode needs trained weights"):
-        rules.validate(encode_config.get_config())
+        config = encode_config.get_config()
+        config.init_from = ""
+        rules.validate(config)
     config = encode_config.get_config("tiny")
     config.data.crop = "random"
     with pytest.raises(ValueError, match=r"encode needs data\.crop='center'"):

@@ -328,7 +328,9 @@ def test_archives_of_another_layout_or_size_are_refused(config, tmp_path, workdi
 
 def test_an_empty_init_from_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"evaluate needs trained weights.*:tiny"):
-        rules.validate(config_file.get_config())
+        config = config_file.get_config()
+        config.init_from = ""
+        rules.validate(config)
 
 
 @pytest.mark.parametrize(

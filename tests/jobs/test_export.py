@@ -75,6 +75,6 @@ def test_tiny_needs_no_weights(tmp_path):
 
 def test_a_source_is_needed():
     with pytest.raises(ValueError, match="export needs an autoencoder; got an empty init_from"):
-        make()
+        make(init_from="")
     with pytest.raises(ValueError, match="needs an autoencoder"):
-        make(random_frozen_ok=("stem", "vit"))
+        make(init_from="", random_frozen_ok=("stem", "vit"))

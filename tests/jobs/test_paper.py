@@ -28,10 +28,10 @@ def test_the_readme_holds_the_tables_as_they_are_written(config, tmp_path):
 
 
 def test_hours_are_flops_over_the_speed(config):
-    stage = config.stages.flow
+    stage = config.stages.rfm_dit
     assert paper.run_flops(stage) == pytest.approx(883e9 * 1024 * 100_080, rel=0.01)
     assert (config.utilisation, stage.steps) == (0.4, 100_080)
-    (row,) = [line for line in paper.tables(config).splitlines() if line.startswith("| flow |")]
+    (row,) = [line for line in paper.tables(config).splitlines() if line.startswith("| rfm_dit |")]
     h100 = row.split("|")[6]
     assert float(h100) == pytest.approx(paper.run_flops(stage) / (0.4 * 989e12) / 3600, abs=0.5)
 
@@ -44,11 +44,13 @@ def test_the_commands_make_the_configs_that_are_counted(config, name, monkeypatc
     monkeypatch.setattr(sys, "argv", arguments)  # there the parser looks for overrides
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=values)
+    flags.DEFINE_string("workdir", f"runs/{file.removesuffix('.py')}", "", flag_values=values)
     values(arguments)
     made, counted = values.config.to_dict(), config.stages[name].to_dict()
     for each in (made, counted):
         each["name"] = each["weights"] = ""
     assert made == counted
+    assert values.workdir == f"runs/{name}"
 
 
 def test_every_number_names_a_run_and_a_config_that_exist(config):

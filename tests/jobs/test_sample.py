@@ -253,7 +253,9 @@ def test_labels_that_cannot_be_chosen(labels, count, message):
 
 def test_sampling_without_a_flow_is_refused():
     with pytest.raises(ValueError, match="empty init_from"):
-        rules.validate(sample_config.get_config())
+        config = sample_config.get_config()
+        config.init_from = ""
+        rules.validate(config)
     config = sample_config.get_config("tiny")
     rules.validate(config)
     assert isinstance(config, ml_collections.ConfigDict)

@@ -249,7 +249,6 @@ def run_command(*arguments, **kwargs):
         (["--config.steps=many"], "config.steps takes int; got 'many'"),
         (["--config.stepz", "1"], "config has no key 'stepz'; did you mean 'steps'"),
         (["--config.optimizer=3"], "config.optimizer is a group of fields; got '3'"),
-        (["--workdir="], "--workdir is needed; got none"),
         ([f"--workdir={__file__}"], "--workdir names a folder; got "),
         (["left over"], "only flags are understood; got 'left over'"),
     ],
@@ -265,7 +264,6 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, arguments, message)
     ("arguments", "code", "message"),
     [
         (["--workdir=x"], 2, "--config is needed; got none"),
-        (["--config=configs/sae_stage1.py:tiny"], 2, "--workdir is needed; got none"),
         (["--config=configs/sae_stage.py"], 2, "did you mean 'configs/sae_stage"),
         (["--help"], 0, ""),
     ],
