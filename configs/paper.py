@@ -2,8 +2,8 @@
 
     python -m dinosae_jax.main --config=configs/paper.py --workdir=runs/paper
 
-Writes paper.md, the two tables of the README. Nothing is run: hours are the model FLOPs of a run
-divided by `utilisation` of the peak of one accelerator.
+Writes paper.md, the two tables of docs/reproduce.md. Nothing is run: hours are the model FLOPs of a
+run divided by `utilisation` of the peak of one accelerator.
 """
 
 import ml_collections
@@ -23,62 +23,113 @@ from dinosae_jax import config as config_lib
 
 NO_NOISE = {"latent_noise.tau": 0.0, "latent_noise.tau_end": 0.0, "latent_noise.ramp_steps": 0}
 SHORT = {"steps": config_lib.epochs(20, 1024), "flow.radial_weight": 0.0}
-# Name of the workdir -> config, the run that it starts from, what differs.
+# Name of the run, which is also its folder in runs/ -> config, the run before it, what differs.
 RUNS = {
-    "stage1": (sae_stage1, "", {}),
-    "stage2": (sae_stage2, "stage1", {}),
-    "stage3": (sae_stage3, "stage2", {}),
-    "stage4": (sae_stage4, "stage3", {}),
-    "flow": (rfm_dit, "stage4", {}),
-    "flow_ddt": (rfm_ddt, "stage4", {}),
-    "hae1": (hae_stage1, "", {}),
-    "hae2": (hae_stage2, "hae1", {}),
-    "hae2_no_noise": (hae_stage2, "hae1", NO_NOISE),
-    "hae_flow": (hae_dit, "hae2", {}),
-    "hae_flow_550": (hae_dit, "hae2", {"steps": config_lib.epochs(550, 1024)}),
-    "hae_flow_no_noise": (hae_dit, "hae2_no_noise", {}),
-    "hae_flow_linear": (hae_dit, "hae2", {"flow.path": "linear", "flow.radial_weight": 0.0}),
-    "hae_radial": (hae_dit, "hae2", SHORT),
+    "sae_stage1": (sae_stage1, "", {}),
+    "sae_stage2": (sae_stage2, "sae_stage1", {}),
+    "sae_stage3": (sae_stage3, "sae_stage2", {}),
+    "sae_stage4": (sae_stage4, "sae_stage3", {}),
+    "rfm_dit": (rfm_dit, "sae_stage4", {}),
+    "rfm_ddt": (rfm_ddt, "sae_stage4", {}),
+    "hae_stage1": (hae_stage1, "", {}),
+    "hae_stage2": (hae_stage2, "hae_stage1", {}),
+    "hae_stage2_no_noise": (hae_stage2, "hae_stage1", NO_NOISE),
+    "hae_dit": (hae_dit, "hae_stage2", {}),
+    "hae_dit_550": (hae_dit, "hae_stage2", {"steps": config_lib.epochs(550, 1024)}),
+    "hae_dit_no_noise": (hae_dit, "hae_stage2_no_noise", {}),
+    "hae_dit_linear": (
+        hae_dit,
+        "hae_stage2",
+        {"flow.path": "linear", "flow.radial_weight": 0.0},
+    ),
+    "hae_dit_radial_0": (hae_dit, "hae_stage2", SHORT),
 }
-RECONSTRUCTIONS = "evaluate.py"
-SAMPLES = "evaluate.py --config.reference=$REFERENCE"
-EXACT = f"{SAMPLES} --config.dtype=float32"  # the second version calls bfloat16 unstable
-GUIDED = f"{EXACT} --config.sample.sampling.guidance=1.1"
-RADIUS = f"{EXACT} --config.sample.sampling.decode_radius=8"
-# Version of the paper, number, its value, the run that makes it, what measures it.
+INCEPTION = {"weights.inception": "weights/inception"}
+SAMPLES = {**INCEPTION, "reference": "downloads/VIRTUAL_imagenet256_labeled.npz"}
+EXACT = {**SAMPLES, "dtype": "float32"}  # the second version calls bfloat16 unstable
+GUIDED = {**EXACT, "sample.sampling.guidance": 1.1}
+RADIUS = {**EXACT, "sample.sampling.decode_radius": 8.0}
+# Version of the paper, number, its value, the run that makes it, and what measures it: the folder's
+# name after that of the run, the config file and its fields.
 NUMBERS = (
-    ("1", "rFID, PSNR", "0.37, 26.2 dB", "stage3", RECONSTRUCTIONS),
+    ("1", "rFID, PSNR", "0.37, 26.2 dB", "sae_stage3", "", "evaluate", INCEPTION),
     (
         "1",
         "LightningDiT-XL: gFID, IS, precision, recall",
         "3.47 (3.80 in the text), 202.1, 0.82, 0.55",
-        "flow",
+        "rfm_dit",
+        "",
+        "evaluate",
         SAMPLES,
     ),
     (
         "1",
         "DiT^DH-XL: gFID, IS, precision, recall",
         "3.07 (2.66 in the authors' README), 209.7, 0.80, 0.63",
-        "flow_ddt",
+        "rfm_ddt",
+        "",
+        "evaluate",
         SAMPLES,
     ),
     (
         "1",
         "linear probe, top-1 and top-5",
         "teacher 89, 98; student 87, 97",
-        "stage3",
-        "probe.py",
+        "sae_stage3",
+        "probe",
+        "probe",
+        {},
     ),
-    ("1", "PCA of teacher and student (Figure 4)", "a picture", "stage3", "pca.py"),
-    ("2", "rFID, PSNR", "0.78, 25.2 dB", "hae2", RECONSTRUCTIONS),
-    ("2", "without latent noise", "0.37, 26.2 dB", "hae2_no_noise", RECONSTRUCTIONS),
-    ("2", "gFID, 80 epochs", "2.65", "hae_flow", EXACT),
-    ("2", "gFID, 550 epochs", "1.96", "hae_flow_550", EXACT),
-    ("2", "gFID, 550 epochs, guidance 1.1", "1.90", "hae_flow_550", GUIDED),
-    ("2", "gFID, decoder without latent noise", "32.64", "hae_flow_no_noise", EXACT),
-    ("2", "gFID, Euclidean flow", "15.95", "hae_flow_linear", EXACT),
-    ("2", "gFID, 20 epochs, radial weight 0 (0.1; 1)", "4.40 (3.90; 5.70)", "hae_radial", EXACT),
-    ("2", "gFID decoded at radius 8 (14; 18)", "7.36 (2.65; worse)", "hae_flow", RADIUS),
+    ("1", "PCA of teacher and student (Figure 4)", "a picture", "sae_stage3", "pca", "pca", {}),
+    ("2", "rFID, PSNR", "0.78, 25.2 dB", "hae_stage2", "", "evaluate", INCEPTION),
+    (
+        "2",
+        "rFID, PSNR without latent noise",
+        "0.37, 26.2 dB",
+        "hae_stage2_no_noise",
+        "",
+        "evaluate",
+        INCEPTION,
+    ),
+    ("2", "gFID, 80 epochs", "2.65", "hae_dit", "", "evaluate", EXACT),
+    ("2", "gFID, 550 epochs", "1.96", "hae_dit_550", "", "evaluate", EXACT),
+    (
+        "2",
+        "gFID, 550 epochs, guidance 1.1",
+        "1.90",
+        "hae_dit_550",
+        "guided",
+        "evaluate",
+        GUIDED,
+    ),
+    (
+        "2",
+        "gFID, decoder without latent noise",
+        "32.64",
+        "hae_dit_no_noise",
+        "",
+        "evaluate",
+        EXACT,
+    ),
+    ("2", "gFID, Euclidean flow", "15.95", "hae_dit_linear", "", "evaluate", EXACT),
+    (
+        "2",
+        "gFID, 20 epochs, radial weight 0 (0.1; 1)",
+        "4.40 (3.90; 5.70)",
+        "hae_dit_radial_0",
+        "",
+        "evaluate",
+        EXACT,
+    ),
+    (
+        "2",
+        "gFID decoded at radius 8 (14; 18)",
+        "7.36 (2.65; worse)",
+        "hae_dit",
+        "radius_8",
+        "evaluate",
+        RADIUS,
+    ),
 )
 
 
@@ -89,10 +140,14 @@ def get_config(argument=None):
         stage = module.get_config()
         stage.update_from_flattened_dict(changes)
         stage.name, stage.init_from = name, f"runs/{start}" if start else ""
-        flags = {"init_from": stage.init_from, **_weights(stage), **changes}
-        given = [f"--config.{field}={value}" for field, value in flags.items() if value != ""]
-        commands[name] = " ".join([f"{module.__name__.split('.')[-1]}.py", *given])
+        fields = {"init_from": stage.init_from, **_weights(stage), **changes}
+        commands[name] = _command(module.__name__.split(".")[-1], name, fields)
         stages[name] = stage
+    numbers = []
+    for version, number, value, run, suffix, file, fields in NUMBERS:
+        folder = "_".join(filter(None, ("measure", run, suffix)))
+        command = _command(file, folder, {"init_from": f"runs/{run}", **fields})
+        numbers.append((version, number, value, run, command))
     config = ml_collections.ConfigDict(
         dict(
             job="paper",
@@ -100,7 +155,7 @@ def get_config(argument=None):
             chain=tuple(RUNS),
             stages=stages,
             commands=commands,
-            numbers=NUMBERS,
+            numbers=tuple(numbers),
             utilisation=0.4,
             accelerators={  # in the table -> as jax calls it
                 "A100": "NVIDIA A100-SXM4-80GB",
@@ -112,6 +167,13 @@ def get_config(argument=None):
         )
     )
     return config_lib.apply_variants(config, argument, {"tiny": {}})
+
+
+def _command(file, folder, fields):
+    """The whole line that runs configs/FILE.py into runs/FOLDER; empty fields are left out."""
+    given = [f"--config.{field}={value}" for field, value in fields.items() if value != ""]
+    entry = f"python -m dinosae_jax.main --config=configs/{file}.py --workdir=runs/{folder}"
+    return " ".join([entry, *given])
 
 
 def _weights(stage):
