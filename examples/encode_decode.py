@@ -40,7 +40,9 @@ def main():
 
     z = autoencoder.encode(photo)
     norms = np.linalg.norm(z, axis=-1)
-    print(f"{photo.shape[1:]} -> latents {z.shape[1:]}, norms {norms.min():.2f} to {norms.max():.2f}")
+    print(
+        f"{photo.shape[1:]} -> latents {z.shape[1:]}, norms {norms.min():.2f} to {norms.max():.2f}"
+    )
 
     pictures = [photo]
     for scale in (1.0, 0.5, 2.0):  # the direction of every token stays
