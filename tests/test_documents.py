@@ -75,3 +75,16 @@ def test_the_first_commands_of_the_readme_are_install_run_and_test():
     first, second = block.strip().splitlines()
     assert first.endswith("--config=configs/quickstart.py --workdir=runs/quickstart")
     assert second == ".venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest"
+
+
+def test_the_reference_names_modules_that_exist():
+    blocks = [
+        name
+        for page in sorted((ROOT / "docs" / "api").glob("*.md"))
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+    ]
+    assert len(blocks) > 30
+    for name in blocks:
+        path = ROOT / name.replace(".", "/")
+        module = path.parent if name.rpartition(".")[2][0].isupper() else path
+        assert module.with_suffix(".py").exists() or (module / "__init__.py").exists(), name
