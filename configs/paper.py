@@ -140,7 +140,10 @@ def get_config(argument=None):
         stage = module.get_config()
         stage.update_from_flattened_dict(changes)
         stage.name, stage.init_from = name, f"runs/{start}" if start else ""
-        fields = {"init_from": stage.init_from, **_weights(stage), **changes}
+        before = _frozen(stages[start]) if start else {}  # init_from brings these along
+        needed = {role: path for role, path in _frozen(stage).items() if role not in before}
+        weights = {f"weights.{role}": path for role, path in needed.items()}
+        fields = {"init_from": stage.init_from, **weights, **changes}
         commands[name] = _command(module.__name__.split(".")[-1], name, fields)
         stages[name] = stage
     numbers = []
@@ -176,13 +179,13 @@ def _command(file, folder, fields):
     return " ".join([entry, *given])
 
 
-def _weights(stage):
-    """The converted weights that a stage's command names."""
+def _frozen(stage):
+    """The published networks that a stage uses frozen: role -> folder of the converted weights."""
     losses = stage.get("losses", {})
     wanted = {
-        "vit": losses and not stage.init_from,
+        "vit": bool(losses),
         "lpips": losses.get("lpips"),
         "dino": losses.get("gan"),
     }
-    folders = {"vit": "dinov3", "lpips": "lpips", "dino": "dino"}
-    return {f"weights.{role}": f"weights/{folders[role]}" for role in wanted if wanted[role]}
+    folders = {"vit": "weights/dinov3", "lpips": "weights/lpips", "dino": "weights/dino"}
+    return {role: folder for role, folder in folders.items() if wanted[role]}
