@@ -48,11 +48,11 @@ def tables(config: ml_collections.ConfigDict) -> str:
         (version, number, value, run, f"`{command}`")
         for version, number, value, run, command in config.numbers
     ]
-    header = ("version", "number", "paper", "run", "measured by")
+    header = ("version", "number", "paper", "run", "command that measures it")
     runs = [_run_row(config, name) for name in config.chain]
     hours = [f"{name}, hours" for name in config.accelerators]
     return (
-        _table(header, numbers) + "\n" + _table(("run", "command", "epochs", "EFLOP", *hours), runs)
+        _table(header, numbers) + "\n" + _table(("run", "epochs", "EFLOP", *hours, "command"), runs)
     )
 
 
@@ -69,10 +69,10 @@ def _run_row(config: ml_collections.ConfigDict, name: str) -> tuple[str, ...]:
     hours = [flops / (config.utilisation * speed * 1e12) / 3600 for speed in speeds]
     return (
         name,
-        f"`{config.commands[name]}`",
         f"{epochs:.0f}",
         f"{flops / 1e18:.1f}",
         *(f"{h:,.0f}" for h in hours),
+        f"`{config.commands[name]}`",
     )
 
 

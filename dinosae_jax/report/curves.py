@@ -123,7 +123,7 @@ def sweeps_png(
     """Draws a value over a setting: a panel a title, a colour a name, a dot a seed, their mean.
 
     Args:
-      panels: title -> name -> (settings [k], values of each seed [s][k]).
+      panels: title -> name -> (settings [k], values [s, k] of s seeds).
     """
     figure = Figure((COLUMNS * PANEL_INCHES[0], 2.8), dpi=DPI, layout="constrained")
     for axes, (title, names) in zip(
