@@ -23,7 +23,7 @@ def augmentation_uniforms(key: jax.Array, indices: jax.Array) -> jax.Array:
     """Draws the uniforms of each image from its index in the global batch.
 
     Args:
-      key: random key of this step and purpose (real and fake images take different ones).
+      key: random key of this step and purpose (real and fake images have different keys).
       indices: [b] int, the images' positions in the global batch.
 
     Returns:

@@ -195,7 +195,7 @@ def decode(
       z: [b, n, d] float32 latents.
       grid: (height, width) of the patch grid.
       train: whether batch norm uses the statistics of the batch (`decode_features` returns
-        the new running ones).
+        the new running statistics).
 
     Returns:
       [b, 16*height, 16*width, 3] float32 in about [0, 1], not clipped.

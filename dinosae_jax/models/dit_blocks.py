@@ -20,7 +20,7 @@ from dinosae_jax.runtime import fsdp
 
 Initialisation = Literal["xavier", "torch"]
 
-_FREQUENCIES = 256  # of RAE's Gaussian Fourier basis; the original has half as many, fixed ones
+_FREQUENCIES = 256  # of RAE's Gaussian Fourier basis; the original has half as many, fixed
 _normal = nn.initializers.normal(0.02)
 
 

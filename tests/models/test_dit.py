@@ -176,7 +176,7 @@ def test_drop_labels_compares_each_draw():
         ({"num_heads": 16}, "head width divisible by 4; got 2"),
         ({"patch_size": 3}, "input_size must be a multiple of patch_size; got 4 and 3"),
         ({"input_size": 8}, r"x must be \[b, 8, 8, 8\] or \[b, 64, 8\]"),
-        ({"remat": "some"}, "remat must be 'none', 'dots' or 'full'; got 'some'"),
+        ({"remat": "some"}, "remat is 'none', 'dots' or 'full'; got 'some'"),
         ({"time_embedding": "learned"}, "time_embedding must be .* got 'learned'"),
     ],
 )
