@@ -1,6 +1,6 @@
 """Frechet distance between two sets of features, each taken as a Gaussian, in float64.
 
-FID is this distance on Inception's pool3 features, sFID on its 2023 spatial ones; in any other
+FID is this distance on Inception's pool3 features, sFID on its 2023 spatial features; in any other
 feature space it has another name. Statistics merge, so that each host and each batch can have its
 own.
 """

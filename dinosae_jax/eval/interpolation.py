@@ -1,7 +1,7 @@
 """Nearest neighbours among latents, for the interpolated Frechet distance.
 
 Each image's latent is moved half way to that of its nearest neighbour and decoded. The distance of
-these images to the real ones measures how well the decoder handles points between latents of
+these images to real images measures how well the decoder handles points between latents of
 images, where a flow's samples lie; the distance of reconstructions does not measure that.
 """
 

@@ -61,9 +61,9 @@ def require_devices() -> None:
         wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
         reason = (str(error).splitlines() or ["no such platform is installed"])[0]
         raise ValueError(
-            f"JAX_PLATFORMS={wanted or ''} names a platform that this machine or this jax does not "
-            f"have ({reason}); unset it to take what there is, or install jax for it "
-            "(pip install 'dinosae-jax[cuda]' or 'dinosae-jax[tpu]')"
+            "JAX_PLATFORMS must name a platform of this machine and of this jax; got "
+            f"{wanted or ''!r} ({reason}); unset it to use what is available, or install jax for "
+            "it (pip install 'dinosae-jax[cuda]' or 'dinosae-jax[tpu]')"
         ) from error
 
 

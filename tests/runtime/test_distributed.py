@@ -88,7 +88,7 @@ BY_HAND = "JAX_COORDINATOR_ADDRESS={} JAX_PROCESS_COUNT={} JAX_PROCESS_ID={}"
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ("JAX_PROCESS_COUNT=2", "missing JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+        ("JAX_PROCESS_COUNT=2", "got no JAX_COORDINATOR_ADDRESS and no JAX_PROCESS_ID"),
         (BY_HAND.format("host", 2, 0), "JAX_COORDINATOR_ADDRESS=HOST:PORT .*; got host, 2 and 0"),
         (BY_HAND.format("host:1", "two", 0), "got host:1, two and 0"),
         (BY_HAND.format("host:1", 2, 2), "an index from 0 below it; got host:1, 2 and 2"),

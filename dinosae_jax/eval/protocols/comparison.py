@@ -156,7 +156,9 @@ class Scores:
         console.report(f"{key}: " + "  ".join(f"{name} {score[name]:.4g}" for name in METRICS))
 
 
-def _draw(config: ml_collections.ConfigDict, folder: pathlib.Path, setting: Setting) -> np.ndarray:
+def draw_samples(
+    config: ml_collections.ConfigDict, folder: pathlib.Path, setting: Setting
+) -> np.ndarray:
     """Samples of a setting, uint8 [b, h, w, 3], balanced over the classes."""
     generator = _generator(folder / setting.arm / f"seed{setting.seed}")
     measured = generator.convention.decode_radius
