@@ -4,25 +4,27 @@ Arms with equal steps and network: {raw, projected} latents on linear paths, raw
 trigonometric path, and the geodesic on the sphere (raw latents have no geodesic: they do not lie on
 one sphere). All share one tiny autoencoder, trained here around a random ViT whose last affine part
 is drawn at random, so that token norms differ. Data: random 64-pixel crops of the ten embedded
-photographs at a short side of 72, a class each: little enough that tiny flows draw them, and the
+photographs at a short side of 72, one class each: little enough that tiny flows draw them, and the
 distribution of the crops is what they are compared by. (At 112 they draw palettes.) One trained
 flow is then sampled by every method, and decoded at radii from half to twice the measured norm.
 
 Frechet and kernel distance are between features of samples and of fresh crops, in a space that the
 tables name. With `weights.inception` the features are FID's, with `weights.efficientnet` those of
 EfficientNet-Lite0, pretrained on ImageNet-1k (configs/evaluate.py says how to make the weights).
-Without both they are the mean patch token of the decoded pictures by that autoencoder's own
-encoder: a fixed space, not a pretrained one. The Frechet distance is biased by the number of
-samples, so that its numbers compare with one another and with the row 'real crops' alone. Samples
-and crops are balanced over the classes, so that the kernel distance of equal distributions is a
-little below zero: that row has it.
+Without both they are the mean patch token by that autoencoder's own encoder: a fixed space, not a
+pretrained one. The Frechet distance is biased by the number of samples, so that its values compare
+only with one another and with the row 'real crops'. Samples and crops are balanced over the
+classes, so that the kernel distance of equal distributions is a little below zero, as that row
+shows.
 
     python -m dinosae_jax.main --config=configs/ablation_flow.py \
         --config.weights.efficientnet=weights/efficientnet
 
-Writes tables.md, scores.json, ablation_flow.png. More seeds or settings are added to what is there;
-other numbers of steps or samples need another workdir. Variants: tiny (two steps of one arm).
+Writes tables.md, scores.json, ablation_flow.png. More seeds or settings can be added to a finished
+workdir; other numbers of steps or samples need another. Variants: tiny (two steps of one arm).
 """
+
+from __future__ import annotations
 
 import ml_collections
 

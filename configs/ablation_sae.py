@@ -10,6 +10,8 @@ embedding. Reports held-out PSNR, L1 and the cosine to the teacher.
 Variants: tiny (a few steps on the embedded photographs).
 """
 
+from __future__ import annotations
+
 import ml_collections
 
 from configs import sae_stage1

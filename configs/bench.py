@@ -2,13 +2,15 @@
 
     python -m dinosae_jax.main --config=configs/bench.py:tiny
 
-No argument: the paper's sizes, for accelerators. Variants: large (a width that two CPU cores can
-bear), tiny. `--config.chain="('sae_stage1',)"` picks rows, `"()"` none of the steps;
-`--config.batch_per_device.sae_stage1=8` sets a batch. Beside them stand what a run adds to its
-steps, the loader, reading of the latent cache (GB/s of one core), the rates of encoding and of
-sampling with the networks of `flow.stage` ('' for none), and the metrics at the papers' size.
-Batches are synthetic and parameters random; LPIPS counts except in `tiny`.
+No argument: the paper's sizes, for accelerators. Variants: large (a width for two CPU cores), tiny.
+`--config.chain="('sae_stage1',)"` picks steps, `"()"` none of them;
+`--config.batch_per_device.sae_stage1=8` sets a batch. Also measured: what a run adds to its steps,
+the loader, reading of the latent cache (GB/s of one core), encoding and sampling with the networks
+of `flow.stage` ('' for none), and the metrics at the papers' size. Batches are synthetic and
+parameters random; LPIPS counts except in `tiny`.
 """
+
+from __future__ import annotations
 
 import ml_collections
 
@@ -76,7 +78,7 @@ VARIANTS = {
 
 
 def get_config(argument=None):
-    """Every step at the paper's size, 32 images a device (flow: 128)."""
+    """Every step at the paper's size, 32 images per device (flow: 128)."""
     tiny = "tiny" in (argument or "").split(",")
     stages = {name: module.get_config("tiny" if tiny else None) for name, module in ROWS.items()}
     config = ml_collections.ConfigDict(

@@ -12,6 +12,8 @@ centre crop as PNG (lossless; training then needs data.crop=center and saves mor
 loader's work), 0 the image files as they are. Variants: tiny (the embedded photographs).
 """
 
+from __future__ import annotations
+
 import ml_collections
 
 from dinosae_jax import config as config_lib

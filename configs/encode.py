@@ -7,12 +7,15 @@
 
 ADM's centre crop of each image and, where `data.flip` is set, of its mirror image (encoded, not
 mirrored tokens). `format` is bfloat16 (ImageNet at 256 pixels, both ways: 1.34 TB) or int8 (8-bit
-directions with a float16 norm a token: 0.67 TB). The manifest holds the mean token norm, which is
-the decode radius, the encoder's hash, and the image recipe; a flow with others refuses the cache.
+directions with one float16 norm per token: 0.67 TB). The manifest holds the mean token norm, which
+is the decode radius, the encoder's hash, and the image recipe; a flow with another encoder or
+recipe refuses the cache.
 Run again, it checks every shard and writes those that are missing or damaged. Variants: int8, tiny
 (the embedded photographs, and a random tiny autoencoder where init_from is empty; read it with
 `rfm_dit.py:tiny --config.data.latents=DIR`).
 """
+
+from __future__ import annotations
 
 from configs import sae_stage1
 from dinosae_jax import config as config_lib

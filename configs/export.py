@@ -1,8 +1,8 @@
-"""One folder with all that an autoencoder (or a flow with its autoencoder) needs, to share or keep.
+"""One folder with everything of an autoencoder (or of a flow and its autoencoder), to share it.
 
 The moving averages of stem, ViT, decoder and diffusion transformer, the model config, the latent
 convention and the notes; `Autoencoder.load` and every `init_from` read it. The workdir is the new
-folder; one that holds something already is refused.
+folder, which must be empty.
 
     python -m dinosae_jax.main --config=configs/export.py --workdir=exports/sae
 
@@ -11,6 +11,8 @@ or converted weights; `pixel_range` names what the decoder of converted weights 
 imagenet). Variants: tiny (a random tiny model
 where init_from is empty).
 """
+
+from __future__ import annotations
 
 from configs import sae_stage1
 from dinosae_jax import config as config_lib

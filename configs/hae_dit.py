@@ -11,6 +11,8 @@ It starts from runs/hae_stage2.
 Variants: s, b, l, xl (sizes), tiny.
 """
 
+from __future__ import annotations
+
 from configs import rfm_dit
 from dinosae_jax import config as config_lib
 

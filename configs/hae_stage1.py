@@ -6,6 +6,8 @@ Batch 512; otherwise stage 1 of the first version. Not run at full size.
         --config.weights.vit=weights/dinov3 --config.weights.lpips=weights/lpips
 """
 
+from __future__ import annotations
+
 from configs import sae_base, sae_stage1
 from dinosae_jax import config as config_lib
 

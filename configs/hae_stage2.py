@@ -9,6 +9,8 @@ alone for the first 2 epochs; tau ramps from 0.8 to 1.2 over 20 epochs. Not run 
 DINOv3 and LPIPS come along with stage 1, runs/hae_stage1.
 """
 
+from __future__ import annotations
+
 from configs import sae_base, sae_stage3
 from dinosae_jax import config as config_lib
 

@@ -1,10 +1,12 @@
-"""The papers' numbers: which run makes each, which command measures it, and what the runs cost.
+"""The papers' results: the run that makes each, the command that measures it, and the runs' costs.
 
     python -m dinosae_jax.main --config=configs/paper.py --workdir=runs/paper
 
 Writes paper.md, the two tables of docs/reproduce.md. Nothing is run: hours are the model FLOPs of a
 run divided by `utilisation` of the peak of one accelerator.
 """
+
+from __future__ import annotations
 
 import ml_collections
 

@@ -9,6 +9,8 @@ a flipped sign does not look like a difference. Writes pca.png.
 Variants: tiny (photographs; a random autoencoder where init_from is empty).
 """
 
+from __future__ import annotations
+
 from configs import sae_stage1
 from dinosae_jax import config as config_lib
 

@@ -1,4 +1,4 @@
-"""Does a training step or a sampler fit a pod? Compiled ahead of time for it, on any machine.
+"""Does a training step or a sampler fit a pod? Compiles it ahead of time, on any machine.
 
     python -m dinosae_jax.main --config=configs/plan.py:sae_stage2 \
         --config.target=v5e:4x4 --config.stages.sae_stage2.mesh.fsdp=16
@@ -8,6 +8,8 @@ by commas; `tiny` alone is stage 2, tiny, on eight CPU devices, which needs no e
 two layers of every transformer: the collectives and shardings of the real step, compiled faster.
 TPU targets need the `plan` extra.
 """
+
+from __future__ import annotations
 
 import ml_collections
 

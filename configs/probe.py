@@ -1,7 +1,7 @@
 """Linear probe of teacher and student in DINOv3's protocol (paper, Figure 3: 89/98 and 87/97).
 
 Thirteen learning rates at once, SGD with momentum 0.9 and a cosine to zero, 12,500 steps of 1,024
-images, random resized crops and flips; features are the class token beside the mean patch token.
+images, random resized crops and flips; features are the class token and the mean patch token.
 The paper gives neither resolution nor features, so both networks get this recipe. Held-out images
 go through ADM's centre crop (DINOv3 resizes to 256 and cuts 224). Writes results.json, results.md.
 
@@ -10,6 +10,8 @@ go through ADM's centre crop (DINOv3 resizes to 256 and cuts 224). Writes result
 
 Variants: tiny (photographs; a random autoencoder where init_from is empty).
 """
+
+from __future__ import annotations
 
 from configs import sae_stage1
 from dinosae_jax import config as config_lib

@@ -7,6 +7,8 @@ are downloaded) and the LPIPS weight is 0, so the pictures show that the machine
 nothing about DINOv3.
 """
 
+from __future__ import annotations
+
 import ml_collections
 
 from configs import rfm_dit, sae_stage1, sae_stage2, sae_stage3, sae_stage4
@@ -15,7 +17,7 @@ from dinosae_jax import config as config_lib
 NOTES = (
     "Ten embedded photographs, tiny networks: the frozen networks are randomly initialised and "
     "the LPIPS weight is 0, so these results show the machinery, not DINOv3.",
-    "The flow memorises the ten photographs, one a class: its samples show that the whole path "
+    "The flow memorises the ten photographs, one per class: its samples show that the whole path "
     "from noise to pictures works, and nothing about new images.",
 )
 STAGES = {

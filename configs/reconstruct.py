@@ -11,6 +11,8 @@ or converted weights (--kind=dinosae), whose `pixel_range` may be named (default
 where init_from is empty).
 """
 
+from __future__ import annotations
+
 from configs import sae_stage1
 from dinosae_jax import config as config_lib
 

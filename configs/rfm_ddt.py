@@ -11,6 +11,8 @@ It starts from stage 4, runs/sae_stage4.
 Variants: s, b, l, xl (sizes), rae (its 800 epochs, the rate falling after 40), qknorm, f32, tiny.
 """
 
+from __future__ import annotations
+
 from configs import rfm_dit
 from dinosae_jax import config as config_lib
 from dinosae_jax import sizes

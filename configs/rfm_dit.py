@@ -12,6 +12,8 @@ It starts from stage 4, runs/sae_stage4.
 Variants: s, b, l, xl (sizes), rae (its EMA, clipping and 800-epoch schedule), qknorm, f32, tiny.
 """
 
+from __future__ import annotations
+
 from configs import sae_base
 from dinosae_jax import config as config_lib
 from dinosae_jax import sizes
@@ -48,8 +50,8 @@ TINY_RUN = {
     "model.dit.num_classes": 10,
     "model.dit.remat": "none",
 }
-for _critic in [name for name in TINY_RUN if name.startswith("model.dino.")]:
-    del TINY_RUN[_critic]
+for _field in [name for name in TINY_RUN if name.startswith("model.dino.")]:
+    del TINY_RUN[_field]
 VARIANTS = {
     **{
         name: {f"model.dit.{field}": value for field, value in size.items()}

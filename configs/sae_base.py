@@ -1,4 +1,6 @@
-"""What the autoencoder stages share: epochs in steps and the `tiny` variant for a CPU."""
+"""The `tiny` variant of the autoencoder's stages, for a CPU."""
+
+from __future__ import annotations
 
 # The real networks at small width, on the embedded photographs: under a minute on two cores.
 TINY = {

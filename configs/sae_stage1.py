@@ -8,6 +8,8 @@ size.
         --config.weights.vit=weights/dinov3 --config.weights.lpips=weights/lpips
 """
 
+from __future__ import annotations
+
 from configs import sae_base
 from dinosae_jax import config as config_lib
 

@@ -10,6 +10,8 @@ at full size.
 DINOv3 and LPIPS come along with stage 1, runs/sae_stage1.
 """
 
+from __future__ import annotations
+
 from configs import sae_base
 from dinosae_jax import config as config_lib
 

@@ -8,6 +8,8 @@ Continues stage 2 with L1 + LPIPS + 0.5 hinge GAN on the decoder alone, AdamW at
 The frozen networks come along with stage 2, runs/sae_stage2.
 """
 
+from __future__ import annotations
+
 from configs import sae_base
 from dinosae_jax import config as config_lib
 

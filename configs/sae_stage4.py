@@ -1,4 +1,4 @@
-"""Stage 4: the decoder learns to read noisy latents (paper, eq. 10).
+"""Stage 4: the decoder learns to decode noisy latents (paper, eq. 10).
 
 Continues stage 3 with sigma ~ U(0, 0.8) per image added to the tokens, AdamW at 5.4e-5; the
 losses are stage 3's. 4 epochs here, the paper states no length. Not run at full size.
@@ -7,6 +7,8 @@ losses are stage 3's. 4 epochs here, the paper states no length. Not run at full
 
 The frozen networks come along with stage 3, runs/sae_stage3.
 """
+
+from __future__ import annotations
 
 from configs import sae_base, sae_stage3
 from dinosae_jax import config as config_lib

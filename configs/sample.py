@@ -11,6 +11,8 @@
 Variants: tiny (20 images; a random flow where init_from is empty).
 """
 
+from __future__ import annotations
+
 from configs import rfm_dit
 from dinosae_jax import config as config_lib
 
@@ -27,7 +29,7 @@ VARIANTS = {
 
 
 def get_config(argument=None):
-    """FID's 50 images a class; variants: tiny."""
+    """FID's 50 images per class; variants: tiny."""
     config = config_lib.sample_defaults()
     config.random_flow = rfm_dit.get_config("tiny")
     return config_lib.apply_variants(config, argument, VARIANTS)

@@ -1,5 +1,7 @@
 """DINO-SAE in JAX/Flax."""
 
+from __future__ import annotations
+
 import importlib
 import importlib.metadata
 from typing import Any
@@ -11,7 +13,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the public classes when they are first asked for; the package itself stays light."""
+    """Imports the public classes at first use, so that the package itself imports quickly."""
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     if name == "__version__":

@@ -311,7 +311,7 @@ def apply_variants(
     for name in filter(None, (argument or "").split(",")):
         if name not in variants:
             hint = rules.nearest(name, variants)
-            raise ValueError(f"config argument {name!r} is not a variant of this config{hint}")
+            raise ValueError(f"a config argument names variants; got {name!r}{hint}")
         config.update_from_flattened_dict(dict(variants[name]))
     return config
 

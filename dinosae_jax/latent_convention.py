@@ -1,4 +1,6 @@
-"""What encoder, cache, flow and decoder must agree on about latents: saved, compared at load."""
+"""What encoder, cache, flow and decoder agree on about latents; saved, and compared at load."""
+
+from __future__ import annotations
 
 import dataclasses
 import math
@@ -9,19 +11,19 @@ from dinosae_jax import names
 
 @dataclasses.dataclass(frozen=True)
 class LatentConvention:
-    """The meaning of a latent [b,n,d].
+    """The meaning of a latent [b, n, d].
 
     Attributes:
-        tokens: n, the patch tokens of an image.
-        width: d, the channels of a token.
-        radius: R of the sphere the flow runs on; sqrt(d) by default of the configs.
-        decode_radius: token norm that the decoder is given; None until it is measured.
-        norm: the encoder's last layer: 'layernorm_affine' (DINOv3) or 'layernorm' (no scale).
-        pixels: what the decoder emits: 'imagenet' (mean/std normalised), 'unit' (in [0,1]) or
-            'symmetric' (in [-1,1]).
+      tokens: n, the patch tokens of an image.
+      width: d, the channels of a token.
+      radius: R of the sphere the flow runs on; sqrt(d) by default of the configs.
+      decode_radius: token norm that the decoder is given; None until it is measured.
+      norm: the encoder's last layer: 'layernorm_affine' (DINOv3) or 'layernorm' (no scale).
+      pixels: what the decoder emits: 'imagenet' (mean/std normalised), 'unit' (in [0, 1]) or
+        'symmetric' (in [-1, 1]).
 
     Raises:
-        ValueError: for counts or radii that are not positive, or unknown names.
+      ValueError: for counts or radii that are not positive, or unknown names.
     """
 
     tokens: int
@@ -32,12 +34,12 @@ class LatentConvention:
     pixels: str = "imagenet"
 
     def __post_init__(self) -> None:
-        """Check ranges and names."""
+        """Checks ranges and names."""
         for name in ("tokens", "width", "radius", "decode_radius"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(
-                    f"latent convention: {name} must be positive, got {value}: "
+                    f"latent convention: {name} must be positive; got {value}; "
                     "take the encoder's value"
                 )
         for name, known in (
@@ -46,17 +48,17 @@ class LatentConvention:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"latent convention: unknown {name} {getattr(self, name)!r}: "
-                    f"choose one of {', '.join(known)}"
+                    f"latent convention: {name} is one of {', '.join(known)}; got "
+                    f"{getattr(self, name)!r}; choose one of these"
                 )
 
     @classmethod
-    def of(cls, config: Any, decode_radius: float | None = None) -> "LatentConvention":
-        """Make the convention of a training config, of an autoencoder's stage or of a flow.
+    def of(cls, config: Any, decode_radius: float | None = None) -> LatentConvention:
+        """Makes the convention of a training config: an autoencoder's stage or a flow.
 
         Args:
-            config: data.image_size, model and, of a flow, flow.
-            decode_radius: measured; the config's own where it is None, if it has one.
+          config: data.image_size and model; for a flow also flow.
+          decode_radius: measured; the config's own where it is None, if it has one.
         """
         width = config.model.vit.embed_dim
         flow = config.get("flow", {})
@@ -69,36 +71,37 @@ class LatentConvention:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready values."""
+        """Returns the fields as JSON-ready values."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "LatentConvention":
-        """Rebuild from `to_dict`.
+    def from_dict(cls, fields: dict[str, Any]) -> LatentConvention:
+        """Rebuilds from `to_dict`.
 
         Raises:
-            ValueError: if a field is missing or unknown.
+          ValueError: if a field is missing or unknown.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if set(fields) != known:
             raise ValueError(
-                f"latent convention: missing {sorted(known - set(fields))}, "
-                f"unknown {sorted(set(fields) - known)}: another version wrote it, save it again"
+                f"latent convention: its fields are fixed; got missing "
+                f"{sorted(known - set(fields))}, unknown {sorted(set(fields) - known)}; another "
+                "version wrote it, save it again"
             )
         return cls(**fields)
 
     def check_equal(
-        self, other: "LatentConvention", here: str = "this", there: str = "other"
+        self, other: LatentConvention, here: str = "this", there: str = "other"
     ) -> None:
-        """Compare two conventions; a decode radius that is not measured yet agrees with any.
+        """Compares two conventions; a decode radius that is not measured yet agrees with any.
 
         Args:
-            other: the convention to compare with.
-            here: whose this one is, for the message ("flow").
-            there: whose `other` is ("autoencoder").
+          other: the convention to compare with.
+          here: name of this part for the message, such as "flow".
+          there: name of the other part, such as "autoencoder".
 
         Raises:
-            ValueError: one line that names every differing field with both values.
+          ValueError: one line that names every differing field with both values.
         """
         mine, theirs = self.to_dict(), other.to_dict()
         differing = [
@@ -110,13 +113,13 @@ class LatentConvention:
             differing = [line for line in differing if not line.startswith("decode_radius ")]
         if differing:
             raise ValueError(
-                f"latent conventions differ ({here} != {there}): {', '.join(differing)}: "
-                "load parts that were trained together"
+                f"latent conventions of {here} and {there} must agree; got "
+                f"{', '.join(differing)} ({here} != {there}); load parts that were trained together"
             )
 
 
 def _agree(a: Any, b: Any) -> bool:
-    """Equal names, or numbers equal up to float32 rounding."""
+    """Whether two values are equal, floats up to float32 rounding."""
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
         return math.isclose(a, b, rel_tol=1e-6)
     return a == b

@@ -7,7 +7,7 @@ that came with the package. Without `--workdir` a run goes to runs/X, or runs/X_
 
 Exit codes: 0 done, or saved after SIGTERM; 2 a rule was broken (one line says which; with
 DINOSAE_TRACEBACK=1 in the environment, where) or something is missing (numbered commands make it);
-130 Ctrl-C; another one where the run broke. When one of several processes is lost the others end
+130 Ctrl-C; any other code where the run broke. When one of several processes is lost the others end
 too, within JAX's heartbeat timeout of 100 s.
 """
 
@@ -81,7 +81,7 @@ def _run(argv: Sequence[str]) -> None:
         job.run(config, workdir)
     except stopping.Interrupted as stop:
         if jax.process_index() == 0:
-            print(f"{stop}; run the same command again to go on.")
+            print(f"{stop}; run the same command again to resume.")
         sys.exit(130 if stop.by_keyboard else 0)
     except BaseException as error:
         if jax.process_count() == 1:
@@ -210,7 +210,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _refuse(error: BaseException) -> int:
-    """Prints what a user can mend, all lines of what is missing and one of everything else."""
+    """Prints an error that the user can fix: every missing input, or one line for other errors."""
     from dinosae_jax import preflight
 
     message = str(error) if isinstance(error, preflight.Missing) else _last_line(error)

@@ -5,9 +5,11 @@ than a second. The tables of functions that the words name (`flow.samplers.SAMPL
 typed with them, and `tests/test_names.py` compares each table with its words.
 """
 
+from __future__ import annotations
+
 from typing import Literal, NamedTuple
 
-PATCH_SIZE = 16  # pixels a side of the patch that a token stands for
+PATCH_SIZE = 16  # pixels per side of a token's patch
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_TRAIN_IMAGES = 1_281_167

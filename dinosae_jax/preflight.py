@@ -35,7 +35,7 @@ IMAGENET_HINT = (
 
 
 class Missing(ValueError):
-    """A heading that names what is missing, then the numbered commands, one a line."""
+    """A heading that names what is missing, then the numbered commands, one per line."""
 
 
 def check(config: ml_collections.ConfigDict, workdir: pathlib.Path, argv: Sequence[str]) -> None:

@@ -67,7 +67,7 @@ WORKDIR_SYNONYMS = ("log_dir", "logdir", "out", "outdir", "output", "output_dir"
 
 
 def nearest_key(config: ml_collections.ConfigDict, name: str) -> str:
-    """A closing phrase for a key that the config has not: what was most likely meant.
+    """A closing phrase for a key that the config lacks: the field that was most likely meant.
 
     Args:
       config: the whole tree.
@@ -177,7 +177,7 @@ def require_local(field: str, value: str) -> None:
 
 
 def _check_leaf(field: str, value: Any) -> None:
-    """The rules for one value wherever it stands: finite numbers, seeds, no URLs."""
+    """The rules for every value: finite numbers, seeds in range, no URLs."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{field} must be a finite number; got {value}; set --config.{field}=...")
     if isinstance(value, str):
@@ -206,7 +206,7 @@ def _validate_chain(config: ml_collections.ConfigDict) -> None:
     for name in config.chain:
         if name not in config.stages:
             raise ValueError(
-                f"chain names the stage {name!r}, which config.stages does not define"
+                f"chain must name stages of config.stages; got {name!r}"
                 f"{nearest(name, config.stages)}"
             )
         try:
@@ -223,7 +223,7 @@ def _validate_plan(config: ml_collections.ConfigDict) -> None:
 def _validate_ablation(config: ml_collections.ConfigDict) -> None:
     for arm in config.order:
         if arm not in config.arms:
-            raise ValueError(f"order names the arm {arm!r}{nearest(arm, config.arms)}")
+            raise ValueError(f"order must name arms; got {arm!r}{nearest(arm, config.arms)}")
     validate(config.base)  # each arm is checked when its changes are applied
     if "autoencoder" in config:
         _validate_comparison(config)
@@ -411,7 +411,7 @@ def _validate_flow(config: ml_collections.ConfigDict) -> None:
         if dit[name] != wanted:
             raise ValueError(
                 f"model.dit.{name} must be that of the encoder's latents, {wanted} (image_size/16 "
-                f"tokens a side, vit.embed_dim channels); got {dit[name]}; change it"
+                f"tokens per side, vit.embed_dim channels); got {dit[name]}; change it"
             )
     validate_sampling(config.sampling, has_null_label=dit.class_dropout_prob > 0)
 
@@ -556,7 +556,7 @@ def _validate_reconstruction(config: ml_collections.ConfigDict) -> None:
     _require_positive(config, "batch_size")
     if not config.images:
         raise ValueError(
-            "reconstruct needs images; got an empty images; name a folder with --config.images=..."
+            "reconstruct needs images; got images=''; name a folder with --config.images=..."
         )
     if config.short_side and config.short_side < 16:
         raise ValueError(
@@ -575,7 +575,9 @@ def _require_positive(config: ml_collections.ConfigDict, field: str) -> None:
 
 def _require_member(field: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{field}: {value!r} is not known{nearest(str(value), allowed)}")
+        raise ValueError(
+            f"{field} must be a known name; got {value!r}{nearest(str(value), allowed)}"
+        )
 
 
 RULES: dict[str, Callable[[ml_collections.ConfigDict], None]] = {  # of each file of jobs/

@@ -1,5 +1,7 @@
 """The published sizes of every network, as keyword arguments of its class; imports no jax."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

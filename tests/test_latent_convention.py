@@ -41,11 +41,11 @@ def test_every_differing_field_is_named_in_one_line():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"radius": 0.0}, "radius must be positive, got 0.0"),
+        ({"radius": 0.0}, "radius must be positive; got 0.0"),
         ({"decode_radius": -1.0}, "decode_radius must be positive"),
         ({"tokens": 0}, "tokens must be positive"),
-        ({"norm": "batch"}, "unknown norm 'batch'"),
-        ({"pixels": "bytes"}, "unknown pixels 'bytes'"),
+        ({"norm": "batch"}, "norm is one of .*; got 'batch'"),
+        ({"pixels": "bytes"}, "pixels is one of .*; got 'bytes'"),
     ],
 )
 def test_bad_fields_are_refused(change, message):

@@ -165,4 +165,4 @@ def test_a_home_folder_in_a_config_field_is_expanded(tmp_path):
 
 def test_an_absent_platform_is_one_line(tmp_path):
     line = refusal("--config=configs/paper.py", cwd=tmp_path, JAX_PLATFORMS="rocm")
-    assert "JAX_PLATFORMS=rocm names a platform that this machine or this jax does not have" in line
+    assert "JAX_PLATFORMS must name a platform of this machine and of this jax; got 'rocm'" in line

@@ -1,1 +1,1 @@
-"""Metrics that state their recipe, pictures and the report."""
+"""Metrics, each with the recipe that its value depends on."""

@@ -1,4 +1,6 @@
-"""The moments of ADM's reference files, which hold images and moments of more images."""
+"""The moments in ADM's reference files, which hold some images and the moments of many more."""
+
+from __future__ import annotations
 
 import dataclasses
 import pathlib
@@ -29,7 +31,7 @@ def read_moments(path: pathlib.Path, tap: str, recipe: Recipe = ADM_RECIPE) -> S
     Args:
       path: the reference.
       tap: 'pool3' (FID) or 'spatial' (sFID).
-      recipe: what made the moments where the file does not say so; the published files do not.
+      recipe: what made the moments, where the file does not say; the published files do not.
 
     Returns:
       The moments, or None where the file holds images alone.
@@ -38,7 +40,10 @@ def read_moments(path: pathlib.Path, tap: str, recipe: Recipe = ADM_RECIPE) -> S
       ValueError: unknown tap, or moments that do not belong together or are not finite.
     """
     if tap not in MOMENTS:
-        raise ValueError(f"a reference stores the taps {sorted(MOMENTS)}, got {tap!r}")
+        raise ValueError(
+            f"a reference stores the taps {', '.join(sorted(MOMENTS))}; got {tap!r}; choose one of "
+            "these"
+        )
     members = MOMENTS[tap]
     resolution = adm_npz.open_archive(path).shape[1]
     with adm_npz.as_one_line(path), np.load(path) as archive:

@@ -1,4 +1,6 @@
-"""Every metric that compares two sets of features, and how many images each one needs."""
+"""Every metric that compares two sets of features, and the number of images that it needs."""
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -9,7 +11,7 @@ from dinosae_jax.eval.features import FeatureNetwork, FeatureSet
 from dinosae_jax.eval.recipe import check_comparable
 from dinosae_jax.eval.results import Result
 
-# Of the generated images, and of those of the reference whose features are known.
+# Fewest generated images, and fewest reference images whose features are known.
 SMALLEST = {
     "frechet": (2, 2),
     "interpolated_frechet": (2, 2),
@@ -37,7 +39,7 @@ class Reference:
 def check_counts(
     metrics: Collection[str], generated: int, reference: int | None, subset_size: int
 ) -> None:
-    """Holds, before anything is computed, that there are enough images for each metric.
+    """Raises ValueError, before anything is computed, if a metric needs more images.
 
     Args:
       metrics: the metrics wanted.
@@ -86,11 +88,11 @@ def distance(
     subset_size: int = kernel_distance.SUBSET_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
-    """The numbers of one metric: one, or two for Precision/Recall and Inception Score.
+    """The results of one metric: two for Precision/Recall and Inception Score, else one.
 
     Args:
       metric: a key of `network.metrics`.
-      network: that made both sets.
+      network: the network that made both sets.
       generated: the measured images.
       reference: what they are compared with; None where Inception Score is all.
       prefix: before the names of Frechet and kernel distance: 'r', 'g' or nothing.
@@ -98,7 +100,7 @@ def distance(
       progress: of Precision/Recall, called as progress(blocks done, blocks in all).
 
     Raises:
-      ValueError: for features that cannot be compared, too few of them, or not finite ones.
+      ValueError: for features that cannot be compared, are too few or are not finite.
     """
     name, tap = network.metrics[metric]
     made = generated.moments[tap]

@@ -1,10 +1,12 @@
 """Features of images by a frozen network: on all devices, with statistics that merge.
 
-A `FeatureNetwork` says what it is; a `Collector` gathers the features of one set of images, batch
-by batch. What comes out does not depend on the size of the batches, on the devices or on the order
-of hosts: every row carries its image's global index, rows without an image are dropped, and
+A `FeatureNetwork` describes the network; a `Collector` gathers the features of one set of images,
+batch by batch. The result does not depend on the size of the batches, on the devices or on the
+order of hosts: every row has its image's global index, rows without an image are dropped, and
 moments are summed in float64 over blocks of fixed length.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -27,7 +29,7 @@ from dinosae_jax.models.inception import InceptionFID
 from dinosae_jax.runtime import sharding
 
 Tree = Any
-Batch = dict[str, np.ndarray]  # image uint8 [b,h,w,3], index [b], mask bool [b]
+Batch = dict[str, np.ndarray]  # image uint8 [b, h, w, 3], index [b], mask bool [b]
 
 BLOCK = 1000  # rows whose moments are computed at once
 PIPELINES: dict[names.InceptionResize, str] = {
@@ -44,13 +46,13 @@ class FeatureNetwork:
     """A frozen network that turns images into features.
 
     Attributes:
-      name: stands in every recipe.
+      name: the name in every recipe.
       sha256: of its weights.
       resize: as of `Recipe.resize`.
-      metrics: metric -> (name beside the number, tap it is computed from); a metric that the
-        network cannot give is not there.
+      metrics: metric -> (name in the results, tap it is computed from), without the metrics that
+        the network cannot give.
       variables: of the network, a copy on every device.
-      apply: (variables, uint8 [b,h,w,3]) -> {tap: float32 [b,d]}.
+      apply: (variables, uint8 [b, h, w, 3]) -> {tap: float32 [b, d]}.
     """
 
     name: str
@@ -65,7 +67,7 @@ class FeatureNetwork:
         return Recipe(self.name, tap, self.resize, network_sha256=self.sha256, **about)
 
     def __call__(self, images: jax.Array, taps: tuple[str, ...]) -> dict[str, jax.Array]:
-        """Features {tap: float32 [b,d]} of images uint8 [b,h,w,3], spread as the images are."""
+        """Features {tap: float32 [b, d]} of images uint8 [b, h, w, 3], spread as the images are."""
         return _compiled(self.apply, taps)(self.variables, images)
 
 
@@ -87,7 +89,10 @@ def inception(
       ValueError: unknown resize.
     """
     if resize not in PIPELINES:
-        raise ValueError(f"Inception's resize is one of {', '.join(PIPELINES)}; got {resize!r}")
+        raise ValueError(
+            f"Inception's resize is one of {', '.join(PIPELINES)}; got {resize!r}; choose one of "
+            "these"
+        )
     network = InceptionFID(PIPELINES[resize])
 
     def apply(variables: Tree, images: jax.Array) -> dict[str, jax.Array]:
@@ -142,7 +147,7 @@ def encoder(
     nothing but distances by the same weights.
 
     Args:
-      modules: stem and ViT are used.
+      modules: the autoencoder's; its stem and ViT are used.
       variables: roles stem and vit.
       sha256: of these weights.
       mesh: where the variables are copied to; the first device where it is None.
@@ -179,7 +184,7 @@ class FeatureSet:
     """The features of one set of images.
 
     Attributes:
-      features: tap -> float32 [m,d], the rows that were kept, by rising index.
+      features: tap -> float32 [m, d], the rows that were kept, by rising index.
       index: int64 [m], the global index of each row.
       moments: tap -> moments of all rows, with the recipe.
     """
@@ -199,7 +204,7 @@ class Collector:
 
         Args:
           recipes: tap -> recipe; the taps that are gathered.
-          keep: global indices of the rows whose features are kept; all where it is None.
+          keep: global indices of the rows whose features are kept; None keeps all.
         """
         self.taps = tuple(recipes)
         self._recipes = dict(recipes)
@@ -213,9 +218,9 @@ class Collector:
         """Takes one batch.
 
         Args:
-          features: tap -> [b,d].
+          features: tap -> [b, d].
           index: [b], global indices of the images.
-          mask: [b], False for rows that fill the batch up.
+          mask: [b], False for rows that only fill the batch.
 
         Raises:
           ValueError: a feature that is not finite.
@@ -230,10 +235,10 @@ class Collector:
             self._reduce(tap, BLOCK)
 
     def finish(self) -> FeatureSet:
-        """The set.
+        """The features of all batches.
 
         Raises:
-          ValueError: no rows at all, or a feature that is not finite.
+          ValueError: no rows, or a feature that is not finite.
         """
         for tap in self._recipes:
             self._reduce(tap, 1)
@@ -265,10 +270,10 @@ def extract(
     Args:
       network: the feature network.
       batches: image, index and mask, spread over the devices (`place`).
-      collector: says which taps.
+      collector: a collector of the taps that are wanted.
 
     Returns:
-      The features, on every process those of all.
+      The features of all processes' images, on every process.
 
     Raises:
       ValueError: a feature that is not finite, or no images.
@@ -276,20 +281,20 @@ def extract(
     taps = collector.taps
     running = ({**batch, "taps": network(batch["image"], taps)} for batch in batches)
     for done in batching.one_behind(running):
-        found = {tap: sharding.gather(rows) for tap, rows in done["taps"].items()}
-        collector.add(found, sharding.gather(done["index"]), sharding.gather(done["mask"]))
+        features = {tap: sharding.gather(rows) for tap, rows in done["taps"].items()}
+        collector.add(features, sharding.gather(done["index"]), sharding.gather(done["mask"]))
     return collector.finish()
 
 
 def place(batches: Iterable[Batch], mesh: jax.sharding.Mesh) -> Iterator[dict[str, jax.Array]]:
-    """Moves this process's rows of global batches onto its devices.
+    """Moves this process's rows of global batches to its devices.
 
     Args:
       batches: image, index and mask; the size of a global batch is a multiple of the devices.
       mesh: the devices.
 
     Yields:
-      The same fields, indices as the int32 that devices count in.
+      The same fields, indices as int32.
     """
     for batch in batches:
         index = batch["index"].astype(np.int32)
@@ -298,7 +303,7 @@ def place(batches: Iterable[Batch], mesh: jax.sharding.Mesh) -> Iterator[dict[st
 
 
 def archive_batches(archive: Archive, batch_size: int, rows: NDArray[np.int64]) -> Iterator[Batch]:
-    """Rows of the batches of an .npz in its order, the last batch filled with black."""
+    """Rows of the batches of an .npz in its order, the last batch padded with black images."""
     for number, images in enumerate(archive.batches(batch_size)):
         filled = np.zeros((batch_size, *images.shape[1:]), np.uint8)
         filled[: len(images)] = images
@@ -310,8 +315,8 @@ def archive_batches(archive: Archive, batch_size: int, rows: NDArray[np.int64]) 
 @functools.lru_cache
 def _compiled(apply: Callable[..., Any], taps: tuple[str, ...]) -> Callable[..., Any]:
     def chosen(variables: Tree, images: jax.Array) -> dict[str, jax.Array]:
-        found = apply(variables, images)
-        return {tap: found[tap].astype(jnp.float32) for tap in taps}
+        features = apply(variables, images)
+        return {tap: features[tap].astype(jnp.float32) for tap in taps}
 
     return jax.jit(chosen)
 

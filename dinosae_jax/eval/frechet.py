@@ -1,9 +1,11 @@
 """Frechet distance between two sets of features, each taken as a Gaussian, in float64.
 
-FID is this distance on Inception's pool3 features, sFID on its 2023 spatial ones; in any other
-feature space it goes by another name. Statistics merge, so that hosts and batches can each bring
-their own.
+FID is this distance on Inception's pool3 features, sFID on its 2023 spatial features; in any other
+feature space it has another name. Statistics merge, so that each host and each batch can have its
+own.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import pathlib
@@ -24,7 +26,7 @@ class Statistics:
     Attributes:
       count: number n of samples.
       mean: [d] float64.
-      scatter: [d,d] float64, the sum of (x - mean)(x - mean)^T.
+      scatter: [d, d] float64, the sum of (x - mean)(x - mean)^T.
       recipe: what made the features.
     """
 
@@ -40,10 +42,10 @@ class Statistics:
 
 
 def statistics(features: ArrayLike, recipe: Recipe) -> Statistics:
-    """Moments of features [n,d] in float64; one row is enough for a part that will be merged.
+    """Moments of features [n, d] in float64; one row is enough for a part that will be merged.
 
     Raises:
-      ValueError: not [n,d], empty, or not finite.
+      ValueError: not [n, d], empty, or not finite.
     """
     array = check_features(features, 1, "Frechet distance").astype(np.float64)
     mean = array.mean(axis=0)
@@ -68,14 +70,14 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
-    """|mean difference|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) from moments.
+    """Frechet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) from moments.
 
     The root's trace is the sum of the root eigenvalues of H S2 H with H = S1^(1/2), which stays
     symmetric: real, and exact to rounding where the general matrix root is not.
 
     Args:
-      first: of at least 2 samples.
-      second: of at least 2 samples.
+      first: moments of at least 2 samples.
+      second: moments of at least 2 samples.
 
     Returns:
       The distance. With fewer samples than dimensions it may be negative by 1e-6 near zero.
@@ -86,8 +88,8 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     check_comparable(first.recipe, second.recipe)
     if first.mean.shape != second.mean.shape:
         raise ValueError(
-            "Frechet distance needs features of one dimension, "
-            f"got {first.mean.shape[0]} and {second.mean.shape[0]}: use one tap for both"
+            "Frechet distance needs features of one dimension; "
+            f"got {first.mean.shape[0]} and {second.mean.shape[0]}; use one tap for both"
         )
     for side in (first, second):
         _check_count(side.count, len(side.mean))
@@ -106,8 +108,8 @@ def frechet_distance_of_few(first: ArrayLike, second: ArrayLike) -> float:
     by sqrt(n - 1); no covariance is formed. Cost grows with n1 n2 d + n1 n2 min(n1, n2).
 
     Args:
-      first: [n1,d], n1 at least 2.
-      second: [n2,d], n2 at least 2.
+      first: [n1, d], n1 at least 2.
+      second: [n2, d], n2 at least 2.
 
     Raises:
       ValueError: layout, number, dimensions or finiteness of the features.
@@ -143,8 +145,9 @@ def read_statistics(path: pathlib.Path) -> Statistics:
         missing = {"mean", "scatter", "count", "recipe"} - set(archive.files)
         if missing:
             raise ValueError(
-                f"{path} must hold mean, scatter, count and recipe, it lacks {sorted(missing)}: "
-                "write it with write_statistics, or read it with adm_moments if it is a reference"
+                "a file of moments holds mean, scatter, count and recipe; got "
+                f"{path} without {', '.join(sorted(missing))}; write it with write_statistics, or "
+                "read it with adm_moments if it is a reference"
             )
         recipe = Recipe.from_json(str(archive["recipe"]))
         mean, scatter = (np.asarray(archive[name], np.float64) for name in ("mean", "scatter"))
@@ -153,23 +156,19 @@ def read_statistics(path: pathlib.Path) -> Statistics:
 
 
 def check_moments(path: pathlib.Path, mean: Float64, scatter: Float64) -> None:
-    """Holds that a mean and a scatter or covariance of a file belong together.
-
-    Raises:
-      ValueError: other shapes than [d] and [d,d], or a NaN or infinity.
-    """
+    """Raises ValueError unless mean [d] and scatter or covariance [d, d] fit and are finite."""
     if mean.ndim != 1 or scatter.shape != (len(mean), len(mean)):
         raise ValueError(
-            f"{path} must hold a mean [d] and moments [d,d], "
-            f"got {list(mean.shape)} and {list(scatter.shape)}: the file is damaged"
+            f"{path} must hold a mean [d] and moments [d, d]; got {list(mean.shape)} and "
+            f"{list(scatter.shape)}; the file is damaged, make it again"
         )
     if not (np.isfinite(mean).all() and np.isfinite(scatter).all()):
-        raise ValueError(f"{path} must hold finite moments, got NaN or infinity: make it again")
+        raise ValueError(f"{path} must hold finite moments; got NaN or infinity; make it again")
 
 
 def _check_count(count: int, dimensions: int) -> None:
     if count < 2:
-        raise ValueError(f"Frechet distance needs at least 2 samples, got {count}: make more")
+        raise ValueError(f"Frechet distance needs at least 2 samples; got {count}; make more")
     if count <= dimensions:
         warnings.warn(
             f"Frechet distance of {count} samples in {dimensions} dimensions has a large bias; "

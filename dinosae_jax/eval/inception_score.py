@@ -1,5 +1,7 @@
 """Inception Score by two recipes; both take Inception's 1008 logits *without* their bias."""
 
+from __future__ import annotations
+
 import warnings
 
 import numpy as np
@@ -18,8 +20,8 @@ def inception_score_adm(logits: ArrayLike, split_size: int = ADM_SPLIT_SIZE) -> 
     ADM computes in float32, this in float64; they agree to 1e-6.
 
     Args:
-      logits: [n,1008], in the order of the archive. Sorted by class they give a number without
-        meaning, because each split then holds few classes: warned about.
+      logits: [n, 1008], in the order of the archive. If they are sorted by class the score is
+        meaningless, because each split then holds few classes, and a warning says so.
       split_size: images in a split.
 
     Returns:
@@ -31,8 +33,8 @@ def inception_score_adm(logits: ArrayLike, split_size: int = ADM_SPLIT_SIZE) -> 
     array = check_features(logits, 2, "Inception Score")
     if len(array) > split_size and looks_sorted_by_class(array):
         warnings.warn(
-            "Inception Score (ADM) of a batch that is sorted by class is meaningless, neighbours "
-            "share their class here: shuffle the archive or use the torch-fidelity recipe",
+            "Inception Score (ADM) is meaningless for samples sorted by class; got neighbours of "
+            "one class; shuffle the archive or use the torch-fidelity recipe",
             stacklevel=2,
         )
     starts = range(0, len(array), split_size)
@@ -45,9 +47,9 @@ def inception_score_torch_fidelity(
     """Inception Score as in torch-fidelity: shuffled by seed 2020, in 10 equal splits.
 
     Args:
-      logits: [n,1008].
+      logits: [n, 1008].
       splits: number of splits, at most n.
-      shuffle: permute first with NumPy's legacy generator at seed 2020.
+      shuffle: whether to permute first, with NumPy's legacy generator at seed 2020.
 
     Returns:
       Mean and population standard deviation over the splits.

@@ -1,9 +1,11 @@
 """Nearest neighbours among latents, for the interpolated Frechet distance.
 
-Each image's latent is moved half way to that of its nearest neighbour and decoded; the distance of
-these pictures to the images says whether the decoder knows what lies between its latents, where a
-flow's samples end up. The reconstruction distance does not: it sees the latents of images alone.
+Each image's latent is moved half way to that of its nearest neighbour and decoded. The distance of
+these images to real images measures how well the decoder handles points between latents of
+images, where a flow's samples lie; the distance of reconstructions does not measure that.
 """
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,10 @@ BLOCK = (2048, 8192)  # rows and columns of distances in memory at a time: 64 Mi
 
 
 def nearest_neighbours(features: ArrayLike, block: tuple[int, int] = BLOCK) -> NDArray[np.int64]:
-    """The row nearest to each row, itself left out; of equally near ones the first.
+    """Index of the row nearest to each row other than itself; the first of equally near rows.
 
     Args:
-      features: [n,d], n at least 2.
+      features: [n, d], n at least 2.
       block: rows and columns of distances in memory at a time.
 
     Returns:
@@ -31,7 +33,7 @@ def nearest_neighbours(features: ArrayLike, block: tuple[int, int] = BLOCK) -> N
     array = check_features(features, 2, "the nearest neighbour").astype(np.float32, copy=False)
     array = array - array.mean(axis=0)  # distances stay, their float32 rounding gets smaller
     count = len(array)
-    found = np.zeros(count, np.int64)
+    neighbours = np.zeros(count, np.int64)
     for top in range(0, count, block[0]):
         rows = np.arange(top, min(top + block[0], count))
         best = np.full(len(rows), np.inf, np.float32)
@@ -41,9 +43,9 @@ def nearest_neighbours(features: ArrayLike, block: tuple[int, int] = BLOCK) -> N
                 np.asarray, _nearest(array[rows], array[columns], rows, columns)
             )
             closer = distance < best
-            found[rows[closer]] = columns[nearest[closer]]
+            neighbours[rows[closer]] = columns[nearest[closer]]
             best = np.minimum(best, distance)
-    return found
+    return neighbours
 
 
 @jax.jit

@@ -1,5 +1,7 @@
 """Kernel distance (KID): unbiased squared MMD with a cubic kernel, and its spread over subsets."""
 
+from __future__ import annotations
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -18,9 +20,9 @@ def kernel_distance(
     samples, so it may be negative.
 
     Args:
-      first: [n1,d].
-      second: [n2,d].
-      subsets: how many pairs of subsets to draw.
+      first: [n1, d].
+      second: [n2, d].
+      subsets: number of pairs of subsets.
       subset_size: samples in a subset, 2 to min(n1, n2).
 
     Returns:
@@ -32,7 +34,7 @@ def kernel_distance(
     """
     if subset_size < 2:
         raise ValueError(
-            f"KID averages over pairs, so a subset holds at least 2 samples, got {subset_size}: "
+            f"KID averages over pairs, so a subset holds at least 2 samples; got {subset_size}; "
             f"{SUBSET_SIZE} is the usual size"
         )
     x, y = check_pair(first, second, subset_size, "KID")
@@ -45,7 +47,7 @@ def kernel_distance(
 
 
 def squared_mmd(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
-    """The unbiased squared maximum mean discrepancy of features [n,d] and [m,d], cubic kernel."""
+    """The unbiased squared maximum mean discrepancy of features [n, d] and [m, d], cubic kernel."""
     u, v = x.astype(np.float64), y.astype(np.float64)
     within = _mean_off_diagonal(_kernel(u, u)) + _mean_off_diagonal(_kernel(v, v))
     return float(within - 2.0 * np.mean(_kernel(u, v)))

@@ -1,9 +1,11 @@
-"""Improved precision and recall (k nearest neighbours) in memory that does not grow with n^2.
+"""Improved precision and recall (arXiv 1904.06991) in memory that does not grow with n^2.
 
 A point's ball reaches to its k-th nearest other point of its own set. Precision is the fraction of
 generated points inside a ball of the reference, recall the fraction of reference points inside a
-ball of the generated set. The balls depend on the counts, so numbers compare at equal counts only.
+ball of the generated set. The balls depend on the counts, so values compare only at equal counts.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -32,12 +34,12 @@ def precision_recall(
     """Precision and recall with k = 3 and distances in float32 (ADM's own are float16).
 
     Args:
-      reference: [n,d], real images.
-      generated: [m,d], samples.
-      protocol: 'adm' asks for 10,000 reference and 50,000 generated images, in which recall's
-        balls are smaller than precision's; 'plain' takes any counts, commonly equal ones.
+      reference: [n, d], real images.
+      generated: [m, d], samples.
+      protocol: 'adm' requires 10,000 reference and 50,000 generated images, so that recall's
+        balls are smaller than precision's; 'plain' takes any counts, commonly equal.
       progress: called as progress(blocks done, blocks in all).
-      block: rows and columns of distances that are in memory at a time.
+      block: rows and columns of distances in memory at a time.
 
     Returns:
       (precision, recall).
@@ -51,12 +53,13 @@ def precision_recall(
     counts = (len(sets[0]), len(sets[1]))
     if protocol not in ("plain", "adm"):
         raise ValueError(
-            f"precision and recall protocol must be 'plain' or 'adm', got {protocol!r}"
+            f"precision and recall protocol must be 'plain' or 'adm'; got {protocol!r}; choose "
+            "one of them"
         )
     if protocol == "adm" and counts != ADM_COUNTS:
         raise ValueError(
-            "ADM's precision and recall needs 10000 reference and 50000 generated images, "
-            f"got {counts[0]} and {counts[1]}: use the 'plain' protocol or make as many"
+            "ADM's precision and recall needs 10000 reference and 50000 generated images; "
+            f"got {counts[0]} and {counts[1]}; use the 'plain' protocol or make as many"
         )
     centre = sets[0].mean(axis=0)  # distances do not change, float32 rounding gets smaller
     real, fake = (side - centre for side in sets)
@@ -80,7 +83,7 @@ def precision_recall(
 def squared_radii(
     features: Float32, block: int = BLOCK, tick: Callable[[], None] = lambda: None
 ) -> Float32:
-    """Squared distance [n] of each row of features [n,d] to its 3rd nearest other row.
+    """Squared distance [n] of each row of features [n, d] to its 3rd nearest other row.
 
     Distances are symmetric, so each block is computed once and read both ways.
     """
@@ -89,8 +92,8 @@ def squared_radii(
     for i, rows in enumerate(parts):
         for j, columns in enumerate(parts[i:], i):
             distances = _distances(features, features, rows, columns, block)
-            nearest[i] = _nearest(distances, nearest[i])  # a row itself is there, at distance 0
-            if j > i:  # then the block's rows are all real, padding is among the columns alone
+            nearest[i] = _nearest(distances, nearest[i])  # includes the row itself, at distance 0
+            if j > i:  # then the block's rows are all real, only columns are padded
                 nearest[j] = _nearest(distances.T, nearest[j])
             tick()
     radii = np.concatenate([np.asarray(rows)[:, NEIGHBOURS] for rows in nearest])
@@ -104,7 +107,7 @@ def _slices(count: int, block: int) -> list[slice]:
 def _distances(
     first: Float32, second: Float32, rows: slice, columns: slice, block: int
 ) -> jax.Array:
-    """Squared distances [block,block] of some rows to others; padded columns are infinitely far."""
+    """Squared distances [block, block] of rows to columns; padded columns are infinitely far."""
     u, v = _padded(first[rows], block, 0.0), _padded(second[columns], block, 0.0)
     return _squared_distances(u, v, columns.stop - columns.start)
 

@@ -1,8 +1,10 @@
 """Linear probe in DINOv3's protocol: a grid of learning rates trained at once on frozen features.
 
-Thirteen linear heads see the same batches, one for each rate. The sum of their losses has one
-gradient for each head alone, so one pass over the data does the work of thirteen.
+Thirteen linear heads, one per rate, see the same batches. The gradient of the sum of their losses
+separates by head, so one pass over the data trains all thirteen.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -19,9 +21,9 @@ MOMENTUM = 0.9
 INIT_DEVIATION = 0.01
 STEPS = 12_500  # 10 "epochs" of 1250
 
-Heads = dict[str, jax.Array]  # kernel [r,d,k], bias [r,k]
+Heads = dict[str, jax.Array]  # kernel [r, d, k], bias [r, k]
 Array = jax.Array | np.ndarray
-Batches = Iterable[tuple[Array, Array]]  # features [b,d] float32, labels [b] int32
+Batches = Iterable[tuple[Array, Array]]  # features [b, d] float32, labels [b] int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,9 @@ class Accuracy:
 
 
 def probe_features(cls_token: jax.Array, patch_tokens: jax.Array) -> jax.Array:
-    """The probe's features: class token [b,d] beside the mean patch token of [b,n,d]: [b,2d].
+    """The probe's features [b, 2d]: class token [b, d], then the mean of patch tokens [b, n, d].
 
-    Tokens are those after the last block's final norm; storage tokens take no part.
+    Tokens are those after the final norm; storage tokens are not used.
     """
     mean = jnp.mean(patch_tokens.astype(jnp.float32), axis=1)
     return jnp.concatenate([cls_token.astype(jnp.float32), mean], axis=-1)
@@ -64,7 +66,7 @@ def train_probe(heads: Heads, batches: Batches, batch_size: int, steps: int = ST
 
     Args:
       heads: from `init_heads`, one for each of `LEARNING_RATES`; its buffers are donated.
-      batches: at least `steps` pairs of features [batch_size,d] and labels [batch_size].
+      batches: at least `steps` pairs of features [batch_size, d] and labels [batch_size].
       batch_size: scales the rates by batch_size / 256.
       steps: number of updates.
 
@@ -75,7 +77,7 @@ def train_probe(heads: Heads, batches: Batches, batch_size: int, steps: int = ST
       ValueError: steps below 1, or batches that run out.
     """
     if steps < 1:
-        raise ValueError(f"a probe needs at least 1 step, got {steps}")
+        raise ValueError(f"a probe needs at least 1 step; got {steps}; raise it")
     velocity = jax.tree.map(jnp.zeros_like, heads)
     taken = 0
     for step, (features, labels) in zip(range(steps), batches, strict=False):
@@ -84,7 +86,7 @@ def train_probe(heads: Heads, batches: Batches, batch_size: int, steps: int = ST
         taken = step + 1
     if taken < steps:
         raise ValueError(
-            f"a probe of {steps} steps needs as many batches, got {taken}: repeat them"
+            f"a probe of {steps} steps needs as many batches; got {taken}; repeat them"
         )
     return heads
 
@@ -102,12 +104,12 @@ def evaluate_probe(heads: Heads, batches: Batches) -> Accuracy:
         top1, top5 = top1 + np.asarray(correct1), top5 + np.asarray(correct5)
         count += len(labels)
     if not count:
-        raise ValueError("a probe is evaluated on at least 1 image, got 0: pass held-out batches")
+        raise ValueError("a probe is evaluated on at least 1 image; got 0; pass held-out batches")
     return Accuracy(top1 / count, top5 / count, count)
 
 
 def logits(heads: Heads, features: jax.Array) -> jax.Array:
-    """Logits [r,b,k] of features [b,d] for every head."""
+    """Logits [r, b, k] of features [b, d] for every head."""
     product = jnp.einsum("bd,rdk->rbk", features.astype(jnp.float32), heads["kernel"])
     return product + heads["bias"][:, None]
 

@@ -1,4 +1,6 @@
-"""What made a set of features: it is stored beside the numbers, and mixed recipes are refused."""
+"""What made a set of features: stored with every result, and compared before two sets are."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -6,14 +8,14 @@ import json
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Two sets of features are comparable where these agree. The others say what was measured: a
-# reference is 8-bit before anyone converts it, and has a count and labels of its own.
+# Two sets of features are comparable where these fields agree. The other fields say what was
+# measured: a reference is 8-bit from the start, and has its own count and labels.
 COMPARED = ("network", "network_sha256", "tap", "resize", "resolution")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How features came about; the empty string and 0 mean that it is not known.
+    """How features were made; the empty string and 0 mean "not known".
 
     Attributes:
       network: feature network: 'inception_fid', 'efficientnet_lite0' or 'dinosae-encoder'.
@@ -44,11 +46,11 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> "Recipe":
+    def from_json(cls, text: str) -> Recipe:
         """The recipe that `to_json` wrote.
 
         Raises:
-          ValueError: text that it did not write.
+          ValueError: for any other text.
         """
         try:
             return cls(**json.loads(text))
@@ -60,38 +62,35 @@ class Recipe:
 
 
 def check_comparable(first: Recipe, second: Recipe) -> None:
-    """Holds that numbers made by two recipes may be compared.
-
-    Raises:
-      ValueError: a field of `COMPARED` is known on both sides and differs.
-    """
+    """Raises ValueError if a field of `COMPARED` is known in both recipes and differs."""
     for name in COMPARED:
         here, there = getattr(first, name), getattr(second, name)
         if here and there and here != there:
             raise ValueError(
-                "features can only be compared when one recipe made both, got "
-                f"{name} {here!r} and {there!r}: compute one side again with the other's recipe"
+                "features can only be compared when one recipe made both; got "
+                f"{name} {here!r} and {there!r}; compute one side again with the other's recipe"
             )
 
 
 def check_features(features: ArrayLike, fewest: int, metric: str) -> NDArray[np.floating]:
-    """Returns features as an array [n,d] after holding its layout, number and finiteness.
+    """Returns features as an array [n, d], checked for layout, number and finiteness.
 
     Raises:
-      ValueError: not [n,d], fewer than `fewest` rows, or a NaN or infinity.
+      ValueError: not [n, d], fewer than `fewest` rows, or a NaN or infinity.
     """
     array = np.asarray(features)
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
-            f"{metric} needs floating point features [n,d], got {array.dtype} {list(array.shape)}"
+            f"{metric} needs floating point features [n, d]; got {array.dtype} "
+            f"{list(array.shape)}; convert or reshape them"
         )
     if len(array) < fewest:
-        raise ValueError(f"{metric} needs at least {fewest} samples, got {len(array)}: make more")
+        raise ValueError(f"{metric} needs at least {fewest} samples; got {len(array)}; make more")
     finite = np.isfinite(array.sum(axis=1, dtype=np.float64))
     if not finite.all():
         raise ValueError(
-            f"{metric} needs finite features, got NaN or infinity in {np.sum(~finite)} of "
-            f"{len(array)} rows (first: {np.argmin(finite)}): check those images and the weights"
+            f"{metric} needs finite features; got NaN or infinity in {np.sum(~finite)} of "
+            f"{len(array)} rows (first: {np.argmin(finite)}); check those images and the weights"
         )
     return array
 
@@ -99,7 +98,7 @@ def check_features(features: ArrayLike, fewest: int, metric: str) -> NDArray[np.
 def check_pair(
     first: ArrayLike, second: ArrayLike, fewest: int, metric: str
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Returns two sets of features as arrays [n,d] and [m,d] after `check_features` of each.
+    """Returns two sets of features as arrays [n, d] and [m, d] after `check_features` of each.
 
     Raises:
       ValueError: as `check_features`, or sets of different dimensions.
@@ -107,7 +106,7 @@ def check_pair(
     x, y = (check_features(side, fewest, metric) for side in (first, second))
     if x.shape[1] != y.shape[1]:
         raise ValueError(
-            f"{metric} needs features of one dimension, "
-            f"got {x.shape[1]} and {y.shape[1]}: use one tap for both"
+            f"{metric} needs features of one dimension; "
+            f"got {x.shape[1]} and {y.shape[1]}; use one tap for both"
         )
     return x, y

@@ -1,4 +1,6 @@
-"""What an evaluation says: each number with the recipe that made it, as JSON and as a table row."""
+"""Results of an evaluation: each value with the recipe that made it, as JSON and as a table row."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -24,13 +26,13 @@ FEWEST_DIGITS = 3  # of every other metric, more where it is small
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One number.
+    """The value of one metric.
 
     Attributes:
       metric: its name, e.g. 'rFID', 'PSNR', 'gFD encoder'.
       value: finite.
       count: number of images it was measured on.
-      recipe: how: features, resize, 8-bit conversion, convention.
+      recipe: how it was measured: features, resize, 8-bit conversion, convention.
       spread: its standard deviation over splits or subsets, where the metric has one.
       reference: what it was compared with, in words.
       reference_hash: of the reference's file, or the fingerprint of the data set.
@@ -51,20 +53,21 @@ def write(folder: pathlib.Path, about: Mapping[str, Any], results: Sequence[Resu
     """Writes results.json and results.md.
 
     Args:
-      folder: where to.
-      about: what all numbers share: model, checkpoint_step, sampler, steps, dtype, config_sha256.
-      results: the numbers.
+      folder: where the files go.
+      about: what all results share: model, checkpoint_step, sampler, steps, dtype, config_sha256.
+      results: the results.
 
     Returns:
       The table of results.md.
 
     Raises:
-      ValueError: a number that is not finite.
+      ValueError: a value that is not finite.
     """
     wrong = [result.metric for result in results if not math.isfinite(result.value)]
     if wrong:
         raise ValueError(
-            f"results must be finite; got {', '.join(wrong)} that are not; check weights and images"
+            f"results must be finite; got NaN or infinity for {', '.join(wrong)}; check weights "
+            "and images"
         )
     rows = [dataclasses.asdict(result) for result in results]
     content = json.dumps({**about, "results": rows}, indent=2, sort_keys=True)
@@ -75,7 +78,7 @@ def write(folder: pathlib.Path, about: Mapping[str, Any], results: Sequence[Resu
 
 
 def table(about: Mapping[str, Any], results: Sequence[Result]) -> str:
-    """A markdown table of one row: what was measured, on how many images, and every number."""
+    """A markdown table of one row: what was measured, on how many images, and every value."""
     sampler = f"{about['sampler']} {about['steps']}" if about.get("sampler") else "-"
     cells = {
         "model": about.get("model") or "-",
@@ -90,7 +93,7 @@ def table(about: Mapping[str, Any], results: Sequence[Result]) -> str:
 
 
 def shown(result: Result) -> str:
-    """The number as papers print it, with its spread."""
+    """The value as papers print it, with its spread."""
     small = 0 < abs(result.value) < 0.1
     digits = FEWEST_DIGITS + (2 if small else 0)
     for name, theirs in DIGITS.items():

@@ -1,9 +1,11 @@
-"""How well a decoder reads tokens that point elsewhere: PSNR over the angle of a random turn.
+"""How well a decoder handles tokens of another direction: PSNR over the angle of a rotation.
 
-A flow's samples miss the latents of real images by some angle, not by some length (the decode
-radius restores that). So the noise a decoder is trained with is judged by turning every token of
-an image by one angle, each in a random direction, and measuring what the decoder makes of it.
+A flow's samples differ from latents of images by an angle, not by a length (the decode radius
+restores that). So the noise that a decoder was trained with is judged by rotating every token of an
+image by one angle, each in a random direction, and measuring the decoded image.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -28,10 +30,10 @@ def turned_psnr(
     """PSNR of each image decoded from tokens that are turned by an angle; norms are kept.
 
     Args:
-      decode: [b,n,d] float32 -> [b,h,w,3]; clipped to [0,1] here.
-      keys: [b], one a image; the same keys turn in the same directions at every angle.
-      tokens: [b,n,d] float32, the latents of the images.
-      images: [b,h,w,3] float32 in [0,1].
+      decode: [b, n, d] float32 -> [b, h, w, 3]; clipped to [0, 1] here.
+      keys: [b], one per image; the same keys turn in the same directions at every angle.
+      tokens: [b, n, d] float32, the latents of the images.
+      images: [b, h, w, 3] float32 in [0, 1].
       degrees: scalar, 0 to 90.
 
     Returns:

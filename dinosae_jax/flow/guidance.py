@@ -1,9 +1,11 @@
 """Guidance: velocity functions for the samplers, combined from tangent vectors at the same point.
 
-A network is a function apply(x [b,n,d], t [b], labels [b] int32) -> velocity [b,n,d], with its
-parameters bound. Guided velocities hold where lo <= t <= hi and are the labelled network's own
-velocity elsewhere (the semantics of RAE's DiT^DH, reference/generation.md 2.6).
+A network is a function apply(x [b, n, d], t [b], labels [b] int32) -> velocity [b, n, d], with its
+parameters bound. Velocities are guided where lo <= t <= hi and are the labelled network's own
+elsewhere, as in `forward_with_cfg` and `forward_with_autoguidance` of RAE's DDT.py.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -19,7 +21,7 @@ Tangent = Callable[[Array, Array], Array]
 
 
 def conditional(apply: Network, labels: Array) -> Velocity:
-    """Return the unguided velocity (x, t scalar or [b]) -> [b,n,d] of `labels` [b]."""
+    """Returns the unguided velocity (x, t scalar or [b]) -> [b, n, d] of `labels` [b]."""
     return lambda x, t: apply(x, _per_example(t, x), labels).astype(x.dtype)
 
 
@@ -31,29 +33,29 @@ def classifier_free(
     interval: tuple[float, float] = (0.0, 1.0),
     tangent: Tangent = sphere.tangent,
 ) -> Velocity:
-    """Return u + scale (c - u) from one network call on 2b examples: c with labels, u without.
+    """Returns u + scale (c - u) from one network call on 2b examples: c with labels, u without.
 
     Args:
-        apply: the network.
-        labels: [b] int32.
-        null_label: the label that means "none"; None if the model was trained without one.
-        scale: 1 is no guidance.
-        interval: (lo, hi), the times that are guided, both ends included.
-        tangent: projection of a velocity at x; a Euclidean path passes its own.
+      apply: the network.
+      labels: [b] int32.
+      null_label: the label that means "none"; None if the model was trained without one.
+      scale: 1 is no guidance.
+      interval: (lo, hi), the times that are guided, both ends included.
+      tangent: projection of a velocity at x; a Euclidean path passes its own.
 
     Raises:
-        ValueError: without a null label, or for an interval that is not 0 <= lo <= hi <= 1.
+      ValueError: without a null label, or for an interval that is not 0 <= lo <= hi <= 1.
     """
     if null_label is None:
         raise ValueError(
-            f"classifier-free guidance needs a null label, got null_label=None with scale={scale}: "
-            "use a model trained with label dropout, or sample with scale 1"
+            "classifier-free guidance needs a null label; got null_label=None with "
+            f"scale={scale}; use a model trained with label dropout, or sample with scale 1"
         )
     _check_interval(interval)
 
     def velocity(x: Array, t: ArrayLike) -> Array:
         t = _per_example(t, x)
-        # pairs stay neighbours, so a batch that is sharded over devices is doubled in place
+        # Interleaved, so that a batch sharded over devices is doubled without moving data.
         pairs = jnp.stack([labels, jnp.full_like(labels, null_label)], axis=1).reshape(-1)
         both = apply(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2), pairs).astype(x.dtype)
         both = both.reshape(x.shape[0], 2, *x.shape[1:])
@@ -71,7 +73,7 @@ def autoguided(
     interval: tuple[float, float] = (0.0, 1.0),
     tangent: Tangent = sphere.tangent,
 ) -> Velocity:
-    """Return g + scale (m - g): m from the network, g from a weaker one on the same labels.
+    """Returns g + scale (m - g): m from the network, g from a weaker one on the same labels.
 
     Args and errors as in `classifier_free`.
     """
@@ -100,6 +102,6 @@ def _per_example(t: ArrayLike, x: Array) -> Array:
 def _check_interval(interval: tuple[float, float]) -> None:
     if not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(
-            f"a guidance interval is (lo, hi) with 0 <= lo <= hi <= 1, got {interval}: "
+            f"a guidance interval is (lo, hi) with 0 <= lo <= hi <= 1; got {interval}; "
             "(0, 1) guides everywhere"
         )

@@ -4,6 +4,8 @@ The geodesic path on the product of spheres and three Euclidean paths share one 
 the ablation changes the path and nothing else. Everything here is float32 (float64 if given).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from functools import partial
@@ -19,12 +21,12 @@ from dinosae_jax.flow import sphere
 
 
 class Path(NamedTuple):
-    """What a path from data to noise is made of; points are [b,n,d], times a scalar or [b]."""
+    """What a path from data to noise is made of; points are [b, n, d], times a scalar or [b]."""
 
     place: Callable[[Array], Array]
     """Latents -> points of the path's space, at least float32."""
     prior: Callable[[Array, tuple[int, int]], Array]
-    """(keys [b], (n,d)) -> noise [b,n,d]."""
+    """(keys [b], (n, d)) -> noise [b, n, d]."""
     interpolate: Callable[[Array, Array, ArrayLike], Array]
     """(x0, x1, t) -> x_t."""
     velocity: Callable[[Array, Array, ArrayLike], Array]
@@ -32,13 +34,13 @@ class Path(NamedTuple):
     tangent: Callable[[Array, Array], Array]
     """(x, v) -> the part of v that does not leave the space."""
     radius: float | None
-    """Of the sphere that the path runs on; None for Euclidean space."""
+    """Radius of the sphere that the path runs on; None for Euclidean space."""
     keeps_norms: bool
-    """Whether samples carry the latents' own norms; otherwise they are given the decode radius."""
+    """Whether samples have the latents' own norms; otherwise they are given the decode radius."""
 
 
 def make_path(name: str, radius: float) -> Path:
-    """Return the path 'geodesic' (sphere of `radius`) or a Euclidean one.
+    """Returns the path 'geodesic' (sphere of `radius`) or a Euclidean one.
 
     'linear' and 'trigonometric' run between latents as they are and noise, 'projected_linear' along
     the chord between latents on the sphere and noise. (A geodesic between latents that are not on
@@ -46,19 +48,19 @@ def make_path(name: str, radius: float) -> Path:
     `radius`: unit variance per element at the default radius sqrt(d).
 
     Raises:
-        ValueError: for an unknown name or a radius that is not positive.
+      ValueError: for an unknown name or a radius that is not positive.
     """
     if name not in PATHS:
-        raise ValueError(f"unknown path {name!r}: choose one of {', '.join(PATHS)}")
+        raise ValueError(f"a path is one of {', '.join(PATHS)}; got {name!r}; choose one of these")
     if not radius > 0:
         raise ValueError(
-            f"the flow radius must be positive, got {radius}: the default is sqrt(width)"
+            f"the flow radius must be positive; got {radius}; the default is sqrt(width)"
         )
     return PATHS[name](radius)
 
 
 def example_keys(key: Array, indices: Array) -> Array:
-    """Return one key per example from its index in the global batch, [b] int32 -> [b] keys."""
+    """Returns one key per example from its index in the global batch, [b] int32 -> [b] keys."""
     return jax.vmap(partial(jax.random.fold_in, key))(indices)
 
 
@@ -72,32 +74,33 @@ def loss(
     radial_weight: float = 0.0,
     jacobi: str | None = None,
 ) -> dict[str, Array]:
-    """Compare the tangent part of the predicted velocity with the path's; means over all elements.
+    """Compares the tangent part of the predicted velocity with the path's; means over all elements.
 
     The normal part of a prediction never moves a sample (the samplers project it away), so it
     costs nothing by itself. `radial_weight` 1 gives the squared error of the unprojected
     prediction; 0.1 is the value of the paper's second version (arXiv 2601.22904v2).
 
     Args:
-        predict: network velocity (x_t [b,n,d], t [b]) -> [b,n,d].
-        path: from `make_path`.
-        x0: data [b,n,d], already placed in the path's space.
-        x1: noise [b,n,d].
-        t: [b] in [0,1].
-        radial_weight: weight of the squared normal part; no effect on Euclidean paths.
-        jacobi: per-token weight for the sphere, W the angle from x0 to x1: 'noise' is
-            sinc^2((1-t) W) as published (RJF, arXiv 2602.10099), 'data' is sinc^2(t W), the
-            sensitivity of the end point that sampling runs to.
+      predict: network velocity (x_t [b, n, d], t [b]) -> [b, n, d].
+      path: from `make_path`.
+      x0: data [b, n, d], already placed in the path's space.
+      x1: noise [b, n, d].
+      t: [b] in [0, 1].
+      radial_weight: weight of the squared normal part; no effect on Euclidean paths.
+      jacobi: per-token weight for the sphere, W the angle from x0 to x1: 'noise' is
+        sinc^2((1-t) W) as published (RJF, arXiv 2602.10099), 'data' is sinc^2(t W), the
+        sensitivity of the end point that sampling runs to.
 
     Returns:
-        scalars: 'rfm' (the value to minimise), 'tangential' (after Jacobi weights), 'radial'.
+      scalars: 'rfm' (the value to minimise), 'tangential' (after Jacobi weights), 'radial'.
 
     Raises:
-        ValueError: for an unknown `jacobi`.
+      ValueError: for an unknown `jacobi`.
     """
     if jacobi is not None and jacobi not in JACOBI_PHASES:
         raise ValueError(
-            f"unknown Jacobi weighting {jacobi!r}: choose one of {', '.join(JACOBI_PHASES)} or None"
+            f"a Jacobi weighting is one of {', '.join(JACOBI_PHASES)}; got {jacobi!r}; choose one "
+            "of these, or None for no weighting"
         )
     x_t = path.interpolate(x0, x1, t)
     prediction = predict(x_t, t).astype(x_t.dtype)
@@ -131,7 +134,7 @@ def _geodesic(radius: float) -> Path:
 
 
 def _euclidean(radius: float, weights: Callable, rates: Callable) -> Path:
-    """Return the path a(t) x0 + b(t) x1: `weights` is t -> (a, b), `rates` their derivatives."""
+    """Returns the path a(t) x0 + b(t) x1: `weights` is t -> (a, b), `rates` their derivatives."""
 
     def mix(coefficients: Callable, x0: Array, x1: Array, t: ArrayLike) -> Array:
         a, b = coefficients(sphere.align(t, x0))
@@ -168,7 +171,7 @@ def _trigonometric(radius: float) -> Path:
 
 
 def _float(z: Array) -> Array:
-    """Raise 16-bit floats to float32; leave float32 and float64."""
+    """Raises 16-bit floats to float32; leave float32 and float64."""
     return z.astype(jnp.promote_types(z.dtype, jnp.float32))
 
 

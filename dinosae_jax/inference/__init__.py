@@ -1,1 +1,1 @@
-"""Trained networks at work: the public classes and their compiled programs."""
+"""Inference with trained networks: the public classes and their compiled programs."""

@@ -1,11 +1,11 @@
 """A trained or converted autoencoder as three functions on arrays.
 
     autoencoder = Autoencoder.load("runs/stage4")
-    z = autoencoder.encode(images)  # [b,h,w,3] in [0,1] -> [b,n,d]
+    z = autoencoder.encode(images)  # [b, h, w, 3] in [0, 1] -> [b, n, d]
     images = autoencoder.decode(z)
 
-Arrays of any length are cut into batches, the last one is filled up, and every batch is spread
-over the devices of the mesh. Each size of image is compiled once.
+Arrays of any length are cut into batches, the last batch is padded, and every batch is split over
+the devices of the mesh. Each size of image is compiled once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Tree = Any
 Floats = NDArray[np.float32]
 
 
-ROUNDING = 1e-4  # how far float arithmetic may leave [0,1]
-CONVERTED_TOKENS = 256  # of 256 x 256 pixels; converted weights do not state it
+ROUNDING = 1e-4  # tolerance around [0, 1] for float arithmetic
+CONVERTED_TOKENS = 256  # for 256 x 256 pixels; converted weights do not state it
 
 
 class Autoencoder:
@@ -42,9 +42,9 @@ class Autoencoder:
     Attributes:
       modules: the networks, static.
       variables: roles stem, vit and decoder, a copy on every device of `mesh`.
-      convention: of the latents.
-      notes: sentences that travel with the weights and belong beside every result.
-      mesh: the devices that a batch is spread over.
+      convention: the meaning of the latents.
+      notes: sentences stored with the weights, to be shown with every result.
+      mesh: the devices that a batch is split over.
       batch_size: images at once, over all devices.
     """
 
@@ -56,10 +56,10 @@ class Autoencoder:
         mesh: jax.sharding.Mesh | None = None,
         batch_size: int = 32,
     ):
-        """Puts the parts of a source of weights together; see `load` for the arguments.
+        """Builds the networks of a source of weights; see `load` for the arguments.
 
         Raises:
-          ValueError: as of `load`.
+          ValueError: see `load`.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size counts images, at least 1; got {batch_size}; raise it")
@@ -70,8 +70,8 @@ class Autoencoder:
         self.notes = list(source.notes)
         self.mesh = mesh or sharding.make_mesh()
         self.batch_size = batch_size
-        wanted = {role: source.variables[role] for role in AUTOENCODER_ROLES}
-        self.variables = sharding.replicate(wanted, self.mesh)
+        variables = {role: source.variables[role] for role in AUTOENCODER_ROLES}
+        self.variables = sharding.replicate(variables, self.mesh)
 
     @classmethod
     def load(
@@ -84,14 +84,14 @@ class Autoencoder:
     ) -> Autoencoder:
         """Reads a stage's workdir (its newest checkpoint), a checkpoint, an export or a conversion.
 
-        Of a training run the moving averages are read.
+        The weights of a training run are its moving averages.
 
         Args:
           directory: where the weights are.
           dtype: of matrix products and convolutions: 'float32', 'bfloat16', or 'auto' for
             bfloat16 on accelerators.
           pixel_range: what the decoder emits, a key of `models.autoencoder.PIXEL_RANGES`. Only
-            converted weights leave it open; theirs is 'imagenet' unless given here.
+            converted weights do not state it; theirs is 'imagenet' unless given here.
           mesh: the devices; all of them by default.
           batch_size: images at once, rounded up to a multiple of the devices.
 
@@ -105,10 +105,10 @@ class Autoencoder:
         """Latents of images.
 
         Args:
-          images: [b,h,w,3] floating point in [0,1], sides multiples of 16.
+          images: [b, h, w, 3] floating point in [0, 1], sides multiples of 16.
 
         Returns:
-          [b,n,d] float32, the patch tokens after DINOv3's final norm; row-major grid of
+          [b, n, d] float32, the patch tokens after DINOv3's final norm; row-major grid of
           h/16 x w/16.
 
         Raises:
@@ -120,11 +120,11 @@ class Autoencoder:
         """Images of latents.
 
         Args:
-          z: [b,n,d] floating point.
+          z: [b, n, d] floating point.
           grid: (height, width) in tokens, n = height * width; a square where it is None.
 
         Returns:
-          [b,16*height,16*width,3] float32, clipped to [0,1].
+          [b, 16*height, 16*width, 3] float32, clipped to [0, 1].
 
         Raises:
           ValueError: for another shape, dtype, values that are not finite, or a grid that does
@@ -134,7 +134,7 @@ class Autoencoder:
         return self._map(_compiled_decode(self.modules, grid), latents)
 
     def reconstruct(self, images: ArrayLike) -> Floats:
-        """`decode` of `encode`: [b,h,w,3] in [0,1], sides multiples of 16 -> the same shape."""
+        """`decode` of `encode`: [b, h, w, 3] in [0, 1], sides multiples of 16 -> the same shape."""
         checked = check_images(images)
         grid = (checked.shape[1] // PATCH_SIZE, checked.shape[2] // PATCH_SIZE)
         return self.decode(self.encode(checked), grid)
@@ -143,20 +143,19 @@ class Autoencoder:
         """Tokens of the frozen DINOv3 teacher on the same images, as `encode` returns them.
 
         Raises:
-          ValueError: as of `encode`, and where the weights hold no patch convolution of the
-            teacher.
+          ValueError: see `encode`; also where the weights have no patch convolution of the teacher.
         """
         if "patch_embed" not in self.variables["vit"]["params"]:
             raise ValueError(
-                "the teacher's tokens need DINOv3's own patch convolution; these weights hold none "
+                "the teacher's tokens need DINOv3's own patch convolution; got weights without it "
                 "(the official DINO-SAE file leaves it out); use weights trained from a converted "
                 "DINOv3"
             )
         return self._map(_compiled_encode_teacher(self.modules), check_images(images))
 
     def _map(self, function: Callable[..., jax.Array], array: Floats) -> Floats:
-        one = functools.partial(function, self.variables)
-        return batching.map_batches(one, array, self.batch_size, self.mesh)
+        apply = functools.partial(function, self.variables)
+        return batching.map_batches(apply, array, self.batch_size, self.mesh)
 
     def _check_latents(
         self, z: ArrayLike, grid: tuple[int, int] | None
@@ -165,8 +164,8 @@ class Autoencoder:
         floating = jnp.issubdtype(array.dtype, jnp.floating)
         if not floating or array.ndim != 3 or not array.size or array.shape[-1] != width:
             raise ValueError(
-                f"latents are floating point [b,n,{width}], b and n at least 1; got {array.dtype} "
-                f"{list(array.shape)}; pass what encode returns"
+                f"latents are floating point [b, n, {width}], b and n at least 1; got "
+                f"{array.dtype} {list(array.shape)}; pass what encode returns"
             )
         latents, tokens = array.astype(np.float32, copy=False), array.shape[1]
         if not np.isfinite(latents).all():
@@ -186,24 +185,24 @@ class Autoencoder:
 def complete(
     source: weight_source.WeightSource, pixel_range: str = ""
 ) -> weight_source.WeightSource:
-    """A source with what converted weights leave open: pixel range and latent convention.
+    """Adds what converted weights do not state: pixel range and latent convention.
 
     Args:
-      source: of an autoencoder.
-      pixel_range: as of `Autoencoder.load`.
+      source: weights of an autoencoder.
+      pixel_range: see `Autoencoder.load`.
 
     Returns:
-      The source; where the weights did not state the two, a note says what was taken: the
-      convention is that of 256-pixel images.
+      The source; where the weights did not state the two, a note states what is assumed, with the
+      convention of 256-pixel images.
 
     Raises:
       ValueError: where a role is missing, or `pixel_range` contradicts what the weights state.
     """
     if not set(AUTOENCODER_ROLES) <= set(source.variables):
         raise ValueError(
-            f"an autoencoder needs the roles {', '.join(AUTOENCODER_ROLES)}; {source.path} holds "
-            f"only {', '.join(sorted(source.variables))}; name a stage's workdir, a checkpoint, an "
-            "export, or weights converted with --kind=dinosae"
+            f"an autoencoder needs the roles {', '.join(AUTOENCODER_ROLES)}; got "
+            f"{source.path} with only {', '.join(sorted(source.variables))}; name a stage's "
+            "workdir, a checkpoint, an export, or weights converted with --kind=dinosae"
         )
     stated = source.model.get("pixel_range")
     if stated and pixel_range and stated != pixel_range:
@@ -228,7 +227,7 @@ def complete(
 
 
 def random_source(model: Mapping[str, Any], seed: int) -> weight_source.WeightSource:
-    """Random weights of a model config (stem, vit, decoder), for trying things out."""
+    """Random weights of a model config (stem, vit, decoder), for trials without weights."""
     parts = {name: model[name] for name in (*AUTOENCODER_ROLES, "pixel_range") if name in model}
     draw = _compiled_draw(autoencoder.build(parts))
     return weight_source.WeightSource(
@@ -244,20 +243,20 @@ def random_source(model: Mapping[str, Any], seed: int) -> weight_source.WeightSo
 
 
 def check_images(images: ArrayLike) -> Floats:
-    """Images as float32 [b,h,w,3].
+    """Checks images and returns them as float32 [b, h, w, 3].
 
     Raises:
-      ValueError: where they are not floating point in [0,1] of that shape, sides multiples of 16.
+      ValueError: for another shape, dtype or range, or sides that are not multiples of 16.
     """
     array = np.asarray(images)
     if array.ndim != 4 or array.shape[-1] != 3 or not array.size:
         raise ValueError(
-            f"images are [b,h,w,3], at least one; got the shape {list(array.shape)}; add the batch "
-            "axis with images[None], move the channels last"
+            f"images are [b, h, w, 3], at least one; got the shape {list(array.shape)}; add the "
+            "batch axis with images[None], move the channels last"
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
-            f"images are floating point in [0,1]; got {array.dtype}; divide 8-bit images by 255.0"
+            f"images are floating point in [0, 1]; got {array.dtype}; divide 8-bit images by 255.0"
         )
     height, width = array.shape[1:3]
     if height % PATCH_SIZE or width % PATCH_SIZE:
@@ -269,8 +268,8 @@ def check_images(images: ArrayLike) -> Floats:
     low, high = float(array.min()), float(array.max())
     if not (low >= -ROUNDING and high <= 1.0 + ROUNDING):  # NaN fails, too
         raise ValueError(
-            f"image values lie in [0,1]; got {low:.4g} to {high:.4g}; rescale or clip them (do not "
-            "remove ImageNet's mean, the encoder does)"
+            f"image values lie in [0, 1]; got {low:.4g} to {high:.4g}; rescale or clip them (do "
+            "not remove ImageNet's mean, the encoder does)"
         )
     return array
 

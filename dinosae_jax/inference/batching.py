@@ -1,4 +1,4 @@
-"""Long arrays and long streams of batches through compiled functions."""
+"""Compiled functions applied to long arrays and long streams of batches."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ def map_batches(
     batch_size: int,
     mesh: jax.sharding.Mesh,
 ) -> Any:
-    """Applies a jitted function to [b,...] in batches over the devices.
+    """Applies a jitted function to [b, ...] in batches over the devices.
 
-    Short arrays make the next power of two, so that few batch sizes are compiled. The last batch
-    is filled up with copies of the last example; what comes of them is dropped.
+    The batch size of a short array is the next power of two, so that few sizes are compiled. The
+    last batch is padded with copies of the last example, whose results are dropped.
 
     Args:
-      function: [size,...] -> tree of [size,...].
-      array: [b,...], b at least 1, the same on every process.
+      function: [size, ...] -> tree of [size, ...].
+      array: [b, ...], b at least 1, the same on every process.
       batch_size: examples at once, rounded up to a multiple of the devices.
       mesh: the devices.
 
     Returns:
-      The tree of numpy arrays [b,...].
+      The tree of numpy arrays [b, ...].
     """
     size = min(batch_size, 1 << (len(array) - 1).bit_length())
     size += -size % mesh.size
     place = sharding.batch_sharding(mesh)
-    found = []
+    results = []
     for start in range(0, len(array), size):
         kept = array[start : start + size]
         filled = np.concatenate([kept, np.repeat(kept[-1:], size - len(kept), axis=0)])
         batch = jax.make_array_from_callback(filled.shape, place, filled.__getitem__)
-        found.append(jax.tree.map(sharding.gather, function(batch)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(array)], *found)
+        results.append(jax.tree.map(sharding.gather, function(batch)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(array)], *results)
 
 
 def one_behind(items: Iterator[Any]) -> Iterator[Any]:
-    """Yields each item when the next one has been made, so that devices do not wait for hosts."""
+    """Yields each item after the next has been made, so that devices do not wait for hosts."""
     nothing = object()
     previous: Any = nothing
     for item in items:

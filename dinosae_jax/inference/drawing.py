@@ -1,7 +1,7 @@
 """Series of samples in a folder, drawn in chunks: an interrupted series resumes where it stopped.
 
 A folder holds config.json, labels.npy, images/ (PNG files), chunks/ while the series is drawn, and
-at the end samples.npz and DONE. Image i depends on (seed, i, its label) alone.
+at the end samples.npz and DONE. Image i depends only on the seed, i and its label.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dinosae_jax.inference.generator import Generator, random_generator
 from dinosae_jax.runtime import console, files, sharding, stopping
 from dinosae_jax.weights import checkpoint
 
-BALANCED_EACH = 50  # images a class, the usual 50,000 of ImageNet
+BALANCED_EACH = 50  # images per class, the usual 50,000 of ImageNet
 
 
-# What a run that goes on may change: how it is computed, not what.
+# What a resumed run may change: how samples are computed, not which.
 CONTINUABLE = ("batch_size", "chunk", "compile_cache")
 
 
 def draw_series(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Draws what the config describes; chunks that are there already are kept.
+    """Draws what the config describes; finished chunks are kept.
 
     Args:
       config: of `config.sample_defaults`.
@@ -70,7 +70,7 @@ def draw_series(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None
 
 
 def open_generator(config: ml_collections.ConfigDict) -> Generator:
-    """The flow of `init_from`, guided by `weaker`, or `random_flow` drawn at random."""
+    """The flow of `init_from`, guided by `weaker`, or random weights of `random_flow`."""
     if config.init_from:
         generator = Generator.load(config.init_from, config.dtype)
         if not config.weaker:
@@ -118,13 +118,13 @@ def choose_labels(labels: str, count: int, num_classes: int, seed: int) -> np.nd
         except ValueError:
             raise ValueError(
                 f"labels is balanced, all, random or numbers joined by commas; got {labels!r}; "
-                "take one of these"
+                "choose one of these"
             ) from None
     return np.resize(natural, count or len(natural))
 
 
 def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, generator: Generator) -> None:
-    """Writes what the samples are made of, or compares it with what is there.
+    """Writes the config and the weights' checksums, or compares them with those in the folder.
 
     Raises:
       ValueError: where the workdir holds samples of another config or of other weights.
@@ -144,11 +144,11 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, generator: Ge
         lines = config_lib.differences(ours, theirs)
         if lines:
             raise ValueError(
-                f"{folder} holds other samples ({'; '.join(lines[:5])}); use another --workdir or "
-                "delete it"
+                f"a folder holds one series of samples; got {folder} with another "
+                f"({'; '.join(lines[:5])}); use another --workdir or delete it"
             )
         record["chunk"] = saved["chunk"]
-        config.chunk = saved["chunk"]  # the chunks that are there have this length
+        config.chunk = saved["chunk"]  # existing chunks have this length
     if jax.process_index() == 0:
         files.write_json(path, record)
 
@@ -177,7 +177,7 @@ def draw_chunks(
         if not np.isfinite(images).all():  # as 8 bits they would be black
             raise ValueError(
                 f"samples must be finite; got NaN or infinity among the {len(images)} from number "
-                f"{start} on; check the weights, or pass --config.dtype=float32"
+                f"{start}; check the weights, or pass --config.dtype=float32"
             )
         if jax.process_index() == 0:
             write_chunk(folder, start, png.as_picture(images[: len(chunk)]))
@@ -204,7 +204,7 @@ def chunk_path(folder: pathlib.Path, start: int) -> pathlib.Path:
 
 
 def write_chunk(folder: pathlib.Path, start: int, images: np.ndarray) -> None:
-    """Writes uint8 images [b, h, w, 3] as PNG files, then the chunk that says they are there."""
+    """Writes uint8 images [b, h, w, 3] as PNG files, then the chunk that marks them as complete."""
     for name in ("images", "chunks"):
         (folder / name).mkdir(exist_ok=True)
     for index, image in enumerate(images, start):
@@ -217,7 +217,7 @@ def write_chunk(folder: pathlib.Path, start: int, images: np.ndarray) -> None:
 
 
 def finish(folder: pathlib.Path, labels: np.ndarray, chunk: int) -> None:
-    """Writes samples.npz and labels.npy from the chunks, then removes these."""
+    """Writes samples.npz and labels.npy from the chunks, then removes the chunks."""
     paths = [chunk_path(folder, start) for start in range(0, len(labels), chunk)]
     adm_npz.write_images(folder / "samples.npz", (np.load(path) for path in paths), len(labels))
     np.save(folder / "labels.npy", labels)

@@ -1,4 +1,4 @@
-"""Batches of images to batches of latents, one batch ahead of the host."""
+"""Encoding of batches of images, one batch ahead of the host."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encode_batches(
     flipped: bool,
     mesh: jax.sharding.Mesh,
 ) -> Iterator[latent_writer.Encoded]:
-    """Tokens float32 [b,v,n,d] of images and of flipped images, and labels, batch by batch."""
+    """Tokens float32 [b, v, n, d] of images and of flipped images, and labels, batch by batch."""
     place = sharding.batch_sharding(mesh)
 
     def start(image: np.ndarray) -> jax.Array:
@@ -38,13 +38,13 @@ def encode_batches(
             yield [start(view) for view in views], batch["label"]
 
     for variants, labels in one_behind(running()):
-        tokens = np.stack([np.asarray(found) for found in variants], axis=1)
+        tokens = np.stack([np.asarray(variant) for variant in variants], axis=1)
         yield tokens[: len(labels)], labels
 
 
 @functools.lru_cache
 def compiled_encode(modules: autoencoder_lib.AutoencoderModules) -> Callable[..., jax.Array]:
-    """Jit of (variables, images uint8 [b,h,w,3]) -> tokens float32 [b,n,d]."""
+    """Jit of (variables, images uint8 [b, h, w, 3]) -> tokens float32 [b, n, d]."""
 
     def encode(variables: autoencoder_lib.Variables, image: jax.Array) -> jax.Array:
         pixels = autoencoder_lib.unit_interval(image)

@@ -3,8 +3,8 @@
     generator = Generator.load("runs/flow")
     images = generator.sample([3, 3, 207], key=jax.random.PRNGKey(0))
 
-A sample depends on (key, its index, its label) alone: noise has one key per example, so neither
-the batch it is drawn in nor the number of devices changes it.
+A sample depends only on the key, its index and its label: noise has one key per example, so neither
+the batch size nor the number of devices changes it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Generator:
     """A flow and its decoder, ready to draw images.
 
     Attributes:
-      networks: static.
+      networks: the modules, static.
       variables: roles dit and decoder, on the devices of `mesh`; also weaker after `guided_by`.
-      convention: of the latents; its decode radius is measured.
+      convention: the meaning of the latents, with a measured decode radius.
       sampling: the flow's own sampler, steps, guidance and interval.
       label_names: names of the classes in the order of the labels.
-      notes: sentences that travel with the weights.
-      mesh: the devices that a batch is spread over.
+      notes: sentences stored with the weights, to be shown with every image.
+      mesh: the devices that a batch is split over.
     """
 
     def __init__(
@@ -55,16 +55,16 @@ class Generator:
         dtype: Any = jnp.float32,
         notes: Sequence[str] = (),
     ):
-        """Puts the parts together.
+        """Builds the networks.
 
         Args:
           model: the flow's model config: stem, vit, decoder, dit, pixel_range.
-          variables: roles dit and decoder at least, wherever they are.
-          convention: the flow's.
-          flow: path, shift, sampling and label_names, as records keep them.
+          variables: roles dit and decoder at least, on any devices.
+          convention: the flow's latent convention.
+          flow: path, shift, sampling and label_names, see `flow_record`.
           mesh: the devices.
           dtype: of matrix products and convolutions.
-          notes: to be repeated where the images are shown.
+          notes: sentences to be shown with every image.
 
         Raises:
           ValueError: where convention and networks do not fit, or there is no decode radius.
@@ -91,10 +91,10 @@ class Generator:
     ) -> Generator:
         """Reads a flow's workdir (its newest checkpoint), a checkpoint, or an export.
 
-        The moving averages are read; weights of layers that compute in bfloat16 are kept in it.
+        The weights are the moving averages; layers that compute in bfloat16 store them in it.
 
         Args:
-          directory: of the flow; its frozen autoencoder lies beside it.
+          directory: folder of the flow, which includes its frozen autoencoder.
           dtype: 'float32', 'bfloat16', or 'auto' for bfloat16 on accelerators.
           mesh: the devices; all of them by default.
 
@@ -104,8 +104,9 @@ class Generator:
         source = weight_source.open_weights(directory)
         if "dit" not in source.variables or not source.flow:
             raise ValueError(
-                f"{source.path} holds no flow, only {', '.join(sorted(source.variables))}; name "
-                "the workdir, a checkpoint or an export of a run of configs/rfm_*.py"
+                f"sampling needs a flow; got {source.path} with only "
+                f"{', '.join(sorted(source.variables))}; name the workdir, a checkpoint or an "
+                "export of a run of configs/rfm_*.py"
             )
         mesh = mesh or sharding.make_mesh()
         dtype = precision.resolve_dtype(dtype)
@@ -123,10 +124,10 @@ class Generator:
         )
 
     def guided_by(self, weaker: Generator) -> Generator:
-        """A copy whose guidance leads away from a weaker flow instead of from no label.
+        """A copy that is guided away from a weaker flow instead of from the null label.
 
-        Autoguidance (arXiv 2406.02507): both flows see the label, so that a null label is not
-        needed. RAE takes 1.42 with a small, briefly trained flow for its best FID.
+        Autoguidance (arXiv 2406.02507): both flows see the label, so that no null label is needed.
+        RAE's best FID has scale 1.42 and a small, briefly trained flow.
 
         Args:
           weaker: smaller or trained for less, on the same latents and devices.
@@ -143,7 +144,7 @@ class Generator:
             if ours != theirs:
                 raise ValueError(
                     f"autoguidance needs two flows of one {name}; got {ours}, and {theirs} of the "
-                    "weaker one; name a flow that was trained on the same data"
+                    "weaker flow; name a flow that was trained on the same data"
                 )
         guided = copy.copy(self)
         guided.networks = self.networks._replace(weaker=weaker.networks.dit)
@@ -158,15 +159,15 @@ class Generator:
 
     @property
     def can_guide(self) -> bool:
-        """Whether there is a null label, or a weaker flow, to lead away from."""
+        """Whether there is a null label or a weaker flow to guide away from."""
         return self.networks.dit.class_dropout_prob > 0 or self.networks.weaker is not None
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        """The flow's own sampling values, replaced by those that are given and not None.
+        """The flow's own sampling settings, replaced by the given values that are not None.
 
         Raises:
           ValueError: for a value out of range, guidance without a null label, or a decode radius
-            for samples that have norms of their own.
+            on a path that keeps norms.
         """
         path = matching.make_path(self.networks.path, self.networks.radius)
         if path.keeps_norms and given.get("decode_radius") is not None:
@@ -191,7 +192,7 @@ class Generator:
         if bad.size or not whole:
             raise ValueError(
                 f"labels are whole numbers from 0 to {self.num_classes - 1}, at least one; got "
-                f"{np.unique(bad)[:8].tolist()}; take some of these"
+                f"{np.unique(bad)[:8].tolist()}; choose labels in this range"
             )
         return array.astype(np.int32)
 
@@ -212,12 +213,12 @@ class Generator:
 
         Args:
           labels: [b] from 0 to K-1.
-          key: decides the noise.
+          key: random key of the noise.
           steps: updates of the sampler, at least 1.
           sampler: a name in `flow.samplers.SAMPLERS`.
           guidance: scale, classifier-free or (after `guided_by`) of autoguidance; 1 is none.
           interval: times (lo, hi) that are guided.
-          decode_radius: token norm that the decoder is given, for sweeps.
+          decode_radius: token norm for the decoder, for sweeps.
           first_index: index of the first sample; sample i of a longer series has index i.
           batch_size: images at once, rounded up to a multiple of the devices.
 
@@ -244,23 +245,23 @@ class Generator:
             tuple(chosen["interval"]),
             sampling_program.decode_parts(size // self.mesh.size),
         )
-        numbers = {name: jnp.float32(chosen[name]) for name in ("guidance", "decode_radius")}
+        scales = {name: jnp.float32(chosen[name]) for name in ("guidance", "decode_radius")}
         generate = sampling_program.compile_generate(self.networks, sampling)
-        found = []
+        drawn = []
         for start in range(0, len(array), size):
             kept = array[start : start + size]
             padded = np.zeros(size, np.int32)
             padded[: len(kept)] = kept
             noise = self.noise(key, first_index + start + np.arange(size))
-            images = generate(self.variables, noise, self._spread(padded), numbers)
-            found.append(sharding.gather(images)[: len(kept)])
-        return np.concatenate(found)
+            images = generate(self.variables, noise, self._split(padded), scales)
+            drawn.append(sharding.gather(images)[: len(kept)])
+        return np.concatenate(drawn)
 
     def noise(self, key: jax.Array, indices: ArrayLike) -> jax.Array:
-        """The starting points of samples by index: [b] -> [b, n, d] float32, over the devices.
+        """The noise of samples by index: [b] -> [b, n, d] float32, split over the devices.
 
-        Every example runs through the same program of one example, so that its bits depend on
-        nothing else; inside a batch the order of sums would follow the batch's shape.
+        The same program of one example draws each, so that its bits depend on nothing else; in a
+        batch the order of sums would depend on the batch's shape.
         """
         draw = sampling_program.compile_noise(self.networks)
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -275,16 +276,16 @@ class Generator:
                 shards.append(jnp.stack([draw(host, index) for index in array[at[0]]]))
         return jax.make_array_from_single_device_arrays(shape, place, shards)
 
-    def _spread(self, array: np.ndarray) -> jax.Array:
+    def _split(self, array: np.ndarray) -> jax.Array:
         place = sharding.batch_sharding(self.mesh)
         return jax.make_array_from_callback(array.shape, place, lambda at: array[at])
 
 
 def flow_record(config: Any, label_names: Sequence[str]) -> dict[str, Any]:
-    """What sampling needs to know beside networks and convention; saved with every checkpoint.
+    """What sampling needs besides networks and convention; saved with every checkpoint.
 
     Args:
-      config: of a flow: flow, sampling, data.image_size and model.
+      config: config of a flow: flow, sampling, data.image_size and model.
       label_names: names of the classes in the order of the labels.
 
     Returns:
@@ -303,10 +304,10 @@ def flow_record(config: Any, label_names: Sequence[str]) -> dict[str, Any]:
 
 
 def random_generator(config: Any, mesh: jax.sharding.Mesh) -> Generator:
-    """A generator of random weights, for trying things out; it holds stem and ViT, too.
+    """A generator with random weights, including stem and ViT, for trials without weights.
 
     Args:
-      config: of a flow, its dtype resolved.
+      config: config of a flow, its dtype resolved.
       mesh: the devices.
     """
     model, dtype = config.model.to_dict(), jnp.dtype(config.dtype)
@@ -340,6 +341,6 @@ def _check_convention(
     networks.check_equal(convention, here="networks", there="saved convention")
     if convention.decode_radius is None:
         raise ValueError(
-            "a flow's latent convention has a measured decode radius, got none: train the flow "
-            "with this version, or give flow.decode_radius"
+            "a flow's latent convention has a measured decode radius; got none; train the flow "
+            "with this version, or set flow.decode_radius"
         )

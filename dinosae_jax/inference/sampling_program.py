@@ -14,22 +14,22 @@ from dinosae_jax.models import autoencoder
 
 Tree = Any
 Variables = Mapping[str, Any]
-DECODED_AT_ONCE = 4  # images a device: activations of the decoder are what a sampler needs most
+DECODED_AT_ONCE = 4  # images per device: the decoder's activations take most of a sampler's memory
 
 
 class Networks(NamedTuple):
-    """What is static in a generator; hashable, part of the key of the compiled sampler."""
+    """The static part of a generator; hashable, part of the key of the compiled sampler."""
 
     modules: autoencoder.AutoencoderModules
     dit: Any
     path: str
     radius: float
     shift: float
-    weaker: Any = None  # the transformer that guidance leads away from, see `Generator.guided_by`
+    weaker: Any = None  # transformer of a weaker flow, see `Generator.guided_by`
 
 
 class Sampling(NamedTuple):
-    """How to sample: method, steps, whether guided and at which times, parts to decode in."""
+    """How to sample: method, steps, whether guided and at which times, parts of the decoding."""
 
     sampler: str
     steps: int
@@ -39,7 +39,7 @@ class Sampling(NamedTuple):
 
 
 def decode_parts(images: int) -> int:
-    """Equal parts, as few as there can be, of at most `DECODED_AT_ONCE` of a device's images."""
+    """Smallest number of equal parts with at most `DECODED_AT_ONCE` of a device's images each."""
     return next(
         n for n in range(1, images + 1) if images % n == 0 and images <= n * DECODED_AT_ONCE
     )
@@ -47,6 +47,7 @@ def decode_parts(images: int) -> int:
 
 @functools.lru_cache
 def compile_noise(networks: Networks) -> Callable[..., jax.Array]:
+    """Jit of (key, index) -> noise of one example, [n, d]."""
     path = matching.make_path(networks.path, networks.radius)
     shape = (networks.dit.input_size**2, networks.dit.in_channels)
     return jax.jit(lambda key, index: path.prior(matching.example_keys(key, index[None]), shape)[0])
@@ -64,24 +65,24 @@ def _generate(
     variables: Variables,
     noise: jax.Array,
     labels: jax.Array,
-    numbers: Mapping[str, jax.Array],
+    scales: Mapping[str, jax.Array],
 ) -> jax.Array:
     """Images [b, h, w, 3] in [0, 1] of noise [b, n, d] and labels [b]."""
     path = matching.make_path(networks.path, networks.radius)
 
-    velocity = _velocity(networks, sampling, variables, labels, numbers["guidance"], path.tangent)
+    velocity = _velocity(networks, sampling, variables, labels, scales["guidance"], path.tangent)
     times = schedule.time_grid(sampling.steps, networks.shift)
     z = samplers.sample(velocity, noise, times, sampling.sampler, path.radius)
     if not path.keeps_norms:
-        z = sphere.project(z, numbers["decode_radius"])
+        z = sphere.project(z, scales["decode_radius"])
     side = networks.dit.input_size
 
     def decode(tokens: jax.Array) -> jax.Array:
         images = autoencoder.decode(networks.modules, variables, tokens, (side, side))
-        # Rows of numbers: as stacks of pictures a TPU would pad three channels to 128.
+        # Flat rows: a TPU would pad the three channels of images to 128.
         return jnp.clip(images, 0.0, 1.0).reshape(len(tokens), -1)
 
-    # Example i is in part i % parts, so that every part is spread over all devices.
+    # Example i is in part i % parts, so that every part is split over all devices.
     parts = jnp.swapaxes(z.reshape(-1, sampling.parts, *z.shape[1:]), 0, 1)
     rows = jnp.swapaxes(jax.lax.map(decode, parts), 0, 1)
     height = side * networks.modules.vit.patch_size
@@ -96,7 +97,7 @@ def _velocity(
     scale: jax.Array,
     tangent: guidance.Tangent,
 ) -> guidance.Velocity:
-    """The velocity that is integrated: plain, classifier-free, or led away from a weaker flow."""
+    """The velocity to integrate: unguided, classifier-free or autoguided."""
 
     def bind(network: Any, weights: Tree) -> guidance.Network:
         return lambda x, t, y: network.apply(weights, x, t, y)

@@ -1,7 +1,7 @@
 """Trains the arms of a comparison with equal steps and reports them side by side.
 
 An arm is a set of changes to one base config. Every arm runs with every seed in
-`workdir/<arm>/seed<k>`, a normal workdir each, so that an interrupted ablation goes on. The
+`workdir/<arm>/seed<k>`, a normal workdir, so that an interrupted ablation can resume. The
 results of autoencoders are the last evaluation of each run: results.json, a table, and curves of
 all arms. Flows are compared by their samples, since the losses of the arms have different targets:
 in one feature space for all, then one flow sampled by every method at several step counts and
@@ -57,7 +57,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def arm_config(config: ml_collections.ConfigDict, arm: str, seed: int) -> ml_collections.ConfigDict:
-    """The base config with the changes of one arm; a value None removes the field.
+    """Returns the base config with the changes of one arm; the value None removes a field.
 
     Raises:
       ValueError: where the changed config breaks a rule.
@@ -85,7 +85,7 @@ def write_comparison(
     """Writes results.json, table.md and curves.png from the runs' metrics, and prints the table.
 
     Returns:
-      The table: a row an arm, mean and standard deviation over the seeds of each last evaluation.
+      The table: one row per arm, mean and standard deviation of the last evaluations over seeds.
     """
     series = {
         arm: [_evaluations(folder / arm / f"seed{seed}" / "metrics.jsonl") for seed in seeds]
@@ -124,10 +124,10 @@ AFFINE_SPREAD = 0.5
 def train_autoencoder(
     config: ml_collections.ConfigDict, folder: pathlib.Path, stop: stopping.StopRequest
 ) -> str:
-    """Trains the autoencoder of all arms, where that is not done yet; returns its workdir.
+    """Trains the autoencoder of all arms, unless that is done; returns its workdir.
 
-    A random ViT ends in a LayerNorm whose fresh affine part gives all tokens one norm, so that raw
-    and projected latents would be the same. A trained one does not; here the affine part is drawn.
+    A random ViT ends in a LayerNorm whose initial affine part gives all tokens one norm, so that
+    raw and projected latents would be equal. A trained ViT's does not, so the affine part is drawn.
     """
     start, workdir = folder / "random", folder / "autoencoder"
     if not (start / weight_source.EXPORT_FILE).exists():
@@ -150,12 +150,12 @@ def train_autoencoder(
 def compare(
     config: ml_collections.ConfigDict, folder: pathlib.Path, stop: stopping.StopRequest
 ) -> str:
-    """Measures what is not in scores.json yet, and writes tables and pictures.
+    """Computes the scores that are not in scores.json, and writes tables and a figure.
 
     Args:
-      config: of `configs/ablation_flow.py`, whose arms are trained.
-      folder: of the comparison.
-      stop: asked before each score.
+      config: config of `configs/ablation_flow.py`, whose arms are trained.
+      folder: folder of the comparison.
+      stop: checked before each score.
 
     Returns:
       The tables, Markdown.
@@ -177,7 +177,9 @@ def compare(
     for setting in comparison.settings(config):
         if stopped := stop.agreed():
             raise stopping.Interrupted(f"{config.name} stopped before {setting.key}", stopped)
-        measured.add(setting.key, functools.partial(comparison._draw, config, folder, setting))
+        measured.add(
+            setting.key, functools.partial(comparison.draw_samples, config, folder, setting)
+        )
     text = "\n".join(
         [
             *comparison_tables.describe(config, network),

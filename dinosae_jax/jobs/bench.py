@@ -1,9 +1,10 @@
-"""How fast training steps run, what memory they need, how fast data are read and metrics made.
+"""Speed and memory of training steps, and the speed of data loading and of metrics.
 
-Prints a line a row and writes `bench.json`: {'machine', 'steps', 'overhead', 'loader', 'metrics',
-'latents', 'flow'}; the last two are reading of the latent cache, and encoding and sampling.
-Steps run on synthetic batches with random parameters. After the warm-up, groups of steps are timed
-as the training loop runs them (the host waits at the end of a group); the median group counts.
+Prints one line per row and writes `bench.json`: {'machine', 'steps', 'overhead', 'loader',
+'metrics', 'latents', 'flow'}; the last two are reading of the latent cache, and encoding and
+sampling. Steps run on synthetic batches with random parameters. After the warm-up, groups of steps
+are timed as the training loop runs them (the host waits at the end of a group); the result is the
+median group's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from PIL import Image
 from dinosae_jax.data import crops, images
 from dinosae_jax.eval import frechet, precision_recall
 from dinosae_jax.eval.recipe import Recipe
-from dinosae_jax.perf import flow_speed, programs
+from dinosae_jax.perf import flow_speed, overhead, programs
 from dinosae_jax.runtime import console, files, hardware, jit, precision, sharding
 from dinosae_jax.train import step_flops
 
@@ -32,13 +33,12 @@ JPEG_SIZE = (500, 375)  # width and height of a typical ImageNet photograph
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Measures what `chain` names, what a run adds to a step, reading, sampling and metrics.
+    """Measures the steps in `chain`, a run's overhead, data loading, sampling and metrics.
 
     Args:
       config: chain, stages, batch_per_device, warmup, repeats, steps, overhead, loader, metrics,
-        latents, flow
-        (configs/bench.py).
-      folder: for bench.json.
+        latents, flow (configs/bench.py).
+      folder: where bench.json goes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     devices = jax.devices()
@@ -54,10 +54,10 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         result["steps"][name] = row = measure_step(config, name)
         console.report(describe(name, row))
     if config.overhead.repeats:
-        result["overhead"] = found = measure_run(config.overhead, folder / "overhead")
+        result["overhead"] = cost = measure_run(config.overhead, folder / "overhead")
         console.report(
-            f"loader, lines, EMA and checkpoints: {found['overhead']:.2%} of a step of "
-            f"{found['step_seconds']:.3f} s"
+            f"loader, lines, EMA and checkpoints: {cost['overhead']:.2%} of a step of "
+            f"{cost['step_seconds']:.3f} s"
         )
     for name, measure in LOADERS.items():
         result["loader"][name] = speed = measure(config.loader)
@@ -76,8 +76,8 @@ def measure_step(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]
     """Compiles and times one training step.
 
     Args:
-      config: as of `run`.
-      name: of the row.
+      config: see `run`.
+      name: name of the stage and of the row.
 
     Returns:
       batch_size, ms_per_step, images_per_second, peak_memory_bytes (per device, the compiler's
@@ -106,23 +106,23 @@ def measure_step(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]
     }
 
 
-def measure_run(overhead: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
-    """`bench_overhead.measure_overhead`, on JPEG files where the stage names no other source."""
-    if not overhead.stage.data.source:
+def measure_run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
+    """Runs `overhead.measure_overhead`, on synthetic JPEGs where the stage names no source."""
+    if not config.stage.data.source:
         images_folder = folder.parent / "jpegs"
         for split in ("train", "val"):
-            place = images_folder / split / "one"
-            place.mkdir(parents=True, exist_ok=True)
-            for number in range(overhead.jpegs):
-                (place / f"{number}.jpg").write_bytes(synthetic_jpeg())
-        overhead = overhead.copy_and_resolve_references()
-        overhead.stage.data.source = f"folder:{images_folder}"
-    return overhead.measure_overhead(overhead, folder)
+            class_folder = images_folder / split / "one"
+            class_folder.mkdir(parents=True, exist_ok=True)
+            for number in range(config.jpegs):
+                (class_folder / f"{number}.jpg").write_bytes(synthetic_jpeg())
+        config = config.copy_and_resolve_references()
+        config.stage.data.source = f"folder:{images_folder}"
+    return overhead.measure_overhead(config, folder)
 
 
 def _synthetic(program: programs.Program, seed: int) -> tuple[Any, tuple[Any, ...]]:
-    """A random state, and the other arguments of the step: frozen roles, batch, numbers."""
-    state, frozen, batch, values = (
+    """A random state, and the step's other arguments: frozen roles, batch, hyperparameters."""
+    state, frozen, batch, hyperparams = (
         jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in program.arguments
     )
     make = jit.jit_once(program.make, out_shardings=(state, frozen))
@@ -133,13 +133,13 @@ def _synthetic(program: programs.Program, seed: int) -> tuple[Any, tuple[Any, ..
         return random.integers(0, 256 if leaf.ndim > 1 else 2, leaf.shape).astype(leaf.dtype)
 
     drawn = jax.device_put(jax.tree.map(draw, program.arguments[2]), batch)
-    return made, (fixed, drawn, jax.device_put(program.hyperparams(), values))
+    return made, (fixed, drawn, jax.device_put(program.hyperparams(), hyperparams))
 
 
 def _time(
     compiled: Any, state: Any, others: tuple[Any, ...], config: ml_collections.ConfigDict
 ) -> float:
-    """Seconds a step, the median over groups of `steps`."""
+    """Seconds per step, the median over groups of `steps`."""
     for _ in range(config.warmup):
         state = compiled(state, *others)
     jax.block_until_ready(state)
@@ -158,14 +158,14 @@ def describe(name: str, row: dict[str, Any]) -> str:
     used = f", {row['mfu']:.1%} of peak" if "mfu" in row else ""
     return (
         f"{name}: {row['images_per_second']:.1f} images/s, {row['ms_per_step']:.1f} ms/step at "
-        f"batch {row['batch_size']}, {row['peak_memory_bytes'] / 2**30:.3f} GiB a device, "
-        f"{row['tflops_per_device']:.4g} TFLOP/s a device{used} "
+        f"batch {row['batch_size']}, {row['peak_memory_bytes'] / 2**30:.3f} GiB per device, "
+        f"{row['tflops_per_device']:.4g} TFLOP/s per device{used} "
         f"(compiled in {row['compile_seconds']:.1f} s)"
     )
 
 
 def read_batches(loader: ml_collections.ConfigDict) -> float:
-    """Images/s of the training loader as the config sets it (source, crop, threads)."""
+    """Images/s of the training loader with the config's source, crop and threads."""
     source = images.open_images(loader.data, "train")
     batches = images.train_batches(source, loader.data, batch_size=loader.batch_size, seed=0)
     next(batches)
@@ -185,14 +185,14 @@ def crop_jpegs(loader: ml_collections.ConfigDict) -> float:
 
 
 def synthetic_jpeg() -> bytes:
-    """A JPEG of quality 92 with structure at every scale, about 60 KB like the sheet's."""
+    """A JPEG of quality 92 with structure at every scale, about 60 KB."""
     random = np.random.default_rng(0)
-    picture = np.zeros((JPEG_SIZE[1], JPEG_SIZE[0], 3))
+    image = np.zeros((JPEG_SIZE[1], JPEG_SIZE[0], 3))
     for cells in (4, 16, 64, 256):
         noise = random.integers(0, 256, (cells, cells, 3)).astype(np.uint8)
         layer = Image.fromarray(noise).resize(JPEG_SIZE, Image.Resampling.BICUBIC)
-        picture += np.asarray(layer, np.float64) / cells**0.5
-    scaled = 255 * (picture - picture.min()) / np.ptp(picture)
+        image += np.asarray(layer, np.float64) / cells**0.5
+    scaled = 255 * (image - image.min()) / np.ptp(image)
     buffer = io.BytesIO()
     Image.fromarray(scaled.astype(np.uint8)).save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
@@ -201,10 +201,10 @@ def synthetic_jpeg() -> bytes:
 def measure_metric(
     compute: Callable[[np.ndarray, np.ndarray], Any], sizes: ml_collections.ConfigDict
 ) -> dict[str, float]:
-    """Seconds {'wall', 'cpu'} of a metric of random features, from features to number.
+    """Seconds {'wall', 'cpu'} of computing a metric from random features.
 
     Args:
-      compute: (reference [n,d], samples [m,d]) -> its value.
+      compute: (reference [n, d], samples [m, d]) -> its value.
       sizes: reference, samples, features.
     """
     random = np.random.default_rng(0)

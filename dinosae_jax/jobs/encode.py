@@ -1,9 +1,9 @@
 """Encodes an image set once into a cache of latents, which training a flow then reads.
 
 The workdir holds `train` and `eval`, each with ArrayRecord shards and a manifest; it is what
-`--config.data.latents` names. Run again, the job keeps every shard that has its sha256, so that it
-goes on after an interruption, repairs a damaged cache, and checks a finished one. Each process
-encodes its own shards on its own devices; all must see the workdir.
+`--config.data.latents` names. Run again, the job keeps every shard that has its sha256: it resumes
+after an interruption, repairs a damaged cache and checks a finished one. Each process encodes its
+own shards on its own devices; all must see the workdir.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SPLITS = ("train", "eval")
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Writes what is missing of the cache of both splits.
+    """Writes the missing shards of both splits.
 
     Args:
-      config: of `configs/encode.py`.
+      config: config of `configs/encode.py`.
       folder: folder of the cache.
 
     Raises:
@@ -64,7 +64,7 @@ def make_plan(
     source: images.ImageSource,
     split: str,
 ) -> dict[str, Any]:
-    """Everything that the shards of one split have in common; stands in its manifest."""
+    """Everything that the shards of one split have in common, as its manifest stores it."""
     data, convention = config.data, autoencoder.convention
     tokens = (data.image_size // PATCH_SIZE) ** 2
     flipped = bool(data.flip) and split == "train"
@@ -96,7 +96,7 @@ def write_split(
     folder: pathlib.Path,
     stop: stopping.StopRequest,
 ) -> None:
-    """Encodes the shards that are missing, then writes the manifest."""
+    """Encodes the missing shards, then writes the manifest."""
     process = _process()
     wanted = latent_writer.missing_shards(folder, plan, *process)
     encode = functools.partial(encoding.compiled_encode(autoencoder.modules), autoencoder.variables)
@@ -104,8 +104,8 @@ def write_split(
     started, done = time.monotonic(), 0
     for number in wanted:
         indices = latent_writer.shard_range(plan, number)
-        found = images.range_batches(source, config.data, indices, size)
-        batches = console.progress(f"{config.name} {plan['split']}", found, len(indices), size)
+        batches = images.range_batches(source, config.data, indices, size)
+        batches = console.progress(f"{config.name} {plan['split']}", batches, len(indices), size)
         encoded = encoding.encode_batches(encode, batches, size, plan["flipped"], autoencoder.mesh)
         latent_writer.write_shard(folder, plan, number, interruptible(encoded, stop))
         done += len(indices)
@@ -127,9 +127,9 @@ def write_split(
 
 
 def interruptible(items: Iterator[Any], stop: stopping.StopRequest) -> Iterator[Any]:
-    """Hands items on; raises stopping.Interrupted after a signal.
+    """Yields the items; raises stopping.Interrupted after a signal.
 
-    Processes encode different numbers of batches, so each looks at its own signal alone.
+    Processes encode different numbers of batches, so each reads only its own signal.
     """
     for item in items:
         if stop.signal is not None:

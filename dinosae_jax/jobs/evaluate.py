@@ -1,8 +1,8 @@
-"""Measures an autoencoder, a flow or an .npz of samples, and says by which recipe.
+"""Measures an autoencoder, a flow or an .npz of samples, and states the recipe of each result.
 
 A workdir holds config.json, results.json, results.md, for a flow samples/ (the sample job's
-workdir, which goes on where it was interrupted), and reference_TAP.npz: the moments of a data set
-that served as reference, which a later run takes as `reference`.
+workdir, which resumes where it was interrupted), and reference_TAP.npz: the moments of a data set
+used as reference, which a later run takes as `reference`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ METRICS = (*IMAGE_METRICS, *SAMPLE_METRICS, "interpolated_frechet")
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Measures what the config names and writes the numbers.
+    """Measures what the config names and writes the results.
 
     Args:
-      config: of `configs/evaluate.py`.
+      config: config of `configs/evaluate.py`.
       folder: folder of the results.
 
     Raises:
@@ -62,11 +62,11 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     about = describe(config, subject, network)
     with noted_warnings(about["notes"]):
         job = reconstructions if subject.kind == "autoencoder" else generated
-        found = job.run(config, subject, network, metrics, mesh, folder)
+        measured = job.run(config, subject, network, metrics, mesh, folder)
     for note in about["notes"]:
         console.report(f"{config.name}: {note}")
     if jax.process_index() == 0:
-        console.report(results.write(folder, about, found))
+        console.report(results.write(folder, about, measured))
         console.report(f"{config.name}: wrote {folder / 'results.json'}")
 
 
@@ -78,8 +78,8 @@ def open_subject(config: ml_collections.ConfigDict) -> Subject:
     """
     if config.samples and config.init_from not in ("", config_lib.AUTOENCODER_RUN):
         raise ValueError(
-            "one thing is measured at a time; got both init_from and samples; leave one out "
-            "(`encoder` names the weights that give features)"
+            "one subject is measured at a time; got both init_from and samples; leave one of them "
+            "out (`encoder` names the weights for features)"
         )
     if config.samples:
         path = pathlib.Path(config.samples).expanduser()
@@ -95,7 +95,7 @@ def open_subject(config: ml_collections.ConfigDict) -> Subject:
 def open_network(
     config: ml_collections.ConfigDict, subject: Subject, mesh: jax.sharding.Mesh
 ) -> features.FeatureNetwork:
-    """The space that `measure.feature_network` chooses, with a word where it is the encoder's.
+    """The network that `inputs.feature_network` chooses, with a note where it is the encoder.
 
     Raises:
       ValueError: where there is neither a pretrained network nor an encoder.
@@ -137,7 +137,7 @@ def choose_metrics(
     for metric in config.metrics:
         if metric not in METRICS:
             hint = rules.nearest(metric, METRICS)
-            raise ValueError(f"metrics: {metric!r} is not known{hint}")
+            raise ValueError(f"metrics must be known metrics; got {metric!r}{hint}")
         if kind != "autoencoder" and metric in (*IMAGE_METRICS, "interpolated_frechet"):
             raise ValueError(
                 f"the metric {metric} compares images with their reconstructions; got {kind}; "
@@ -164,7 +164,7 @@ def choose_metrics(
 def describe(
     config: ml_collections.ConfigDict, subject: Subject, network: features.FeatureNetwork
 ) -> dict[str, Any]:
-    """What all numbers of a run share."""
+    """What all results of a run share."""
     about: dict[str, Any] = {
         "kind": subject.kind,
         "model": subject.name,
@@ -190,7 +190,7 @@ def describe(
 
 @contextlib.contextmanager
 def noted_warnings(notes: list[str]) -> Iterator[None]:
-    """Adds the metrics' warnings to the notes that stand beside the numbers."""
+    """Adds the metrics' warnings to the notes of the results."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield

@@ -13,7 +13,7 @@ from dinosae_jax.names import AUTOENCODER_ROLES
 from dinosae_jax.runtime import console
 from dinosae_jax.weights import weight_source
 
-# What an export holds of a run, where it has them; critics and optimizers stay behind.
+# The roles in an export, where the run has them; discriminator and optimizers are left out.
 EXPORTED = (*AUTOENCODER_ROLES, "dit")
 
 
@@ -21,18 +21,18 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Writes the export of `config.init_from` into the folder, which `Autoencoder.load` reads.
 
     Args:
-      config: of `config.export_defaults`.
+      config: config of `config.export_defaults`.
       folder: the new folder.
 
     Raises:
-      ValueError: where the workdir holds something already, or init_from is no autoencoder.
+      ValueError: where the workdir is not empty, or init_from is not an autoencoder.
     """
     source = autoencoder.complete(inputs.open_weights(config), config.pixel_range)
     if jax.process_index() != 0:
         return
-    wanted = tuple(role for role in EXPORTED if role in source.variables)
-    weight_source.export(source, folder, wanted)
+    roles = tuple(role for role in EXPORTED if role in source.variables)
+    weight_source.export(source, folder, roles)
     for note in source.notes:
         console.report(f"{config.name}: {note}")
     size = sum(file.stat().st_size for file in folder.iterdir())
-    console.report(f"{config.name}: wrote {', '.join(wanted)} to {folder} ({size / 1e6:,.1f} MB)")
+    console.report(f"{config.name}: wrote {', '.join(roles)} to {folder} ({size / 1e6:,.1f} MB)")

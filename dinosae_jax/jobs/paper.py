@@ -1,4 +1,4 @@
-"""Tables of the papers' numbers: the commands that should reproduce them and what these cost.
+"""Tables of the papers' results: the commands that should reproduce them, and their costs.
 
 Costs are estimates from formulas alone; nothing is trained or compiled.
 """
@@ -20,7 +20,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Writes both tables to workdir/paper.md.
 
     Args:
-      config: of `configs/paper.py`.
+      config: config of `configs/paper.py`.
       folder: folder of the tables.
 
     Raises:

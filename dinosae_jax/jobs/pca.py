@@ -20,8 +20,8 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Draws the figure.
 
     Args:
-      config: of `configs/pca.py`.
-      folder: folder of the picture.
+      config: config of `configs/pca.py`.
+      folder: where pca.png goes.
 
     Raises:
       ValueError: for missing weights, no images, or an unknown `fitted_on`.
@@ -29,7 +29,9 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     if config.count < 1:
         raise ValueError(f"the figure needs at least 1 image; got count={config.count}; raise it")
     if config.fitted_on not in ("teacher", "joint"):
-        raise ValueError(f"fitted_on is 'teacher' or 'joint'; got {config.fitted_on!r}")
+        raise ValueError(
+            f"fitted_on is 'teacher' or 'joint'; got {config.fitted_on!r}; choose one of them"
+        )
     autoencoder = inputs.open_autoencoder(config, inputs.open_weights(config))
     inputs.require_teacher(autoencoder)
     shown = choose_images(config)
@@ -44,13 +46,13 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     cosine = mean_cosine(teacher, student)
     console.report(f"{config.name}: mean cosine of student and teacher {cosine:.4f}")
     if jax.process_index() == 0:
-        picture = pca.figure(shown, teacher, student, config.fitted_on)
-        png.write_png(folder / "pca.png", picture)
+        figure = pca.figure(shown, teacher, student, config.fitted_on)
+        png.write_png(folder / "pca.png", figure)
         console.report(f"{config.name}: wrote {folder / 'pca.png'} (images, teacher, student)")
 
 
 def choose_images(config: ml_collections.ConfigDict) -> np.ndarray:
-    """Held-out images, evenly spaced over the data set: float32 [b,h,w,3] in [0,1]."""
+    """Held-out images, evenly spaced over the data set: float32 [b, h, w, 3] in [0, 1]."""
     source = images.open_images(config.data, "eval")
     crop = images.recipe_of(config.data)
     chosen = np.linspace(0, len(source) - 1, min(config.count, len(source))).round()
@@ -59,6 +61,6 @@ def choose_images(config: ml_collections.ConfigDict) -> np.ndarray:
 
 
 def mean_cosine(first: np.ndarray, second: np.ndarray) -> float:
-    """Mean cosine of the tokens [...,d] of two networks."""
+    """Mean cosine of the tokens [..., d] of two networks."""
     norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
     return float(np.mean(np.sum(first * second, axis=-1) / np.maximum(norms, 1e-12)))

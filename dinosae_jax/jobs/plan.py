@@ -1,7 +1,7 @@
-"""Compiles a training step ahead of time for devices that need not be here, and says if it fits.
+"""Compiles a training step ahead of time for devices that need not be present: does it fit?
 
 Everything is traced from shapes: no parameter is allocated. Prints the row and writes `plan.json`;
-with `ledger` it also enters the row into a ledger file and the table beside it.
+with `ledger` it also enters the row into a ledger file and its Markdown table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
     Args:
       config: target, ledger, chain, stages (configs/plan.py).
-      folder: for plan.json.
+      folder: where plan.json goes.
 
     Raises:
       ValueError: for an unknown target, a missing compiler, or a batch that does not divide.
@@ -62,15 +62,16 @@ def plan(
     """Compiles one training step and reads memory, collectives and replication off it.
 
     Args:
-      name: of the row.
-      config: of the stage.
-      target: for the row.
-      devices: of the target.
-      effort: of the compiler, one of `names.Effort`.
+      name: name of the row.
+      config: config of the stage.
+      target: name of the target, for the row.
+      devices: the target's devices.
+      effort: effort of the compiler, one of `names.Effort`.
 
     Returns:
       The row of the ledger; memory, collectives and FLOPs are those of one device. A program that
-      the compiler refuses for want of memory has `fits` False and `refused`, what it said.
+      needs more memory than the compiler allows has `fits` False and the compiler's message in
+      `refused`.
     """
     config = config.copy_and_resolve_references()
     if config.dtype == "auto":
@@ -125,7 +126,7 @@ def plan(
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of placed shapes on each device."""
+    """Bytes on each device of a tree of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -133,7 +134,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def replicated(tree: Any) -> dict[str, Any]:
-    """What every device holds whole: path and bytes of the largest leaf, and bytes in all."""
+    """Replicated leaves: path and bytes of the largest, and bytes of all."""
     copies = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size * leaf.dtype.itemsize
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -144,12 +145,12 @@ def replicated(tree: Any) -> dict[str, Any]:
 
 
 def describe(row: Row) -> str:
-    """The row in a few lines for a person."""
+    """The row as printed lines."""
     copies = row["replicated"]
     lines = [
         f"{row['name']} on {row['target']}: {row['devices']} devices, fsdp {row['fsdp']}, batch "
         f"{row['batch_size']}, {row['dtype']}",
-        f"  FLOPs a step and device  {row['flops'] / 1e12:.4g} T"
+        f"  FLOPs per step, device   {row['flops'] / 1e12:.4g} T"
         + (f", {row['ms_at_peak']:.3g} ms at peak" if row["ms_at_peak"] else ""),
         f"  state, frozen networks   {_gib(row['state_bytes'])}, {_gib(row['frozen_bytes'])}",
         *(
@@ -162,12 +163,12 @@ def describe(row: Row) -> str:
     if "refused" in row:
         return "\n".join([*lines, f"  does not fit: {row['refused']}"])
     lines.append(
-        f"  peak memory a device     {_gib(row['peak_bytes'])} (arguments "
+        f"  peak memory per device   {_gib(row['peak_bytes'])} (arguments "
         f"{_gib(row['arguments_bytes'])}, temporaries {_gib(row['temporaries_bytes'])}, aliased "
         f"{_gib(row['aliased_bytes'])})"
     )
     for kind, use in row["collectives"].items():
-        lines.append(f"  {kind:<24} {use['runs']} a step, {_gib(use['bytes'])}")
+        lines.append(f"  {kind:<24} {use['runs']} per step, {_gib(use['bytes'])}")
     room = row["memory_bytes"]
     if room:
         verdict = "fits" if row["fits"] else "does not fit"
@@ -176,7 +177,7 @@ def describe(row: Row) -> str:
 
 
 def command() -> str:
-    """The command line of this process without what differs from place to place."""
+    """The command line of this process without the flags that depend on the machine."""
     kept = [a for a in sys.argv[1:] if not re.match(r"--(workdir|config\.ledger)", a)]
     return " ".join(["python -m dinosae_jax.main", *kept])
 
@@ -185,8 +186,8 @@ def enter(path: pathlib.Path, row: Row) -> None:
     """Puts a row into the ledger in place of an earlier one of the same command.
 
     Args:
-      path: of the JSON file; a Markdown table of the same name is written beside it.
-      row: with 'command'.
+      path: the JSON file; a Markdown table of the same name is written next to it.
+      row: a row with 'command'.
     """
     rows = json.loads(path.read_text()) if path.exists() else []
     rows = [old for old in rows if old["command"] != row["command"]] + [row]
@@ -211,7 +212,7 @@ def table(rows: list[Row]) -> str:
         *_markdown(VERDICT),
         *(_line(row, fits(row)) for row in rows),
         "",
-        "Collectives are executions a step and the bytes they deliver. Largest copies are of the "
+        "Collectives are executions per step and the bytes they deliver. Largest copies are of the "
         "trained state and of the frozen networks.",
         "",
         *_markdown(COSTS),

@@ -30,7 +30,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Probes both networks on the classes of a data set.
 
     Args:
-      config: of `configs/probe.py`.
+      config: config of `configs/probe.py`.
       folder: folder of the results.
 
     Raises:
@@ -70,7 +70,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
 
 def check_classes(train: images.ImageSource, held_out: images.ImageSource) -> None:
-    """Raises ValueError where the splits have other classes than each other, or only one."""
+    """Raises ValueError where the splits have different classes, or fewer than 2."""
     if train.label_names != held_out.label_names or train.num_classes < 2:
         raise ValueError(
             "a probe needs at least 2 classes, the same in both splits; got "
@@ -116,8 +116,8 @@ def training_features(
       ValueError: for features that are not finite.
     """
     fields = ("image", "label")
-    found = loading.training_batches(source, config, mesh, fields, config.batch_size)
-    placed = (sharding.put_batch(batch, mesh) for batch in found)
+    batches = loading.training_batches(source, config, mesh, fields, config.batch_size)
+    placed = (sharding.put_batch(batch, mesh) for batch in batches)
     running = ((extract(batch["image"]), batch["label"]) for batch in placed)
     for rows, labels in batching.one_behind(running):
         if not jnp.isfinite(rows).all():  # waits: or the host would run ahead without bound
@@ -144,8 +144,8 @@ def held_out_features(
         placed = sharding.put_batch(fields, mesh)
         mask = sharding.gather(placed["mask"])
         rows, labels = extract(placed["image"]), placed["label"]
-        found = check_features(sharding.gather(rows)[mask], 0, "a probe")
-        yield found, sharding.gather(labels)[mask]
+        checked = check_features(sharding.gather(rows)[mask], 0, "a probe")
+        yield checked, sharding.gather(labels)[mask]
 
 
 def describe(

@@ -1,8 +1,8 @@
 """Reconstructs images: side-by-side PNG files, and PSNR, SSIM and LPIPS of each and in total.
 
-The workdir holds images/ (original left, reconstruction right) and results.json. The numbers are
-those of the 8-bit reconstruction that the PNG file shows. Images are worked on in groups of one
-size, because each size is compiled once.
+The workdir holds images/ (original left, reconstruction right) and results.json. The metrics are
+those of the 8-bit reconstruction in the PNG file. Images are processed in groups of one size,
+because each size is compiled once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ UNITS = {"psnr": "dB", "ssim": "", "lpips": ""}
 
 
 class Survey(NamedTuple):
-    """What a set of images holds.
+    """The sizes of a set of images, and which of them are usable.
 
     Attributes:
       groups: (height, width) after cropping -> indices of its images, in the order of the set.
@@ -56,40 +56,39 @@ class Survey(NamedTuple):
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Reconstructs the images of `config.images`; run again, it writes everything again.
+    """Reconstructs the images of `config.images`; a second run writes everything again.
 
     Args:
-      config: of `config.reconstruct_defaults`.
+      config: config of `config.reconstruct_defaults`.
       folder: folder of the results.
 
     Raises:
       ValueError: where weights or images cannot be read, or no image is usable.
     """
     records = open_images(config.images, config.data_dir)
-    figures_of = functools.partial(_compiled_figures(bool(config.weights.lpips)), _lpips(config))
+    metrics_of = functools.partial(_compiled_metrics(bool(config.weights.lpips)), _lpips(config))
     model = _open_autoencoder(config)
     survey = survey_images(records, config.short_side)
     for skipped in survey.skipped:
         console.report(f"{config.name}: skipped {skipped['name']}: {skipped['reason']}")
     if not survey.groups:
         raise ValueError(
-            f"reconstruct needs at least one usable image; got {len(records)} in {config.images}, "
-            f"none of which is, the first because {survey.skipped[0]['reason']}; name another "
-            "folder"
+            f"reconstruct needs at least one usable image; got {len(records)} unusable in "
+            f"{config.images} (first: {survey.skipped[0]['reason']}); name another folder"
         )
     notes = [*model.notes, *_notes(config, survey)]
     for note in notes:
         console.report(f"{config.name}: {note}")
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = _measure(model, figures_of, records, survey, config, folder)
+    rows = _measure(model, metrics_of, records, survey, config, folder)
     _finish(folder, config, model, rows, survey, notes)
 
 
 def open_images(images: str, data_dir: str = "") -> Records:
-    """The images of a folder (all of them), or the split eval of a source of the data pipeline.
+    """All images of a folder, or the split eval of a source of the data pipeline.
 
     Raises:
-      ValueError: where there are none, or they cannot be read.
+      ValueError: where there are no images, or they cannot be read.
     """
     if pathlib.Path(images).expanduser().is_dir():
         return sources.open_records(f"folder:{images}", "train")
@@ -97,12 +96,12 @@ def open_images(images: str, data_dir: str = "") -> Records:
         return sources.open_records(images, "eval", data_dir=data_dir or None)
     raise ValueError(
         f"images is a folder of images, or one of {', '.join(SOURCE_KINDS)}...; got {images!r}, "
-        "which is no folder; check the path"
+        "which is not a folder; check the path"
     )
 
 
 def survey_images(records: Records, short_side: int) -> Survey:
-    """Decodes every image once: which sizes there are, and which images are not usable."""
+    """Decodes every image once, groups them by size and lists those that are not usable."""
     survey = Survey({}, {}, [])
     for index in range(len(records)):
         try:
@@ -122,7 +121,7 @@ def survey_images(records: Records, short_side: int) -> Survey:
 
 
 def crop_to_patches(image: Image) -> Image:
-    """Cuts both sides centrally down to multiples of the patch size; a view."""
+    """Crops both sides centrally to multiples of the patch size; a view."""
     patch = names.PATCH_SIZE
     height, width = (side - side % patch for side in image.shape[:2])
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
@@ -130,7 +129,7 @@ def crop_to_patches(image: Image) -> Image:
 
 
 def table(rows: list[Row], totals: Row) -> str:
-    """The figures as text, a line an image and the mean at the end."""
+    """The metrics as text, one line per image and the mean at the end."""
     metrics = [name for name in UNITS if name in totals]
     titles = [f"{name.upper()} {UNITS[name]}".strip() for name in metrics]
     width = max(len(row["name"]) for row in [*rows, {"name": "mean of 100,000 images"}])
@@ -156,7 +155,7 @@ def _lpips(config: ml_collections.ConfigDict) -> Any:
 
 
 def _notes(config: ml_collections.ConfigDict, survey: Survey) -> list[str]:
-    """What the reader of the numbers must know."""
+    """What a reader of the results must know."""
     used = {index: size for size, indices in survey.groups.items() for index in indices}
     cropped = sum(survey.uncropped[index] != size for index, size in used.items())
     notes = [
@@ -176,7 +175,7 @@ def _notes(config: ml_collections.ConfigDict, survey: Survey) -> list[str]:
 
 def _measure(
     model: Autoencoder,
-    figures_of: Callable[[jax.Array], dict[str, jax.Array]],
+    metrics_of: Callable[[jax.Array], dict[str, jax.Array]],
     records: Records,
     survey: Survey,
     config: ml_collections.ConfigDict,
@@ -186,20 +185,20 @@ def _measure(
     rows: dict[int, Row] = {}
     for size in sorted(survey.groups):
         for indices, originals in _load(records, survey.groups[size], config):
-            found = model.reconstruct(autoencoder_lib.unit_interval(originals))
-            shown = np.asarray(image_quality.to_uint8(jnp.asarray(found), CONVERSION))
+            decoded = model.reconstruct(autoencoder_lib.unit_interval(originals))
+            shown = np.asarray(image_quality.to_uint8(jnp.asarray(decoded), CONVERSION))
             pair = np.stack([shown, originals], axis=1)
-            figures = batching.map_batches(figures_of, pair, config.batch_size, model.mesh)
-            for place, index in enumerate(indices):
+            metrics = batching.map_batches(metrics_of, pair, config.batch_size, model.mesh)
+            for row, index in enumerate(indices):
                 rows[index] = {
                     "name": records.name(index),
                     "picture": _picture_name(records, index),
                     "size": list(size),
                     "size_before_cropping": list(survey.uncropped[index]),
-                    **{name: float(values[place]) for name, values in figures.items()},
+                    **{name: float(values[row]) for name, values in metrics.items()},
                 }
                 path = folder / rows[index]["picture"]
-                _write_picture(path, originals[place], shown[place])
+                _write_picture(path, originals[row], shown[row])
     return [rows[index] for index in sorted(rows)]
 
 
@@ -210,7 +209,7 @@ def _resize(image: Image, short_side: int) -> Image:
 def _load(
     records: Records, indices: list[int], config: ml_collections.ConfigDict
 ) -> Iterator[tuple[list[int], NDArray[np.uint8]]]:
-    """Batches of a group: (indices, cropped images [b,h,w,3])."""
+    """Batches of a group: (indices, cropped images [b, h, w, 3])."""
     for start in range(0, len(indices), config.batch_size):
         batch = indices[start : start + config.batch_size]
         images = (crops.decode_rgb(records.read(index)[0]) for index in batch)
@@ -218,22 +217,22 @@ def _load(
 
 
 @functools.lru_cache
-def _compiled_figures(with_lpips: bool) -> Callable[..., dict[str, jax.Array]]:
+def _compiled_metrics(with_lpips: bool) -> Callable[..., dict[str, jax.Array]]:
     @jax.jit
-    def figures(variables: Any, pair: jax.Array) -> dict[str, jax.Array]:
-        """Figures [b] of pairs uint8 [b,2,h,w,3], reconstruction first."""
+    def metrics(variables: Any, pair: jax.Array) -> dict[str, jax.Array]:
+        """Metrics [b] of pairs uint8 [b, 2, h, w, 3], reconstruction first."""
         images = autoencoder_lib.unit_interval(pair)
         shown, original = images[:, 0], images[:, 1]
-        found = {
+        values = {
             "psnr": image_quality.psnr(shown, original, PSNR),
             "ssim": image_quality.ssim(shown, original, SSIM),
         }
         if with_lpips:
             distances: Any = LPIPS().apply(variables, original, shown)
-            found["lpips"] = distances
-        return found
+            values["lpips"] = distances
+        return values
 
-    return figures
+    return metrics
 
 
 def _picture_name(records: Records, index: int) -> str:
@@ -268,7 +267,7 @@ def _finish(
         "dtype": str(np.dtype(model.modules.decoder.dtype)),
     }
     if "lpips" in totals:
-        recipe["lpips"] = "VGG16, v0.1, on [-1,1]"
+        recipe["lpips"] = "VGG16, v0.1, on [-1, 1]"
     console.report(table(rows, totals))
     console.report(
         f"Conventions: PSNR {PSNR!r}, SSIM {SSIM!r}, 8-bit conversion {CONVERSION!r} "

@@ -1,4 +1,4 @@
-"""Draws images from a trained flow and lays the first of them out as one picture.
+"""Draws images from a trained flow and lays the first of them out in one grid.
 
 The workdir holds what `inference.drawing` writes, and grid.png.
 """
@@ -22,11 +22,11 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Draws what the config describes; finished chunks are kept.
 
     Args:
-      config: of `config.sample_defaults`.
+      config: config of `config.sample_defaults`.
       folder: folder of the images.
 
     Raises:
-      ValueError: as of `drawing.draw_series`.
+      ValueError: see `drawing.draw_series`.
       stopping.Interrupted: after a signal, with every finished chunk saved.
     """
     drawing.draw_series(config, folder)

@@ -1,7 +1,7 @@
 """Trains one stage, or a chain of stages in one workdir.
 
 A stage's workdir holds config.json, checkpoints/, frozen/, metrics.jsonl, timing.jsonl, pictures,
-notes.json and, when finished, DONE. A chain's workdir holds one folder a stage and the report.
+notes.json and, when finished, DONE. A chain's workdir holds one folder per stage and the report.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dinosae_jax.train import stages
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Trains what the config describes; finished stages are skipped, interrupted ones go on.
+    """Trains what the config describes; finished stages are skipped, interrupted stages resume.
 
     Args:
-      config: of one stage, or with `chain` and `stages`.
+      config: config of one stage, or a config with `chain` and `stages`.
       folder: folder of the run.
 
     Raises:

@@ -1,10 +1,11 @@
 """Hinge losses of the discriminator and the generator, and the weight that balances the latter.
 
-Mirrors RAE's stage 1 (reference/adversarial_and_metrics.md, section 2). The adaptive weight is
-that of VQGAN (Esser et al., "Taming Transformers", 2021, eq. 7) with RAE's epsilon; its two
-gradients are those of the decoder's last kernel, obtained by pulling pixel cotangents back through
-the last layer only.
+Mirrors stage 1 of RAE (arXiv 2510.11690, github.com/bytetriper/RAE). The adaptive weight is that of
+VQGAN (Esser et al., "Taming Transformers", arXiv 2012.09841, eq. 7) with RAE's epsilon; its two
+gradients are those of the decoder's last kernel, and the last layer alone is differentiated.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -16,11 +17,11 @@ def discriminator_loss(real_logits: jax.Array, fake_logits: jax.Array) -> jax.Ar
     """Computes the hinge loss 0.5 (mean relu(1 - real) + mean relu(1 + fake)).
 
     Args:
-        real_logits: [b, n], the discriminator on images of the data.
-        fake_logits: [b, n], the discriminator on reconstructions.
+      real_logits: [b, n], the discriminator's on images of the data.
+      fake_logits: [b, n], the discriminator's on reconstructions.
 
     Returns:
-        Scalar float32; 1 where all logits are 0.
+      Scalar float32; 1 where all logits are 0.
     """
     real = jax.nn.relu(1.0 - real_logits.astype(jnp.float32)).mean()
     fake = jax.nn.relu(1.0 + fake_logits.astype(jnp.float32)).mean()
@@ -51,13 +52,13 @@ def adaptive_weight(
     """Computes clip(reconstruction / (adversarial + epsilon), 0, maximum).
 
     Args:
-        grad_norm_reconstruction: scalar, norm of the reconstruction loss's gradient.
-        grad_norm_adversarial: scalar, norm of the generator loss's gradient, same parameters.
-        maximum: the value that the weight takes when the adversarial gradient vanishes.
-        epsilon: RAE's 1e-6 (VQGAN has 1e-4).
+      grad_norm_reconstruction: scalar, norm of the reconstruction loss's gradient.
+      grad_norm_adversarial: scalar, norm of the generator loss's gradient, same parameters.
+      maximum: the value that the weight takes when the adversarial gradient vanishes.
+      epsilon: RAE's 1e-6 (VQGAN has 1e-4).
 
     Returns:
-        Scalar float32, a constant for the gradient.
+      Scalar float32, a constant for the gradient.
     """
     ratio = grad_norm_reconstruction / (grad_norm_adversarial + epsilon)
     return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, maximum))
@@ -74,26 +75,26 @@ def last_layer_adaptive_weight(
 ) -> jax.Array:
     """Computes the adaptive weight from pixel cotangents, through the last layer alone.
 
-    The layer is linearised once and both cotangents are pulled back through it. On a sharded batch
+    The layer is linearised once and its VJP is applied to both cotangents. On a sharded batch
     the norms are those of the global batch's gradients.
 
     Args:
-        head_fn: (kernel, features) -> images [b, h, w, 3], the decoder's last layer and whatever
-            follows it.
-        kernel: the last layer's kernel.
-        features: the last layer's input.
-        grad_reconstruction: [b, h, w, 3], gradient of the reconstruction losses with respect to the
-            images.
-        grad_adversarial: the same of the generator loss.
-        maximum: see `adaptive_weight`.
-        epsilon: see `adaptive_weight`.
+      head_fn: (kernel, features) -> images [b, h, w, 3], the decoder's last layer and whatever
+        follows it.
+      kernel: the last layer's kernel.
+      features: the last layer's input.
+      grad_reconstruction: [b, h, w, 3], gradient of the reconstruction losses with respect to the
+        images.
+      grad_adversarial: the same of the generator loss.
+      maximum: see `adaptive_weight`.
+      epsilon: see `adaptive_weight`.
 
     Returns:
-        Scalar float32, a constant for the gradient.
+      Scalar float32, a constant for the gradient.
     """
-    _, pull_back = jax.vjp(lambda kernel: head_fn(kernel, features), kernel)
+    _, vjp = jax.vjp(lambda kernel: head_fn(kernel, features), kernel)
 
     def norm(cotangent: jax.Array) -> jax.Array:
-        return jnp.linalg.norm(pull_back(cotangent)[0].astype(jnp.float32).ravel())
+        return jnp.linalg.norm(vjp(cotangent)[0].astype(jnp.float32).ravel())
 
     return adaptive_weight(norm(grad_reconstruction), norm(grad_adversarial), maximum, epsilon)

@@ -1,7 +1,7 @@
 """DiffAug: translation, colour and cutout on every image that the discriminator sees.
 
-Mirrors RAE's DiffAug with probability 1 (reference/adversarial_and_metrics.md, section 1.4; method:
-Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020). All randomness
+Mirrors RAE's class DiffAug with probability 1 (arXiv 2510.11690; method: Zhao et al.,
+"Differentiable Augmentation for Data-Efficient GAN Training", arXiv 2006.10738). All randomness
 enters as seven uniforms per image, so that the draws can depend on the image's index in the global
 batch and not on how the batch is laid out over devices:
 
@@ -10,6 +10,8 @@ batch and not on how the batch is laid out over devices:
 
 Images are in [-1, 1]; pixels that come from outside are 0, mid-grey. Results are not clipped.
 """
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +23,11 @@ def augmentation_uniforms(key: jax.Array, indices: jax.Array) -> jax.Array:
     """Draws the uniforms of each image from its index in the global batch.
 
     Args:
-        key: random key of this step and purpose (real and fake images take different ones).
-        indices: [b] int, the images' positions in the global batch.
+      key: random key of this step and purpose (real and fake images have different keys).
+      indices: [b] int, the images' positions in the global batch.
 
     Returns:
-        [7, b] float32 in [0, 1).
+      [7, b] float32 in [0, 1).
     """
 
     def draw(index: jax.Array) -> jax.Array:
@@ -38,12 +40,12 @@ def diff_augment(images: jax.Array, uniforms: jax.Array, cutout: float = 0.0) ->
     """Applies translation, colour and cutout, in this order, each image with its own uniforms.
 
     Args:
-        images: [b, h, w, c] in [-1, 1].
-        uniforms: [7, b] in [0, 1), see the module's docstring.
-        cutout: side of the square that is blanked, as a fraction of the image's; 0 is none (RAE).
+      images: [b, h, w, c] in [-1, 1].
+      uniforms: [7, b] in [0, 1), see the module's docstring.
+      cutout: side of the square that is blanked, as a fraction of the image's; 0 is none (RAE).
 
     Returns:
-        [b, h, w, c] float32, differentiable with respect to the images.
+      [b, h, w, c] float32, differentiable with respect to the images.
     """
 
     def augment(image: jax.Array, r: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ Parameters are passed by role, {"stem": {"params": ...}, "vit": ..., "decoder": 
 with batch norm has "batch_stats" beside its "params". The student and the teacher share the ViT.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,10 +30,10 @@ PIXEL_RANGES: dict[names.PixelRange, tuple[tuple[float, ...], tuple[float, ...]]
     "unit": ((0.0,), (1.0,)),
     "symmetric": ((0.5,), (0.5,)),
 }
-"""Mean and standard deviation that take the decoder's output to [0,1], by name.
+"""Mean and standard deviation that take the decoder's output to [0, 1], by name.
 
 imagenet: the decoder predicts pixels normalised like the encoder's input; unit: it predicts
-[0,1]; symmetric: [-1,1].
+[0, 1]; symmetric: [-1, 1].
 """
 
 
@@ -55,8 +57,8 @@ class AutoencoderModules:
 class EncoderOutput(NamedTuple):
     """Tokens of an image.
 
-    tokens: [b,n,d] float32 patch tokens after DINOv3's final norm, row-major grid: the latent z.
-    cls: [b,d] float32 class token after the final norm.
+    tokens: [b, n, d] float32 patch tokens after DINOv3's final norm, row-major grid: the latent z.
+    cls: [b, d] float32 class token after the final norm.
     grid: (height, width) of the patch grid, n = height * width.
     """
 
@@ -66,7 +68,7 @@ class EncoderOutput(NamedTuple):
 
 
 def build(model_config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> AutoencoderModules:
-    """Make the modules of a configuration.
+    """Makes the modules of a configuration.
 
     Args:
       model_config: "stem", "vit" and "decoder" hold the keyword arguments of `ConvStem`,
@@ -83,7 +85,7 @@ def build(model_config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> Autoen
     pixel_range = model_config.get("pixel_range", "imagenet")
     if pixel_range not in PIXEL_RANGES:
         raise ValueError(
-            f"pixel_range is one of {', '.join(PIXEL_RANGES)}, got {pixel_range!r}: choose one."
+            f"pixel_range is one of {', '.join(PIXEL_RANGES)}; got {pixel_range!r}; choose one"
         )
     modules = AutoencoderModules(
         registry.build("stem", model_config["stem"], dtype=dtype),
@@ -94,14 +96,14 @@ def build(model_config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> Autoen
     widths = (modules.stem.embed_dim, modules.vit.embed_dim, modules.decoder.latent_channels)
     if len(set(widths)) > 1:
         raise ValueError(
-            "stem.embed_dim, vit.embed_dim and decoder.latent_channels must be equal, got "
-            f"{widths}: set all three to the ViT's."
+            "stem.embed_dim, vit.embed_dim and decoder.latent_channels must be equal; got "
+            f"{widths}; set all three to the ViT's"
         )
     return modules
 
 
 def init(modules: AutoencoderModules, key: Array, image_size: int) -> dict[str, dict[str, Any]]:
-    """Draw all variables; call it under `jax.jit`, so that the forward passes cost nothing.
+    """Draws all variables; call it under `jax.jit`, so that the forward passes cost nothing.
 
     Args:
       modules: what `build` returned.
@@ -121,19 +123,19 @@ def init(modules: AutoencoderModules, key: Array, image_size: int) -> dict[str, 
 
 
 def unit_interval(images: Any) -> Any:
-    """8-bit images [...] uint8, of numpy or jax, as float32 in [0,1]: what `encode` takes."""
+    """8-bit images [...] uint8, of numpy or jax, as float32 in [0, 1]: what `encode` takes."""
     return images.astype(np.float32) / np.float32(255.0)
 
 
 def normalise(images: Array) -> Array:
-    """Remove ImageNet's mean and deviation: [b,h,w,3] in [0,1] -> the same shape, float32."""
+    """Removes ImageNet's mean and deviation: [b, h, w, 3] in [0, 1] -> the same shape, float32."""
     return (images.astype(jnp.float32) - jnp.array(names.IMAGENET_MEAN)) / jnp.array(
         names.IMAGENET_STD
     )
 
 
 def to_pixels(modules: AutoencoderModules, output: Array) -> Array:
-    """Bring the decoder's raw output [b,h,w,3] to about [0,1], float32, not clipped."""
+    """Maps the decoder's raw output [b, h, w, 3] to about [0, 1], float32, not clipped."""
     mean, std = PIXEL_RANGES[modules.pixel_range]
     return output.astype(jnp.float32) * jnp.array(std) + jnp.array(mean)
 
@@ -144,7 +146,7 @@ def encode(modules: AutoencoderModules, variables: Variables, images: Array) -> 
     Args:
       modules: what `build` returned.
       variables: roles stem and vit.
-      images: [b,h,w,3] float32 in [0,1], any height and width.
+      images: [b, h, w, 3] float32 in [0, 1], any height and width.
 
     Returns:
       The tokens; a convolutional stem rounds the grid up, (ceil(h/16), ceil(w/16)).
@@ -161,7 +163,7 @@ def encode_teacher(
     Args:
       modules: what `build` returned.
       variables: role vit.
-      images: [b,h,w,3] float32 in [0,1].
+      images: [b, h, w, 3] float32 in [0, 1].
 
     Returns:
       The tokens; the patch convolution rounds the grid down, so it is the student's for sides
@@ -190,13 +192,13 @@ def decode(
     Args:
       modules: what `build` returned.
       variables: role decoder.
-      z: [b,n,d] float32 latents.
+      z: [b, n, d] float32 latents.
       grid: (height, width) of the patch grid.
       train: whether batch norm uses the statistics of the batch (`decode_features` returns
-        the new running ones).
+        the new running statistics).
 
     Returns:
-      [b,16*height,16*width,3] float32 in about [0,1], not clipped.
+      [b, 16*height, 16*width, 3] float32 in about [0, 1], not clipped.
     """
     features, _ = decode_features(modules, variables, z, grid, train)
     return decode_head(modules, variables, features)
@@ -214,12 +216,12 @@ def decode_features(
     Args:
       modules: what `build` returned.
       variables: role decoder.
-      z: [b,n,d] float32 latents.
+      z: [b, n, d] float32 latents.
       grid: (height, width) of the patch grid.
       train: whether batch norm uses and updates the statistics of the batch.
 
     Returns:
-      ([b,h,w,c] features, the collection `batch_stats`, empty without batch norm).
+      ([b, h, w, c] features, the collection `batch_stats`, empty without batch norm).
 
     Raises:
       ValueError: if n is not height * width.
@@ -227,8 +229,8 @@ def decode_features(
     b, n, d = z.shape
     if n != grid[0] * grid[1]:
         raise ValueError(
-            f"z must have one token per cell of the grid, got {n} tokens for a grid of "
-            f"{tuple(grid)}: pass the grid that encode returned."
+            f"z must have one token per cell of the grid; got {n} tokens for a grid of "
+            f"{tuple(grid)}; pass the grid that encode returned"
         )
     features, updates = modules.decoder.apply(
         variables["decoder"],
@@ -242,7 +244,7 @@ def decode_features(
 
 
 def decode_head(modules: AutoencoderModules, variables: Variables, features: Array) -> Array:
-    """The decoder's last layer, and the way to [0,1].
+    """Applies the decoder's last layer and maps its output to [0, 1].
 
     Args:
       modules: what `build` returned.
@@ -251,7 +253,7 @@ def decode_head(modules: AutoencoderModules, variables: Variables, features: Arr
       features: what `decode_features` returned.
 
     Returns:
-      [b,16*height,16*width,3] float32 in about [0,1], not clipped.
+      [b, 16*height, 16*width, 3] float32 in about [0, 1], not clipped.
     """
     output: Any = modules.decoder.apply(variables["decoder"], features, method=Decoder.head)
     return to_pixels(modules, output)

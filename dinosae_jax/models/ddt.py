@@ -11,6 +11,8 @@ one conditioning vector per token; the head denoises under per-token adaLN. Rele
   | XL   | 1152, 28, 16 | 840,019,540 / 839,724,372 |
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import flax.linen as nn
@@ -80,7 +82,7 @@ class DiTDH(nn.Module):
           encoder_state: [b, n, encoder width] float32, used in place of the encoder's output (the
             reference's `s`): the encoder is skipped and so is adding the time to it; the projection
             is not.
-          intermediates: also return module outputs.
+          intermediates: whether to return module outputs too.
 
         Returns:
           Velocity of x's shape, float32; with `intermediates` a pair of it and a dict of module

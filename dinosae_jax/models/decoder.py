@@ -5,6 +5,8 @@ own checkpoints count the other way round. `width_list`, `depth_list` and the ot
 indexed as in both originals: entry 0 belongs to the highest resolution.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from dinosae_jax import sizes
 from dinosae_jax.models.decoder_blocks import (
     EVIT_SCALES,
     UPSAMPLERS,
@@ -31,7 +32,7 @@ Array = jax.Array
 
 
 class Stage(nn.Module):
-    """The modules of one resolution, in a row; `op_list` holds a factory for each."""
+    """The modules of one resolution, in sequence; `op_list` holds a factory for each."""
 
     op_list: tuple[Factory, ...]
 
@@ -66,11 +67,11 @@ class ProjectOut(nn.Module):
 
     @nn.compact
     def features(self, x: Array, train: bool) -> Array:
-        """Input of the last layer: [b,h,w,c] -> same shape."""
+        """Input of the last layer: [b, h, w, c] -> same shape."""
         return ACTIVATIONS[self.act](apply_norm(self.norm, x, train, name="op_list_0"))
 
     def head(self, features: Array) -> Array:
-        """Image of the features, [b,h,w,c] or twice as high and wide, float32."""
+        """Image of the features, [b, h, w, c] or twice as high and wide, float32."""
         return self.last(features).astype(jnp.float32)
 
     def kernel_path(self) -> tuple[str, ...]:
@@ -133,16 +134,16 @@ class Decoder(nn.Module):
         """Image of the latents: `head(features(z))`.
 
         Args:
-          z: [b,h,w,latent_channels] float32.
+          z: [b, h, w, latent_channels] float32.
           train: whether batch norm uses and updates the statistics of the batch.
 
         Returns:
-          [b,f*h,f*w,in_channels] float32, f = 2^(stages-1), as the network puts it out.
+          [b, f*h, f*w, in_channels] float32, f = 2^(stages-1), as the network puts it out.
         """
         return self.head(self.features(z, train))
 
     def trunk(self, z: Array, train: bool = False) -> dict[str, Array]:
-        """Outputs of all layers before the output layer, [b,h',w',c] each, in their order.
+        """Outputs of all layers before the output layer, [b, h', w', c] each, in their order.
 
         The keys are project_in, stage0 (lowest resolution), stage1 and so on.
         """
@@ -152,11 +153,11 @@ class Decoder(nn.Module):
         return outputs
 
     def features(self, z: Array, train: bool = False) -> Array:
-        """Input of the last layer, whose kernel is at `last_kernel_path`, [b,h',w',c]."""
+        """Input of the last layer, whose kernel is at `last_kernel_path`, [b, h', w', c]."""
         return self.project_out.features(list(self.trunk(z, train).values())[-1], train)
 
     def head(self, features: Array) -> Array:
-        """The last layer alone: [b,h',w',c] -> [b,f*h,f*w,in_channels] float32."""
+        """The last layer alone: [b, h', w', c] -> [b, f*h, f*w, in_channels] float32."""
         return self.project_out.head(features)
 
     @property
@@ -172,7 +173,7 @@ class Decoder(nn.Module):
         return (value,) * len(self.width_list) if value is None or isinstance(value, str) else value
 
     def _stage_modules(self, i: int) -> tuple[Factory, ...]:
-        """Factories of the modules of stage i: an upsampling block (but in the first), blocks."""
+        """Factories of stage i's modules: an upsampling block except in the first, then blocks."""
         if self.depth_list[i] == 0:
             return ()
         block_type = self._per_stage(self.block_type)[i]
@@ -202,30 +203,30 @@ class Decoder(nn.Module):
         )
 
     def _check(self) -> None:
-        """Raise a ValueError with one line for a configuration that cannot be built."""
+        """Raises ValueError for a configuration that cannot be built."""
         stages = len(self.width_list)
         for name in ("depth_list", "block_type", "norm", "act"):
             if len(self._per_stage(getattr(self, name))) != stages:
                 raise ValueError(
-                    f"{name} needs one entry for each of the {stages} stages in width_list, got "
-                    f"{getattr(self, name)}: give {stages} entries."
+                    f"{name} needs one entry for each of the {stages} stages in width_list; got "
+                    f"{getattr(self, name)}; give {stages} entries"
                 )
         if min(self.depth_list[1:], default=1) < 1:
             raise ValueError(
-                f"depth_list may be 0 for the first entry only, got {tuple(self.depth_list)}: "
-                "give every other stage at least one block."
+                f"depth_list may be 0 for the first entry only; got {tuple(self.depth_list)}; "
+                "give every other stage at least one block"
             )
         if not self.upsample_match_channel and len(set(self.width_list)) > 1:
             raise ValueError(
-                "upsample_match_channel=False needs equal widths, got width_list "
-                f"{tuple(self.width_list)}: leave it at True."
+                "upsample_match_channel=False needs equal widths; got width_list "
+                f"{tuple(self.width_list)}; leave it at True"
             )
         for name, allowed in _CHOICES.items():
             for value in self._per_stage(getattr(self, name)):
                 if value not in allowed:
                     raise ValueError(
-                        f"{name} is one of {', '.join(map(str, allowed))}, got {value!r}: "
-                        "choose one of these."
+                        f"{name} is one of {', '.join(map(str, allowed))}; got {value!r}; "
+                        "choose one of these"
                     )
 
 
@@ -241,6 +242,3 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "out_norm": _NORMS,
     "out_act": tuple(ACTIVATIONS),
 }
-
-
-sizes._WIDTHS, sizes._WIDE = (128, 256, 512, 512, 1024), (128, 256, 512, 1024, 1024)

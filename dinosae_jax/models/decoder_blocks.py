@@ -4,6 +4,8 @@ Mirrors the vendored efficientvit package of DINO-SAE. Convolutions have stride 
 of half the kernel.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 
@@ -22,9 +24,9 @@ EXPAND_RATIO = 4  # of the gated convolution
 
 
 def pixel_shuffle(x: Array, factor: int = 2) -> Array:
-    """Turn channels into space in PyTorch's order: channel index c*f*f + i*f + j.
+    """Turns channels into space in PyTorch's order: channel index c*f*f + i*f + j.
 
-    [b,h,w,c*f*f] -> [b,h*f,w*f,c].
+    [b, h, w, c*f*f] -> [b, h*f, w*f, c].
     """
     b, h, w, channels = x.shape
     c = channels // factor**2
@@ -33,7 +35,7 @@ def pixel_shuffle(x: Array, factor: int = 2) -> Array:
 
 
 def upsample_nearest(x: Array) -> Array:
-    """Repeat each pixel twice along height and width. [b,h,w,c] -> [b,2h,2w,c]."""
+    """Repeats each pixel twice along height and width. [b, h, w, c] -> [b, 2h, 2w, c]."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -44,10 +46,10 @@ def linear_attention(qkv: Array) -> Array:
     order of the products on at most 32 pixels.
 
     Args:
-      qkv: [b,n,k,3*d] float32; q, k and v of each head lie side by side.
+      qkv: [b, n, k, 3*d] float32; q, k and v of each head are adjacent.
 
     Returns:
-      [b,n,k,d] float32.
+      [b, n, k, d] float32.
     """
     q, k, v = jnp.split(qkv, 3, axis=-1)
     q, k = jax.nn.relu(q), jax.nn.relu(k)
@@ -58,21 +60,22 @@ def linear_attention(qkv: Array) -> Array:
 
 
 class Duplicate(nn.Module):
-    """Shortcut without parameters: each channel several times in a row, then a pixel shuffle.
+    """Shortcut without parameters: repeats each channel, then shuffles pixels.
 
-    [b,h,w,c] -> [b,h*factor,w*factor,features].
+    [b, h, w, c] -> [b, h*factor, w*factor, features].
     """
 
     features: int
     factor: int
 
     def __call__(self, x: Array, train: bool = False) -> Array:
-        """Apply the shortcut; `train` is there for the common signature."""
+        """Applies the shortcut; `train` is ignored."""
         total = self.features * self.factor**2
         if total % x.shape[-1]:
             raise ValueError(
-                f"A duplicating shortcut needs {x.shape[-1]} channels to divide {total}, which "
-                "they do not: change width_list or latent_channels, or set the shortcut to None."
+                "the input channels of a duplicating shortcut divide features * factor^2; got "
+                f"{x.shape[-1]} and {total}; change width_list or latent_channels, or set the "
+                "shortcut to None"
             )
         return pixel_shuffle(jnp.repeat(x, total // x.shape[-1], axis=-1), self.factor)
 
@@ -96,7 +99,7 @@ class Residual(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions: with bias and activation, then with norm. [b,h,w,c] -> same shape."""
+    """Two 3x3 convolutions, with bias and activation, then with norm: [b, h, w, c] -> the same."""
 
     norm: str | None
     act: str | None
@@ -111,7 +114,7 @@ class ResBlock(nn.Module):
 
 
 class LiteMLA(nn.Module):
-    """Multi-scale linear attention between two 1x1 convolutions. [b,h,w,c] -> same shape.
+    """Multi-scale linear attention between two 1x1 convolutions. [b, h, w, c] -> same shape.
 
     Attributes:
       scales: kernel sizes; each adds as many heads, aggregated over that neighbourhood.
@@ -141,7 +144,7 @@ class LiteMLA(nn.Module):
 
 
 class GLUMBConv(nn.Module):
-    """Gated inverted bottleneck: 1x1, depthwise 3x3, gate, 1x1. [b,h,w,c] -> same shape."""
+    """Gated inverted bottleneck: 1x1, depthwise 3x3, gate, 1x1. [b, h, w, c] -> same shape."""
 
     norm: str | None
     act: str | None
@@ -165,7 +168,7 @@ class EViTBlock(nn.Module):
     DINO-SAE's builder drops the norm of these blocks where it is "trms2d" (it hands a module to
     a function that looks for a string), and its checkpoints have no parameters for it: so here.
 
-    [b,h,w,c] -> [b,h,w,c] float32.
+    [b, h, w, c] -> [b, h, w, c] float32.
     """
 
     scales: tuple[int, ...]
@@ -183,7 +186,7 @@ class EViTBlock(nn.Module):
 
 
 class ConvPixelShuffle(nn.Module):
-    """3x3 convolution to four times the channels, then a pixel shuffle: [b,2h,2w,features]."""
+    """3x3 convolution to four times the channels, then a pixel shuffle: [b, 2h, 2w, features]."""
 
     features: int
     dtype: Dtype
@@ -194,7 +197,7 @@ class ConvPixelShuffle(nn.Module):
 
 
 class InterpolateConv(nn.Module):
-    """Nearest neighbour upsampling, then a 3x3 convolution: [b,2h,2w,features]."""
+    """Nearest neighbour upsampling, then a 3x3 convolution: [b, 2h, 2w, features]."""
 
     features: int
     dtype: Dtype

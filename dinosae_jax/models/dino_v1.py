@@ -1,22 +1,23 @@
 """DINO v1 ViT (S/8, S/16, B/16), the frozen trunk of the discriminator.
 
-It is the network of facebookresearch/dino as RAE's discriminator runs it
-(reference/adversarial_and_metrics.md, section 1.2): every image is brought to 224 x 224, the MLP
-uses the tanh approximation of GELU although DINO was trained with the exact one, and no final norm
-is applied.
+It is the network of facebookresearch/dino (vision_transformer.py) as the discriminator of RAE
+(arXiv 2510.11690) runs it: every image is resized to 224 x 224, the MLP uses the tanh approximation
+of GELU although DINO was trained with the exact one, and no final norm is applied.
 
 Parameter tree (checkpoint key -> path):
 
-    cls_token, pos_embed            cls_token [1,1,d], pos_embed [1,n+1,d]
-    patch_embed.proj.*              patch_embed/proj/{kernel [p,p,3,d], bias}
-    blocks.{i}.norm1|norm2.*        blocks/norm1|norm2/{scale, bias} [depth,d]
-    blocks.{i}.attn.qkv|proj.*      blocks/attn/qkv|proj/{kernel [depth,in,out], bias [depth,out]}
+    cls_token, pos_embed            cls_token [1, 1, d], pos_embed [1, n+1, d]
+    patch_embed.proj.*              patch_embed/proj/{kernel [p, p, 3, d], bias}
+    blocks.{i}.norm1|norm2.*        blocks/norm1|norm2/{scale, bias} [depth, d]
+    blocks.{i}.attn.qkv|proj.*      blocks/attn/qkv|proj/kernel [depth, in, out], bias [depth, out]
     blocks.{i}.mlp.fc1|fc2.*        blocks/mlp/fc1|fc2/{kernel, bias}
     norm.*                          not read by any module here (a converted tree may hold it)
 
 The weights are frozen by leaving them out of the differentiated arguments; nothing here stops the
 gradient with respect to the images, which the generator needs.
 """
+
+from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -33,14 +34,14 @@ LAYER_NORM_EPSILON = 1e-6
 
 
 def preprocess(images: jax.Array) -> jax.Array:
-    """Brings images to the trunk's side and normalisation.
+    """Resizes and normalises images for the trunk.
 
     Args:
-        images: [b, h, w, 3] in [-1, 1], any side.
+      images: [b, h, w, 3] in [-1, 1], any side.
 
     Returns:
-        [b, 224, 224, 3] float32: plain bilinear (half-pixel centres, no antialiasing), then
-        ImageNet mean and standard deviation.
+      [b, 224, 224, 3] float32: plain bilinear (half-pixel centres, no antialiasing), then
+      ImageNet mean and standard deviation.
     """
     shape = (images.shape[0], IMAGE_SIDE, IMAGE_SIDE, 3)
     resized = jax.image.resize(images.astype(jnp.float32), shape, "bilinear", antialias=False)
@@ -82,7 +83,7 @@ def _layer_norm(name: str) -> nn.LayerNorm:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block [b,n,d] -> [b,n,d] with a float32 residual stream."""
+    """Pre-norm transformer block [b, n, d] -> [b, n, d] with a float32 residual stream."""
 
     num_heads: int
     mlp_ratio: float = 4.0
@@ -98,7 +99,7 @@ class Block(nn.Module):
 
 
 class PatchProjection(nn.Module):
-    """The patch convolution as one matmul: [b,h,w,3] -> [b,h/p,w/p,d].
+    """The patch convolution as one matmul: [b, h, w, 3] -> [b, h/p, w/p, d].
 
     Patches do not overlap, so nothing is computed twice; the gradient with respect to the image,
     which the generator needs, is a matmul too, many times faster than a strided convolution's.
@@ -120,7 +121,7 @@ class PatchProjection(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, tokens in row-major order: [b,h,w,3] -> [b,n,d]."""
+    """Non-overlapping patches, tokens in row-major order: [b, h, w, 3] -> [b, n, d]."""
 
     patch_size: int
     embed_dim: int
@@ -136,15 +137,15 @@ class DinoV1(nn.Module):
     """DINO v1 ViT that returns the activations which the discriminator's heads read.
 
     Attributes:
-        patch_size: side of a patch; must divide 224.
-        embed_dim: token width d.
-        depth: number of blocks.
-        num_heads: attention heads.
-        key_depths: increasing block indices whose outputs are returned.
-        mlp_ratio: hidden width of the MLP over d.
-        dtype: of the matmuls and the convolution; residual stream, norms and softmax are float32.
-        scan_layers: False unrolls the loop over blocks (same parameters, no while loop).
-        remat: 'none', 'dots' (keep the outputs of the weight matmuls) or 'full'.
+      patch_size: side of a patch; must divide 224.
+      embed_dim: token width d.
+      depth: number of blocks.
+      num_heads: attention heads.
+      key_depths: increasing block indices whose outputs are returned.
+      mlp_ratio: hidden width of the MLP over d.
+      dtype: of the matmuls and the convolution; residual stream, norms and softmax are float32.
+      scan_layers: False unrolls the loop over blocks (same parameters, no while loop).
+      remat: 'none', 'dots' (keep the outputs of the weight matmuls) or 'full'.
     """
 
     patch_size: int
@@ -162,14 +163,14 @@ class DinoV1(nn.Module):
         """Computes the final tokens and the outputs of the blocks in `key_depths`.
 
         Args:
-            images: [b, h, w, 3] in [-1, 1], any side.
+          images: [b, h, w, 3] in [-1, 1], any side.
 
         Returns:
-            1 + len(key_depths) arrays [b, n, d] float32, n = (224 / patch_size)^2, without CLS: the
-            final tokens first, then the key depths in order.
+          1 + len(key_depths) arrays [b, n, d] float32, n = (224 / patch_size)^2, without CLS: the
+          final tokens first, then the key depths in order.
 
         Raises:
-            ValueError: if `key_depths` is not an increasing list of block indices.
+          ValueError: if `key_depths` is not an increasing list of block indices.
         """
         _check_key_depths(self.key_depths, self.depth)
         patches = PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")
@@ -191,7 +192,7 @@ class DinoV1(nn.Module):
         return [activations[-1], *activations[:-1]]
 
     def _segment_runner(self, block: Block) -> Callable[[jax.Array, Any], jax.Array]:
-        """Gives (tokens, stacked parameters of some consecutive blocks) -> tokens.
+        """Returns a function (tokens, stacked parameters of consecutive blocks) -> tokens.
 
         Segments are scanned by hand because the outputs of one nn.scan over all blocks would keep
         every block's tokens in memory, not only those of the key depths.
@@ -217,6 +218,6 @@ def _check_key_depths(key_depths: Sequence[int], depth: int) -> None:
     increasing = list(key_depths) == sorted(set(key_depths))
     if not increasing or any(not 0 <= i < depth for i in key_depths):
         raise ValueError(
-            f"key_depths must be increasing block indices from 0 to depth - 1 = {depth - 1}, "
+            f"key_depths must be increasing block indices from 0 to depth - 1 = {depth - 1}; "
             f"got {tuple(key_depths)}; name blocks that this size has"
         )

@@ -1,24 +1,26 @@
 """Discriminator heads on DINO v1 activations, with spectral norm and per-sample batch norm.
 
-They mirror RAE's heads (StyleGAN-T's without conditioning; reference/adversarial_and_metrics.md,
-section 1.3). For each activation a [b,n,c]:
+They mirror RAE's heads (arXiv 2510.11690), which are those of StyleGAN-T
+(networks/discriminator.py, arXiv 2301.09515) without conditioning. For each activation a [b, n, c]:
 
-    h = block_1(a);  h = (h + block_9(h)) / sqrt(2);  logits [b,n] = spectral 1x1 convolution of h
+    h = block_1(a);  h = (h + block_9(h)) / sqrt(2);  logits [b, n] = spectral 1x1 convolution of h
     block_k = spectral convolution, k taps, circular over the raster of tokens -> LocalBatchNorm
               -> LeakyReLU(0.2)
 
 Variable tree (state-dict key -> path, i = head):
 
-    heads.{i}.0.0.weight_orig, bias      params    heads_{i}_0_0/{kernel [1,c,c], bias [c]}
+    heads.{i}.0.0.weight_orig, bias      params    heads_{i}_0_0/{kernel [1, c, c], bias [c]}
     heads.{i}.0.1.weight, bias           params    heads_{i}_0_1/{scale, bias} [c]
-    heads.{i}.1.fn.0.weight_orig, bias   params    heads_{i}_1/fn_0/{kernel [k,c,c], bias [c]}
+    heads.{i}.1.fn.0.weight_orig, bias   params    heads_{i}_1/fn_0/{kernel [k, c, c], bias [c]}
     heads.{i}.1.fn.1.weight, bias        params    heads_{i}_1/fn_1/{scale, bias} [c]
-    heads.{i}.2.weight_orig, bias        params    heads_{i}_2/{kernel [1,c,1], bias [1]}
+    heads.{i}.2.weight_orig, bias        params    heads_{i}_2/{kernel [1, c, 1], bias [1]}
     (same).weight_u, weight_v            spectral  (same)/{u [out], v [in * k]}
 
 Kernels are [k, in, out] (torch [out, in, k] reversed). v runs over torch's memory order: input
 channel first, tap last. Everything here is float32.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -47,12 +49,12 @@ class SpectralConv(nn.Module):
     The vectors (u, v) in collection `spectral` hold the power iteration: `train=True` advances it
     once per call (the collection must be mutable), `train=False` uses them as stored. They are
     constants for the gradient, which flows through the kernel in sigma = u^T M v. `init` runs 20
-    iterations, so that sigma is the true norm before the first update: random vectors would make
-    the effective kernel about 100 times too large (the reference sheet, section 1.3).
+    iterations, so that sigma is the true norm before the first update: with random vectors the
+    effective kernel would be about 100 times too large.
 
     Attributes:
-        features: output channels.
-        kernel_size: odd number of taps.
+      features: output channels.
+      kernel_size: odd number of taps.
     """
 
     features: int
@@ -107,8 +109,8 @@ class LocalBatchNorm(nn.Module):
     not depend on the other images nor on the sharding. StyleGAN-T has 8 and epsilon 1e-5.
 
     Attributes:
-        virtual_batch: images per group; ceil(b / virtual_batch), the groups, must divide b.
-        epsilon: added to the (biased) variance.
+      virtual_batch: images per group; ceil(b / virtual_batch), the groups, must divide b.
+      epsilon: added to the (biased) variance.
     """
 
     virtual_batch: int = 1
@@ -143,9 +145,9 @@ class DiscriminatorHeads(nn.Module):
     """One head per activation, logits concatenated in the order of the activations.
 
     Attributes:
-        num_heads: number of activations, 1 + the trunk's number of key depths.
-        channels: width c of the activations.
-        kernel_size: taps of the residual block's convolution.
+      num_heads: number of activations, 1 + the trunk's number of key depths.
+      channels: width c of the activations.
+      kernel_size: taps of the residual block's convolution.
     """
 
     num_heads: int
@@ -157,20 +159,20 @@ class DiscriminatorHeads(nn.Module):
         """Computes one logit per activation and token.
 
         Args:
-            activations: `num_heads` arrays [b, n, channels], as `DinoV1` returns them.
-            train: advance the power iteration of the spectral norm (discriminator step) or not
-                (generator step, evaluation).
+          activations: `num_heads` arrays [b, n, channels], as `DinoV1` returns them.
+          train: whether to advance the power iteration of the spectral norm: True in the
+            discriminator's step, False in the generator's and in evaluation.
 
         Returns:
-            [b, num_heads * n] float32.
+          [b, num_heads * n] float32.
 
         Raises:
-            ValueError: if the activations do not fit `num_heads` and `channels`.
+          ValueError: if the activations do not fit `num_heads` and `channels`.
         """
         shapes = [a.shape for a in activations]
         if len(shapes) != self.num_heads or any(shape[-1] != self.channels for shape in shapes):
             raise ValueError(
-                f"these heads take {self.num_heads} activations of {self.channels} channels, got "
+                f"these heads take {self.num_heads} activations of {self.channels} channels; got "
                 f"shapes {shapes}; set num_heads and channels to those of the trunk"
             )
         logits = []

@@ -12,6 +12,8 @@ the original; S and L as in RAE, which has no registry), patch 1 on a 16x16 grid
   | 1p6B |  1792 |    28 |    28 | original's form, 32 channels: 1,631,767,120 / 1,631,308,368 |
 """
 
+from __future__ import annotations
+
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 
 from dinosae_jax.models import dit_blocks, positions
 
-# Leaves that the reference marks as not trainable (RAE's script trains them all the same).
+# Leaves that the reference marks as not trainable (RAE's training script trains them nevertheless).
 FIXED_BASES = ("pos_embed", "W")
 
 
@@ -93,7 +95,7 @@ class LightningDiT(nn.Module):
           x: noisy latents, [b, h, w, c], or row-major tokens [b, h * w, c].
           t: [b] in [0, 1].
           y: [b] int32 labels; num_classes is the null label (NaN out when the table lacks it).
-          intermediates: also return module outputs.
+          intermediates: whether to return module outputs too.
 
         Returns:
           Velocity of x's shape, float32; with `intermediates` a pair of it and a dict of module
@@ -135,12 +137,13 @@ class LightningDiT(nn.Module):
         dit_blocks.check_widths(self.hidden_size, self.num_heads)
         if self.input_size % self.patch_size:
             raise ValueError(
-                "input_size must be a multiple of patch_size, got "
-                f"{self.input_size} and {self.patch_size}."
+                "input_size must be a multiple of patch_size; got "
+                f"{self.input_size} and {self.patch_size}; change one of them"
             )
         if self.time_embedding not in ("sinusoidal", "fourier"):
             raise ValueError(
-                f"time_embedding must be 'sinusoidal' or 'fourier', got {self.time_embedding!r}."
+                f"time_embedding must be 'sinusoidal' or 'fourier'; got {self.time_embedding!r}; "
+                "choose one of them"
             )
 
     def _pos_embed(self, side: int) -> jax.Array:

@@ -4,6 +4,8 @@ Precision: the residual stream, norms, softmax, rotary embedding, time embedding
 output layer are float32; the matrix products of a block run in `dtype`.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from dinosae_jax.runtime import fsdp
 
 Initialisation = Literal["xavier", "torch"]
 
-_FREQUENCIES = 256  # of RAE's Gaussian Fourier basis; the original has half as many, fixed ones
+_FREQUENCIES = 256  # of RAE's Gaussian Fourier basis; the original has half as many, fixed
 _normal = nn.initializers.normal(0.02)
 
 
@@ -53,7 +55,7 @@ def _zero_dense(features: int, dtype: Any, name: str) -> nn.Dense:
 
 
 def _norm(use_rmsnorm: bool, name: str) -> nn.Module:
-    """Norm over the width in float32: RMSNorm with a scale, or LayerNorm without parameters."""
+    """A norm over the width in float32: RMSNorm with a scale, or LayerNorm without parameters."""
     if use_rmsnorm:
         return nn.RMSNorm(1e-6, dtype=jnp.float32, name=name)
     return nn.LayerNorm(
@@ -62,14 +64,14 @@ def _norm(use_rmsnorm: bool, name: str) -> nn.Module:
 
 
 def _head_norm(use_rmsnorm: bool, name: str) -> nn.Module:
-    """Norm of queries and keys; the LayerNorm is affine here, with torch's default eps 1e-5."""
+    """A norm of queries and keys; the LayerNorm is affine here, with torch's default eps 1e-5."""
     if use_rmsnorm:
         return nn.RMSNorm(1e-6, dtype=jnp.float32, name=name)
     return nn.LayerNorm(1e-5, jnp.float32, use_fast_variance=False, name=name)
 
 
 class PatchEmbed(nn.Module):
-    """Patches of a grid to tokens: [b, h, w, c] -> [b, n, d] float32, row-major."""
+    """Embedding of a grid's patches: [b, h, w, c] -> tokens [b, n, d] float32, row-major."""
 
     hidden_size: int
     patch_size: int
@@ -91,7 +93,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Time [b] in [0, 1] to a vector [b, d], all in float32.
+    """Embedding of the time: [b] in [0, 1] -> [b, d], all in float32.
 
     'sinusoidal' (original): cos then sin of t * 10000^(-i/128), i < 128, t not multiplied by 1000.
     'fourier' (RAE): sin then cos of 2 pi t W, W ~ N(0, 1) of 256 entries, a leaf of the parameters.
@@ -125,7 +127,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels [b] int32 to vectors [b, d] float32; a row beyond the table gives NaN."""
+    """Embedding of labels: [b] int32 -> [b, d] float32; a label beyond the table gives NaN."""
 
     num_rows: int
     hidden_size: int
@@ -258,7 +260,7 @@ class Block(nn.Module):
 def block_stack(
     depth: int, scan_layers: bool, remat: str, name: str, **block: Any
 ) -> Callable[[jax.Array, jax.Array, positions.Rope | None], tuple[jax.Array, Any]]:
-    """`depth` equal blocks whose parameters are stacked along a leading axis under `name`.
+    """A stack of `depth` equal blocks; their parameters have a leading depth axis under `name`.
 
     Args:
       depth: number of blocks.
@@ -274,7 +276,7 @@ def block_stack(
     Raises:
       ValueError: an unknown remat.
     """
-    # The whole weights are made inside what is rematerialised, so that they are never kept.
+    # Whole weights are gathered inside the rematerialised region, so that they are never kept.
     gather = functools.partial(fsdp.gather_block, depth=depth)
     body: Any = nn.map_variables(Block, "params", gather, init=True)
     body = layers.rematerialised(body, remat, prevent_cse=not scan_layers)
@@ -312,8 +314,8 @@ def as_grid(x: jax.Array, side: int, channels: int) -> jax.Array:
     grid, tokens = (side, side, channels), (side * side, channels)
     if x.shape[1:] not in (grid, tokens):
         raise ValueError(
-            f"x must be [b, {side}, {side}, {channels}] or [b, {side * side}, {channels}], "
-            f"got {list(x.shape)}: change input_size or in_channels."
+            f"x must be [b, {side}, {side}, {channels}] or [b, {side * side}, {channels}]; "
+            f"got {list(x.shape)}; change input_size or in_channels"
         )
     return x.reshape(-1, *grid)
 
@@ -331,5 +333,6 @@ def check_widths(hidden_size: int, num_heads: int) -> None:
     """Raises ValueError unless the heads divide the width."""
     if hidden_size % num_heads:
         raise ValueError(
-            f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}."
+            f"hidden_size must be a multiple of num_heads; got {hidden_size} and {num_heads}; "
+            "change one of them"
         )

@@ -1,6 +1,6 @@
 """EfficientNet-Lite0: a pretrained feature space for those who do not have FID's Inception.
 
-Tan & Le, "EfficientNet" (2019), table 1 (B0), in the Lite form that TensorFlow published in 2020:
+Tan & Le, "EfficientNet" (arXiv 1905.11946), table 1 (B0), in TensorFlow's Lite form of 2020:
 no squeeze-and-excitation, ReLU6 for swish, stem and head of fixed width. The names are those of
 EfficientNet-PyTorch's port, which the checkpoint follows. Paddings are TensorFlow's SAME at a side
 of 224, where every map that is halved has an even side: a halving 3x3 window reads 0 pixels before
@@ -9,12 +9,14 @@ process's default, so that distances of different machines compare.
 
 Variable tree (checkpoint key -> path), C a convolution, N a batch norm, i a block:
 
-    _conv_stem.weight, _conv_head.weight     params        C/kernel [k,k,in,out]
-    _blocks.{i}._depthwise_conv.weight       params        _blocks_{i}/C/kernel [k,k,1,c]
+    _conv_stem.weight, _conv_head.weight     params        C/kernel [k, k, in, out]
+    _blocks.{i}._depthwise_conv.weight       params        _blocks_{i}/C/kernel [k, k, 1, c]
     _bn0, _bn1, _blocks.{i}._bn{0,1,2}       params        N/{scale, bias}
     N.running_mean, running_var              batch_stats   N/{mean, var}
-    _fc.weight, bias                         params        _fc/{kernel [1280,1000], bias}
+    _fc.weight, bias                         params        _fc/{kernel [1280, 1000], bias}
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ NUM_CLASSES = 1000
 
 
 class Stage(NamedTuple):
-    """Blocks of one width; the first one has the stride, the others 1 and a skip."""
+    """Blocks of one width; the first has the stride, the others have stride 1 and a skip."""
 
     blocks: int
     kernel: int
@@ -56,17 +58,17 @@ def preprocess(images: jax.Array) -> jax.Array:
     """Resizes and scales images as the network was trained on: (x - 127) / 128.
 
     Args:
-        images: [b, h, w, 3] uint8.
+      images: [b, h, w, 3] uint8.
 
     Returns:
-        [b, 224, 224, 3] float32, about [-1, 1].
+      [b, 224, 224, 3] float32, about [-1, 1].
 
     Raises:
-        ValueError: if the images are not uint8.
+      ValueError: if the images are not uint8.
     """
     if images.dtype != jnp.uint8:
         raise ValueError(
-            f"EfficientNetLite0 takes uint8 images, got {images.dtype}; convert them with the "
+            f"EfficientNetLite0 takes uint8 images; got {images.dtype}; convert them with the "
             "rounding that your recipe names"
         )
     return (resize_half_pixel(images.astype(jnp.float32), INPUT_SIDE) - 127.0) / 128.0
@@ -97,10 +99,10 @@ class MBConv(nn.Module):
     """Inverted residual block: widen, depthwise convolution, narrow without activation.
 
     Attributes:
-        kernel: taps of the depthwise convolution in y and x.
-        stride: of the same.
-        expansion: of the width between; at 1 there is no widening convolution.
-        channels: of the result.
+      kernel: taps of the depthwise convolution in y and x.
+      stride: of the same.
+      expansion: of the width between; at 1 there is no widening convolution.
+      channels: of the result.
     """
 
     kernel: int
@@ -110,7 +112,7 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [b,h,w,c] to [b, h / stride, w / stride, channels], with a skip where it fits."""
+        """Maps [b, h, w, c] to [b, h / stride, w / stride, channels], with a skip where it fits."""
         wide = self.expansion * x.shape[-1]
         h = x
         if self.expansion > 1:
@@ -126,17 +128,17 @@ class EfficientNetLite0(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Computes both taps; one that is not used costs nothing under jit.
+        """Computes both taps; an unused tap costs nothing under jit.
 
         Args:
-            images: [b, h, w, 3] uint8, any sides.
+          images: [b, h, w, 3] uint8, any sides.
 
         Returns:
-            float32 arrays: 'pool' [b, 1280], the spatial mean that the classifier reads, and
-            'logits' [b, 1000], classes in the order of their WordNet ids.
+          float32 arrays: 'pool' [b, 1280], the spatial mean that the classifier reads, and
+          'logits' [b, 1000], classes in the order of their WordNet ids.
 
         Raises:
-            ValueError: if the images are not uint8.
+          ValueError: if the images are not uint8.
         """
         x = preprocess(images)
         x = nn.relu6(_norm("_bn0")(_convolution("_conv_stem", STEM_CHANNELS, 3, 2)(x)))

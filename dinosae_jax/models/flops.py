@@ -1,10 +1,12 @@
 """Model FLOPs of one forward pass of one image, by formula: 2 per multiply-add.
 
-Matrix products and convolutions only (padding counted as if it were image), each once: no
-recomputation, norms, activations, softmax or rotations, which add under 1% at the published sizes.
-What a train step costs in these units follows from it: three times the forward pass for a network
-that is trained, twice for one that only passes gradients on.
+Counts matrix products and convolutions (padding counts as image), each once: no recomputation,
+norms, activations, softmax or rotations, which add under 1% at the published sizes. The cost of a
+training step follows: three times the forward pass for a network that is trained, twice for a
+network that only passes gradients on.
 """
+
+from __future__ import annotations
 
 import itertools
 
@@ -98,7 +100,7 @@ def _dit_dh(model: DiTDH) -> int:
 def vit_flops(model: VisionTransformer, height: int, width: int) -> int:
     """FLOPs of the transformer blocks on a grid of height x width patches (ViT-L, 16x16: 165 G).
 
-    The stem is not in it.
+    The stem is not counted.
     """
     n, d = height * width + 1 + model.num_storage_tokens, model.embed_dim
     gated = model.ffn_layer == "swiglu"
@@ -122,9 +124,9 @@ def _conv(pixels: int, c_in: int, c_out: int, kernel: int = 3) -> int:
 
 
 def _evit_block(pixels: int, c: int, scales: tuple[int, ...]) -> int:
-    """Linear attention's convolutions and the gated convolution; its state products are left out.
+    """FLOPs of linear attention's convolutions and of the gated convolution.
 
-    They are 32/C of the 1x1 convolutions around them.
+    The products with the attention's state are left out: 32/C of the 1x1 convolutions around them.
     """
     qkv, branches = 3 * c, 1 + len(scales)
     nearby = sum(_conv(pixels, 1, qkv, scale) + _conv(pixels, HEAD_DIM, qkv, 1) for scale in scales)
@@ -137,7 +139,7 @@ def _evit_block(pixels: int, c: int, scales: tuple[int, ...]) -> int:
 
 
 def _upsampling(model: Decoder, pixels: int, c_in: int, c_out: int) -> int:
-    """From `pixels` to four times as many, the shortcut's convolution included."""
+    """FLOPs of an upsampling from `pixels` to four times as many, without its shortcut."""
     shuffle = model.upsample_block_type == "ConvPixelShuffle"
     return _conv(pixels, c_in, 4 * c_out) if shuffle else _conv(4 * pixels, c_in, c_out)
 
@@ -196,7 +198,7 @@ def heads_flops(model: DiscriminatorHeads, tokens: int) -> int:
 
 
 def head_flops(model: Decoder, height: int, width: int) -> int:
-    """FLOPs of the decoder's last layer, which the adaptive weight of the GAN is measured on."""
+    """FLOPs of the decoder's last layer, whose gradients give the GAN's adaptive weight."""
     pixels = 4 ** (len(model.width_list) - 1) * height * width
     if model.depth_list[0] == 0:
         return _upsampling(model, pixels // 4, model.width_list[1], model.in_channels)

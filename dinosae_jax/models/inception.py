@@ -1,19 +1,21 @@
 """The Inception network of FID, Inception Score, sFID and Precision/Recall.
 
-It is TensorFlow's "2015-12-05" graph as ported by pytorch-fid and torch-fidelity
-(reference/adversarial_and_metrics.md, sections 4.1 and 4.2), which differs from torchvision's
-inception_v3: the 3x3 average pools leave padding out of the divisor, the last block has a max pool
-instead, there are 1008 outputs. Everything is float32 at the highest matmul precision, whatever the
-process's default, because its numbers are compared with those of papers.
+It is TensorFlow's "2015-12-05" graph as ported by pytorch-fid (inception.py) and torch-fidelity
+(feature_extractor_inceptionv3.py), which differs from torchvision's inception_v3: the 3x3 average
+pools leave padding out of the divisor, the last block has a max pool instead, there are 1008
+outputs. Everything is float32 at the highest matmul precision, whatever the process's default,
+because its results are compared with those of papers.
 
 Variable tree (checkpoint key -> path), for each convolution, P = `Conv2d_1a_3x3` or
 `Mixed_5b.branch1x1` and so on (the dot becomes a level of the tree):
 
-    P.conv.weight                       params        P/conv/kernel [kh,kw,in,out]
+    P.conv.weight                       params        P/conv/kernel [kh, kw, in, out]
     P.bn.weight, bias                   params        P/bn/{scale, bias}
     P.bn.running_mean, running_var      batch_stats   P/bn/{mean, var}
-    fc.weight, fc.bias                  params        fc/{kernel [2048,1008], bias}
+    fc.weight, fc.bias                  params        fc/{kernel [2048, 1008], bias}
 """
+
+from __future__ import annotations
 
 import flax.linen as nn
 import jax
@@ -30,11 +32,11 @@ def resize_tf1(images: jax.Array, side: int = INPUT_SIDE) -> jax.Array:
     """Resizes as TensorFlow 1 did: bilinear, the output grid starting at the first pixel's centre.
 
     Args:
-        images: [b, h, w, c] float32.
-        side: height and width of the result.
+      images: [b, h, w, c] float32.
+      side: height and width of the result.
 
     Returns:
-        [b, side, side, c] float32.
+      [b, side, side, c] float32.
     """
     for axis in (2, 1):  # columns first, as the reference's rounding has it
         length = images.shape[axis]
@@ -49,7 +51,7 @@ def resize_tf1(images: jax.Array, side: int = INPUT_SIDE) -> jax.Array:
 
 
 def resize_half_pixel(images: jax.Array, side: int = INPUT_SIDE) -> jax.Array:
-    """Resizes [b,h,w,c] to [b,side,side,c], bilinear, half-pixel centres, no antialiasing."""
+    """Resizes [b, h, w, c] to [b, side, side, c], bilinear, half-pixel centres, no antialiasing."""
     shape = (images.shape[0], side, side, images.shape[3])
     return jax.image.resize(images, shape, "bilinear", antialias=False)
 
@@ -58,37 +60,39 @@ def preprocess(images: jax.Array, pipeline: str) -> jax.Array:
     """Resizes and scales images as one of the two families of FID implementations does.
 
     Args:
-        images: [b, h, w, 3] uint8.
-        pipeline: 'tf1' (ADM's evaluator, torch-fidelity) or 'pytorch_fid' (pytorch-fid,
-            LightningDiT). Statistics of one are not comparable with features of the other.
+      images: [b, h, w, 3] uint8.
+      pipeline: 'tf1' (ADM's evaluator, torch-fidelity) or 'pytorch_fid' (pytorch-fid,
+        LightningDiT). Statistics of one are not comparable with features of the other.
 
     Returns:
-        [b, 299, 299, 3] float32, about [-1, 1].
+      [b, 299, 299, 3] float32, about [-1, 1].
 
     Raises:
-        ValueError: if the images are not uint8 or the pipeline is unknown.
+      ValueError: if the images are not uint8 or the pipeline is unknown.
     """
     if images.dtype != jnp.uint8:
         raise ValueError(
-            f"InceptionFID takes uint8 images, got {images.dtype}; convert them with the rounding "
-            f"that your recipe names"
+            f"InceptionFID takes uint8 images; got {images.dtype}; convert them with the rounding "
+            "that your recipe names"
         )
     pixels = images.astype(jnp.float32)
     if pipeline == "tf1":
         return (resize_tf1(pixels) - 128.0) / 128.0
     if pipeline == "pytorch_fid":
         return 2.0 * resize_half_pixel(pixels / 255.0) - 1.0
-    raise ValueError(f"the resize pipeline is 'tf1' or 'pytorch_fid', got {pipeline!r}; name one")
+    raise ValueError(
+        f"the resize pipeline is 'tf1' or 'pytorch_fid'; got {pipeline!r}; choose one of them"
+    )
 
 
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm with stored statistics, ReLU.
 
     Attributes:
-        features: output channels.
-        kernel: taps in y and x.
-        stride: in both directions.
-        padding: 'SAME' or 'VALID'.
+      features: output channels.
+      kernel: taps in y and x.
+      stride: in both directions.
+      padding: 'SAME' or 'VALID'.
     """
 
     features: int
@@ -128,7 +132,7 @@ def _halve(x: jax.Array) -> jax.Array:
 
 
 class BlockA(nn.Module):
-    """Mixed_5b, 5c, 5d: [b,35,35,c] -> [b,35,35,224 + pool_features]."""
+    """Mixed_5b, 5c, 5d: [b, 35, 35, c] -> [b, 35, 35, 224 + pool_features]."""
 
     pool_features: int
 
@@ -144,7 +148,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """Mixed_6a: [b,35,35,288] -> [b,17,17,768]."""
+    """Mixed_6a: [b, 35, 35, 288] -> [b, 17, 17, 768]."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -158,7 +162,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """Mixed_6b to 6e: [b,17,17,768] -> [b,17,17,768], the first 192 from the 1x1 branch."""
+    """Mixed_6b to 6e: [b, 17, 17, 768] -> [b, 17, 17, 768], the first 192 from the 1x1 branch."""
 
     width: int
 
@@ -176,7 +180,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """Mixed_7a: [b,17,17,768] -> [b,8,8,1280]."""
+    """Mixed_7a: [b, 17, 17, 768] -> [b, 8, 8, 1280]."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -191,7 +195,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """Mixed_7b, 7c: [b,8,8,c] -> [b,8,8,2048]; 7c has a max pool where 7b has the average."""
+    """Mixed_7b, 7c: [b, 8, 8, c] -> [b, 8, 8, 2048]; 7c has a max pool where 7b has the average."""
 
     max_pool: bool
 
@@ -212,7 +216,7 @@ class BlockE(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Linear layer that returns its output without and with the bias: [b,d] -> two of [b,1008]."""
+    """Linear layer, without and with the bias: [b, d] -> two arrays [b, 1008]."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -227,27 +231,27 @@ class InceptionFID(nn.Module):
     """Features for FID and its relatives.
 
     Attributes:
-        pipeline: 'tf1' or 'pytorch_fid', see `preprocess`.
+      pipeline: 'tf1' or 'pytorch_fid', see `preprocess`.
     """
 
     pipeline: str = "tf1"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """Computes every tap; those that are not used cost nothing under jit.
+        """Computes every tap; an unused tap costs nothing under jit.
 
         Args:
-            images: [b, h, w, 3] uint8, any sides.
+          images: [b, h, w, 3] uint8, any sides.
 
         Returns:
-            float32 arrays: '64', '192', '768' and '2048' [b, that many], spatial means after the
-            first and second max pool, Mixed_6e and Mixed_7c ('2048' is the feature of FID and
-            Precision/Recall); 'logits_unbiased' [b, 1008] (Inception Score) and 'logits';
-            'spatial' [b, 2023], the 17 x 17 x 7 map of sFID: the first 7 channels of the 1x1 branch
-            of Mixed_6d.
+          float32 arrays: '64', '192', '768' and '2048' [b, that many], spatial means after the
+          first and second max pool, Mixed_6e and Mixed_7c ('2048' is the feature of FID and
+          Precision/Recall); 'logits_unbiased' [b, 1008] (Inception Score) and 'logits';
+          'spatial' [b, 2023], the 17 x 17 x 7 map of sFID: the first 7 channels of the 1x1 branch
+          of Mixed_6d.
 
         Raises:
-            ValueError: if the images are not uint8 or the pipeline is unknown.
+          ValueError: if the images are not uint8 or the pipeline is unknown.
         """
         x = preprocess(images, self.pipeline)
         x = ConvNorm(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)

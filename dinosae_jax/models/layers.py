@@ -1,7 +1,9 @@
-"""Convolutions, norms and activations that the stem and the decoder are made of.
+"""Convolutions, norms and activations of the stem and the decoder.
 
 Everything is NHWC. Parameters are float32; convolutions run in `dtype`, norms in float32.
 """
+
+from __future__ import annotations
 
 import functools
 import math
@@ -35,7 +37,7 @@ def normal_init(deviation: float) -> nn.initializers.Initializer:
 
 
 def _reshaped(draw: Callable[..., Array]) -> nn.initializers.Initializer:
-    """Draw a vector and reshape it: XLA compiles that several times faster than random arrays."""
+    """Draws a vector and reshapes it, which XLA compiles several times faster than an array."""
 
     def init(key: Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Array:
         return draw(key, (math.prod(shape),), dtype).reshape(shape)
@@ -50,7 +52,8 @@ class Conv2d(nn.Module):
     (None: half the kernel) are added on all four sides. Kernel and bias are drawn from
     U(-1/sqrt(fan_in), 1/sqrt(fan_in)), fan_in = kernel_size^2 * channels / groups.
 
-    [b,h,w,c] -> [b,h',w',features] in `dtype`; h' = floor((h + 2 padding - kernel) / stride) + 1.
+    [b, h, w, c] -> [b, h', w', features] in `dtype`, h' = floor((h + 2 padding - kernel) / stride)
+    + 1.
     """
 
     features: int
@@ -87,7 +90,7 @@ class ImageRMSNorm(nn.Module):
     y = scale * x / sqrt(mean_{h,w,c}(x^2) + 1e-6). Mirrors RMSNorm2d of DINO-SAE's src/model.py.
     The result depends on the image size, and needs a reduction over spatial shards.
 
-    [b,h,w,c] any float -> [b,h,w,c] float32.
+    [b, h, w, c] any float -> [b, h, w, c] float32.
     """
 
     @nn.compact
@@ -104,7 +107,7 @@ class PixelRMSNorm(nn.Module):
     y = scale * x / sqrt(mean_c(x^2) + 1e-5) + bias. This is what efficientvit's DC-AE means by
     "trms2d" (TritonRMSNorm2d); DINO-SAE gives the same string another meaning, `ImageRMSNorm`.
 
-    [b,h,w,c] any float -> [b,h,w,c] float32.
+    [b, h, w, c] any float -> [b, h, w, c] float32.
     """
 
     @nn.compact
@@ -123,7 +126,7 @@ class BatchNorm(nn.Module):
     jit with a sharded batch) and moves the running variance towards the unbiased one; Flax's own
     layer would keep the biased one. Collection `batch_stats`: running_mean and running_var, [c].
 
-    [b,h,w,c] any float -> [b,h,w,c] float32.
+    [b, h, w, c] any float -> [b, h, w, c] float32.
     """
 
     @nn.compact
@@ -152,7 +155,7 @@ def layer_norm(name: str | None = None) -> nn.LayerNorm:
 
 
 def apply_norm(kind: str | None, x: Array, train: bool, name: str) -> Array:
-    """Normalise x [b,h,w,c] with a submodule `name` of the calling compact module.
+    """Normalises x [b, h, w, c] with a submodule `name` of the calling compact module.
 
     Args:
       kind: "trms2d", "pixel_trms2d", "bn2d", "ln2d" or None (x is returned as it is).
@@ -161,7 +164,7 @@ def apply_norm(kind: str | None, x: Array, train: bool, name: str) -> Array:
       name: the submodule's name.
 
     Returns:
-      [b,h,w,c] float32, or x for None.
+      [b, h, w, c] float32, or x for None.
     """
     if kind is None:
         return x
@@ -178,7 +181,7 @@ def apply_norm(kind: str | None, x: Array, train: bool, name: str) -> Array:
 class ConvLayer(nn.Module):
     """Convolution -> norm (if any) -> activation (if any).
 
-    [b,h,w,c] -> [b,h',w',features]; float32 after a norm, else `dtype`.
+    [b, h, w, c] -> [b, h', w', features]; float32 after a norm, else `dtype`.
     """
 
     features: int

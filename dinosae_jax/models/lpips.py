@@ -1,13 +1,15 @@
 """LPIPS, the learned perceptual distance: VGG16 features and the published v0.1 channel weights.
 
-Mirrors richzhang/PerceptualSimilarity with net='vgg', version 0.1, in evaluation mode (reference/
-adversarial_and_metrics.md, section 3).
+Mirrors lpips/lpips.py of richzhang/PerceptualSimilarity with net='vgg', version 0.1, in evaluation
+mode (Zhang et al., arXiv 1801.03924).
 
 Parameter tree (torchvision or LPIPS checkpoint key -> path):
 
-    features.{N}.weight, bias    features_{N}/{kernel [3,3,in,out], bias}, N = torchvision's index
-    lin{j}.model.1.weight        lin{j}/model_1/kernel [1,1,c,1], j = 0..4
+    features.{N}.weight, bias    features_{N}/{kernel [3, 3, in, out], bias}, N of torchvision
+    lin{j}.model.1.weight        lin{j}/model_1/kernel [1, 1, c, 1], j = 0..4
 """
+
+from __future__ import annotations
 
 from typing import Any
 
@@ -35,10 +37,10 @@ def unit_normalise(features: jax.Array) -> jax.Array:
     Zero vectors stay zero with zero gradient; the plain formula would give NaN there.
 
     Args:
-        features: [b, h, w, c], any float dtype.
+      features: [b, h, w, c], any float dtype.
 
     Returns:
-        [b, h, w, c] float32.
+      [b, h, w, c] float32.
     """
     features = features.astype(jnp.float32)
     squared = jnp.square(features).sum(-1, keepdims=True)
@@ -48,7 +50,7 @@ def unit_normalise(features: jax.Array) -> jax.Array:
 
 
 class ChannelWeights(nn.Module):
-    """Non-negative weights of a tap's channels, applied to the spatial mean [b,c] -> [b]."""
+    """Non-negative weights of a tap's channels, applied to the spatial mean [b, c] -> [b]."""
 
     @nn.compact
     def __call__(self, differences: jax.Array) -> jax.Array:
@@ -71,7 +73,7 @@ class LPIPS(nn.Module):
     respect to the reconstruction alone needs one backward pass of the VGG in either form.
 
     Attributes:
-        dtype: of the convolutions; normalisation and reductions are float32.
+      dtype: of the convolutions; normalisation and reductions are float32.
     """
 
     dtype: Any = jnp.float32
@@ -91,17 +93,17 @@ class LPIPS(nn.Module):
         """Computes the five taps relu1_2, relu2_2, relu3_3, relu4_3, relu5_3.
 
         Args:
-            images: [b, h, w, 3] in [0, 1], sides at least 16; values outside are not clipped.
+          images: [b, h, w, 3] in [0, 1], sides at least 16; values outside are not clipped.
 
         Returns:
-            [b, h / 2^j, w / 2^j, c_j] in `dtype` for j = 0..4, c = 64, 128, 256, 512, 512.
+          [b, h / 2^j, w / 2^j, c_j] in `dtype` for j = 0..4, c = 64, 128, 256, 512, 512.
 
         Raises:
-            ValueError: if a side is below 16, where the last tap would be empty.
+          ValueError: if a side is below 16, where the last tap would be empty.
         """
         if min(images.shape[1:3]) < MINIMUM_SIDE:
             raise ValueError(
-                f"LPIPS needs images of at least {MINIMUM_SIDE} pixels a side, got "
+                f"LPIPS needs images of at least {MINIMUM_SIDE} pixels per side; got "
                 f"{images.shape[1]} x {images.shape[2]}; enlarge them or drop lpips from the losses"
             )
         x = (2.0 * images.astype(jnp.float32) - 1.0 - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
@@ -118,11 +120,11 @@ class LPIPS(nn.Module):
         """Compares the features of two batches of images.
 
         Args:
-            features_a: what `features` returns for one batch.
-            features_b: the same for the other.
+          features_a: what `features` returns for one batch.
+          features_b: the same for the other.
 
         Returns:
-            [b, 5] float32, the contribution of each tap; their sum is the distance.
+          [b, 5] float32, the contribution of each tap; their sum is the distance.
         """
         distances = []
         for weights, a, b in zip(self.weights, features_a, features_b, strict=True):

@@ -2,8 +2,10 @@
 
 Both follow LightningDiT and RAE, and disagree on the order of the axes: the sin-cos table gives its
 first half of channels to the column, the rotary embedding gives its first half to the row. The
-ViT's rotary embedding is another one (half-split pairs, normalised coordinates) and lives apart.
+ViT's rotary embedding (half-split pairs, normalised coordinates) is in `rope`.
 """
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,9 @@ def sincos_table(grid: int, width: int) -> np.ndarray:
       ValueError: width is not a multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"A sin-cos table needs a width divisible by 4, got {width}.")
+        raise ValueError(
+            f"a sin-cos table needs a width divisible by 4; got {width}; change hidden_size"
+        )
     frequency = 10000.0 ** (-np.arange(width // 4) / (width / 4))
     row, column = np.divmod(np.arange(grid * grid), grid)
     phases = [position[:, None] * frequency for position in (column, row)]
@@ -57,8 +61,8 @@ def rope_tables(grid: int, head_dim: int) -> Rope:
     """
     if head_dim % 4:
         raise ValueError(
-            f"Rotary embedding needs a head width divisible by 4, got {head_dim}: change "
-            "hidden_size or num_heads, or set use_rope=False."
+            f"rotary embedding needs a head width divisible by 4; got {head_dim}; change "
+            "hidden_size or num_heads, or set use_rope=False"
         )
     frequency = 10000.0 ** (-2.0 * np.arange(head_dim // 4) / (head_dim / 2))
     row, column = np.divmod(np.arange(grid * grid), grid)

@@ -1,5 +1,7 @@
 """Role -> class: the one table from which every network is built."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,21 +51,21 @@ def build(role: str, config: Mapping[str, Any], **others: Any) -> Any:
       TypeError: for a keyword that the class does not take.
     """
     arguments = as_tuples(dict(config))
-    found = CLASSES[role]
+    network = CLASSES[role]
     if role in CHOICES:
         field, default = CHOICES[role]
         name = arguments.pop(field, default)
-        if name not in found:
+        if name not in network:
             raise ValueError(
-                f"model.{role}.{field} must be one of {', '.join(found)}; got {name!r}; "
+                f"model.{role}.{field} must be one of {', '.join(network)}; got {name!r}; "
                 "choose one of them"
             )
-        found = found[name]
-    return found(**arguments, **others)
+        network = network[name]
+    return network(**arguments, **others)
 
 
 def as_tuples(value: Any) -> Any:
-    """JSON gives lists; modules, which are keys of compiled functions, need tuples."""
+    """Replaces the lists of JSON by tuples: modules, keys of compiled functions, are hashable."""
     if isinstance(value, Mapping):
         return {name: as_tuples(part) for name, part in value.items()}
     return tuple(as_tuples(part) for part in value) if isinstance(value, list | tuple) else value

@@ -4,6 +4,8 @@ Patch centres lie in (-1, 1) along each axis of the grid; a head of width d has 
 axis. Mirrors rope_position_encoding.py of facebookresearch/dinov3 in evaluation mode.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +15,7 @@ Array = jax.Array
 def default_periods(head_dim: int, base: float = 100.0) -> Array:
     """Periods base^(2j / (d/2)), j = 0 .. d/4 - 1, of a head of width d.
 
-    Released checkpoints hold these rounded to bfloat16; the stored values are the ones to use.
+    Released checkpoints store these rounded to bfloat16, and the stored values are used.
 
     Args:
       head_dim: width d of an attention head, a multiple of 4.
@@ -27,8 +29,8 @@ def default_periods(head_dim: int, base: float = 100.0) -> Array:
     """
     if head_dim % 4:
         raise ValueError(
-            f"RoPE needs a head width that is a multiple of 4, got {head_dim}: change embed_dim "
-            "or num_heads."
+            f"RoPE needs a head width that is a multiple of 4; got {head_dim}; change embed_dim "
+            "or num_heads"
         )
     exponents = 2.0 * jnp.arange(head_dim // 4, dtype=jnp.float32) / (head_dim // 2)
     return base**exponents
@@ -57,7 +59,7 @@ def rope_table(periods: Array, height: int, width: int) -> tuple[Array, Array]:
 
 
 def prepend_identity(table: tuple[Array, Array], count: int) -> tuple[Array, Array]:
-    """Add `count` rows that rotate by nothing, for the tokens before the patches.
+    """Adds `count` rows that rotate by nothing, for the tokens before the patches.
 
     Args:
       table: (sin, cos), each [n, d].
@@ -75,15 +77,15 @@ def prepend_identity(table: tuple[Array, Array], count: int) -> tuple[Array, Arr
 
 
 def rotate(x: Array, sin: Array, cos: Array) -> Array:
-    """Turn each pair of dimensions (i, i + d/2) of every head by its angle.
+    """Turns each pair of dimensions (i, i + d/2) of every head by its angle.
 
     Args:
-      x: [b,n,k,d] queries or keys.
-      sin: [n,d] float32.
-      cos: [n,d] float32.
+      x: [b, n, k, d] queries or keys.
+      sin: [n, d] float32.
+      cos: [n, d] float32.
 
     Returns:
-      [b,n,k,d] in x's dtype; the rotation itself is computed in float32.
+      [b, n, k, d] in x's dtype; the rotation itself is computed in float32.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)

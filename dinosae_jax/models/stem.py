@@ -1,5 +1,7 @@
 """From the image to a grid of patch tokens: the convolutional stem, and DINOv3's own patches."""
 
+from __future__ import annotations
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ class ConvStem(nn.Module):
     The first has a 7x7 kernel, the others 3x3; each but the last is followed by an `ImageRMSNorm`
     and SiLU. Mirrors CnnPatchEmbed of DINO-SAE's src/model.py.
 
-    [b,h,w,3] float32 normalised pixels -> [b, ceil(h/16), ceil(w/16), embed_dim] float32.
+    [b, h, w, 3] float32 normalised pixels -> [b, ceil(h/16), ceil(w/16), embed_dim] float32.
     """
 
     embed_dim: int
@@ -48,9 +50,9 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """DINOv3's patch embedding: one convolution of the patch's size; rests at the edge are cut.
+    """DINOv3's patch embedding: one convolution of the patch's size; incomplete patches are cut.
 
-    [b,h,w,3] float32 normalised pixels -> [b, h//patch, w//patch, embed_dim] float32.
+    [b, h, w, 3] float32 normalised pixels -> [b, h//patch, w//patch, embed_dim] float32.
     """
 
     embed_dim: int

@@ -1,8 +1,10 @@
 """The DINOv3 vision transformer, all seven published sizes.
 
 Mirrors DinoVisionTransformer of facebookresearch/dinov3 in evaluation mode. The key part of the
-qkv bias counts as zero there (`mask_k_bias`); here whoever loads a checkpoint zeroes it.
+qkv bias is masked to zero there (`mask_k_bias`); here it is zeroed when a checkpoint is loaded.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -21,12 +23,12 @@ Array = jax.Array
 class ViTOutput(NamedTuple):
     """What the transformer returns; arrays are float32.
 
-    cls: [b,d] class token after the final norm.
-    storage: [b,s,d] storage tokens after the final norm.
-    patches: [b,n,d] patch tokens after the final norm.
-    prenorm: [b,1+s+n,d] all tokens before the final norm.
-    intermediates: None, or a dictionary of tokens_in [b,1+s+n,d], rope_sin and rope_cos
-      [n,head width], after_attn and out [depth,b,1+s+n,d].
+    cls: [b, d] class token after the final norm.
+    storage: [b, s, d] storage tokens after the final norm.
+    patches: [b, n, d] patch tokens after the final norm.
+    prenorm: [b, 1+s+n, d] all tokens before the final norm.
+    intermediates: None, or a dictionary of tokens_in [b, 1+s+n, d], rope_sin and rope_cos
+      [n, head width], after_attn and out [depth, b, 1+s+n, d].
     """
 
     cls: Array
@@ -39,7 +41,7 @@ class ViTOutput(NamedTuple):
 class Attention(nn.Module):
     """Self-attention over all tokens with rotary positions.
 
-    [b,n,d] -> [b,n,d] in `dtype`; rotation and softmax in float32.
+    [b, n, d] -> [b, n, d] in `dtype`; rotation and softmax in float32.
     """
 
     num_heads: int
@@ -58,7 +60,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them. [b,n,d] -> [b,n,d] in `dtype`."""
+    """Two linear layers with an exact GELU between them. [b, n, d] -> [b, n, d] in `dtype`."""
 
     hidden: int
     dtype: Dtype
@@ -70,7 +72,7 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """Gated feed-forward w3(silu(w1 x) * w2 x). [b,n,d] -> [b,n,d] in `dtype`."""
+    """Gated feed-forward w3(silu(w1 x) * w2 x). [b, n, d] -> [b, n, d] in `dtype`."""
 
     hidden: int
     dtype: Dtype
@@ -86,7 +88,7 @@ FFN_LAYERS: dict[str, type[Mlp] | type[SwiGlu]] = {"mlp": Mlp, "swiglu": SwiGlu}
 
 
 class LayerScale(nn.Module):
-    """Learned factor per channel, in float32. [b,n,d] -> [b,n,d] float32."""
+    """Learned factor per channel, in float32. [b, n, d] -> [b, n, d] float32."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -98,7 +100,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block on a float32 residual stream.
 
-    [b,n,d] float32 -> ([b,n,d] float32, {"after_attn", "out"} or None).
+    [b, n, d] float32 -> ([b, n, d] float32, {"after_attn", "out"} or None).
     """
 
     num_heads: int
@@ -148,7 +150,7 @@ class VisionTransformer(nn.Module):
       patch_size: side of a patch in pixels.
       scan_layers: whether the blocks are a loop in the compiled program, or unrolled.
       remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
-      dtype: of matmuls and convolutions; all else is float32.
+      dtype: of matrix products and convolutions; everything else is float32.
     """
 
     embed_dim: int
@@ -166,12 +168,12 @@ class VisionTransformer(nn.Module):
     def setup(self) -> None:
         if self.embed_dim % self.num_heads:
             raise ValueError(
-                f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and "
-                f"{self.num_heads}: change one of them."
+                f"embed_dim must be a multiple of num_heads; got {self.embed_dim} and "
+                f"{self.num_heads}; change one of them"
             )
         if self.ffn_layer not in FFN_LAYERS:
             raise ValueError(
-                f"ffn_layer is 'mlp' or 'swiglu', got {self.ffn_layer!r}: choose one of them."
+                f"ffn_layer is 'mlp' or 'swiglu'; got {self.ffn_layer!r}; choose one of them"
             )
         normal, zeros = normal_init(0.02), nn.initializers.zeros
         d, s = self.embed_dim, self.num_storage_tokens
@@ -186,7 +188,7 @@ class VisionTransformer(nn.Module):
         """Patch grid of normalised images by DINOv3's own convolution.
 
         Args:
-          images: [b,H,W,3] float32, mean and standard deviation of the training set removed.
+          images: [b, H, W, 3] float32, mean and standard deviation of the training set removed.
 
         Returns:
           [b, H//patch_size, W//patch_size, d] float32.
@@ -200,9 +202,9 @@ class VisionTransformer(nn.Module):
         """Tokens of a grid of patches, of any height and width.
 
         Args:
-          patches: [b,h,w,d] patch tokens, from `embed_patches` or from a stem.
-          mask: [b,n] bool; patches that are replaced by the mask token.
-          intermediates: whether to return what happens inside, too.
+          patches: [b, h, w, d] patch tokens, from `embed_patches` or from a stem.
+          mask: [b, n] bool; patches that are replaced by the mask token.
+          intermediates: whether to return the outputs inside the blocks too.
 
         Returns:
           A `ViTOutput`.

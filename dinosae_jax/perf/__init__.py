@@ -1,1 +1,1 @@
-"""Programs to be compiled or timed, the devices they are compiled for, and what they cost."""
+"""Programs to compile or time, the devices they are compiled for, and their costs."""

@@ -1,4 +1,4 @@
-"""The census of collectives in a compiled program, read from its text."""
+"""A census of the collectives in a compiled program, from its text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _CONSTANT = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = s32\[\]\S* constant\((\d+)\)
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """Of one kind of collective in one step: how often it runs and what it delivers.
+    """Executions and bytes of one kind of collective in one step.
 
     Attributes:
-      runs: executions; the body of a loop counts as often as the loop turns.
-      bytes: of the results on one device, all executions together.
+      runs: executions; the body of a loop counts once per iteration.
+      bytes: bytes of the results on one device, all executions together.
     """
 
     runs: int
@@ -56,11 +56,11 @@ def census(text: str) -> dict[str, Use]:
                         totals[name][key] += times * value
         return totals[name]
 
-    found = total(entry)
+    counts = total(entry)
     return {
-        kind: Use(found[f"{kind} count"], found[f"{kind} bytes"])
+        kind: Use(counts[f"{kind} count"], counts[f"{kind} bytes"])
         for kind in KINDS
-        if found[f"{kind} count"]
+        if counts[f"{kind} count"]
     }
 
 
@@ -68,8 +68,8 @@ def census(text: str) -> dict[str, Use]:
 class _Computation:
     """Its own collectives; what it calls, and how often or under which condition; its constant.
 
-    XLA:TPU leaves out how often a loop turns: it is the constant that the condition of a scan
-    compares its counter with.
+    XLA:TPU's text leaves out a loop's number of iterations: it is the constant with which the
+    condition of a scan compares its counter.
     """
 
     own: Counter[str]
@@ -103,7 +103,7 @@ def _add(computation: _Computation, name: str, result: str, operation: str, line
             kind = "reduce-scatter"
         computation.own[f"{kind} count"] += 1
         computation.own[f"{kind} bytes"] += _bytes(result, operation)
-        return  # what it applies to pairs of numbers holds no collective
+        return  # its reduction of pairs of scalars has no collective
     turns: int | str = 1
     if operation == "while" and (condition := _CONDITION.search(line)):
         known = _TRIPS.search(line)
@@ -114,7 +114,7 @@ def _add(computation: _Computation, name: str, result: str, operation: str, line
 
 
 def _bytes(result: str, operation: str) -> int:
-    """Size of a result type; of (operands, results, context) of a start, the results."""
+    """Size of a result type in bytes; for a start's (operands, results, context), the results."""
     sizes = [
         math.prod(int(n) for n in dimensions.split(",") if n) * _bits(kind) // 8
         for kind, dimensions in _SHAPE.findall(result)

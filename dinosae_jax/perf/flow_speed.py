@@ -1,4 +1,4 @@
-"""What `bench` measures of the flow beside its training step: latent cache, encoder, sampler."""
+"""What `bench` measures of the flow besides its training step: latent cache, encoder, sampler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dinosae_jax.runtime import console, precision, sharding
 
 
 def measure_latents(config: ml_collections.ConfigDict) -> dict[str, dict[str, float]]:
-    """Writes a cache of random latents and reads training batches of it, in each format.
+    """Writes a cache of random latents in each format and times the reading of training batches.
 
     Args:
       config: images, tokens, width, batch_size and batches.
@@ -30,22 +30,22 @@ def measure_latents(config: ml_collections.ConfigDict) -> dict[str, dict[str, fl
       format -> gb_per_second_per_core (bytes of the records read, over the processor time of all
       threads) and images_per_second (by the clock, with two threads).
     """
-    found: dict[str, dict[str, float]] = {}
+    speeds: dict[str, dict[str, float]] = {}
     for stored in latent_record.FORMATS:
         with tempfile.TemporaryDirectory() as folder:
             source = _write_random(pathlib.Path(folder), config, stored)
             size = sum(field.nbytes for field in source.fields) * config.batch_size
             _, busy = _read(source, config, threads=0)
             elapsed, _ = _read(source, config, threads=2)
-        found[stored] = row = {
+        speeds[stored] = row = {
             "gb_per_second_per_core": config.batches * size / busy / 1e9,
             "images_per_second": config.batches * config.batch_size / elapsed,
         }
         console.report(
-            f"latent cache, {stored}: {row['gb_per_second_per_core']:.2f} GB/s a core, "
+            f"latent cache, {stored}: {row['gb_per_second_per_core']:.2f} GB/s per core, "
             f"{row['images_per_second']:.0f} images/s by two threads"
         )
-    return found
+    return speeds
 
 
 def _write_random(
@@ -78,7 +78,7 @@ def _write_random(
 def _read(
     source: latent_reader.LatentSource, config: ml_collections.ConfigDict, threads: int
 ) -> tuple[float, float]:
-    """Seconds by the clock and of processor time, for `batches` batches after the first."""
+    """Wall-clock seconds and processor seconds of `batches` batches after the first."""
     options = {"flip": False, "threads": threads}
     batches = latent_reader.train_batches(source, options, batch_size=config.batch_size, seed=0)
     next(batches)
@@ -89,7 +89,7 @@ def _read(
 
 
 def measure_flow(config: ml_collections.ConfigDict) -> dict[str, float]:
-    """Rates of encoding images, and of sampling pictures, with random networks.
+    """Speeds of encoding and of sampling images, with random networks.
 
     Args:
       config: stages, and flow (stage, the name of the networks, '' for none; batch_per_device;
@@ -133,7 +133,7 @@ def measure_flow(config: ml_collections.ConfigDict) -> dict[str, float]:
 
 
 def _seconds(function: Callable[[], Any]) -> float:
-    """Seconds of one call, after one that compiles."""
+    """Seconds of one call, after a first call that compiles."""
     jax.block_until_ready(function())
     started = time.perf_counter()
     jax.block_until_ready(function())

@@ -1,7 +1,7 @@
-"""What a training run costs beside its steps: loader, progress lines, EMA, checkpoints.
+"""What a training run costs besides its steps: loader, progress lines, EMA, checkpoints.
 
-The bare step on one batch that stays on the device and the training loop on the real loader take
-turns in one process, so that a busy machine slows both; the median turn of each counts.
+The bare step, on one batch that stays on the device, and the training loop with the real loader
+take turns in one process, so that a busy machine slows both; the median turn of each counts.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def measure_overhead(config: ml_collections.ConfigDict, folder: pathlib.Path) ->
 
     Args:
       config: stage, batch_per_device, repeats, steps (configs/bench.py).
-      folder: of this measurement alone; what is in it is deleted.
+      folder: a folder for this measurement only; its contents are deleted.
 
     Returns:
       Seconds of one bare step, one step of the loop (with loader and progress lines), one saved
       checkpoint and one update of the moving averages as a program of its own (more than it costs
-      inside the step); 'overhead' is what all of them add to a step, as a part of the bare step,
-      a checkpoint counted once in `stage.checkpoint.every` steps.
+      inside the step); 'overhead' is what all of them add to a step, as a fraction of the bare
+      step, with one checkpoint per `stage.checkpoint.every` steps.
     """
     stage = precision.resolve_config(config.stage)
     stage.batch_size = config.batch_per_device * jax.device_count()
@@ -59,19 +59,19 @@ def measure_overhead(config: ml_collections.ConfigDict, folder: pathlib.Path) ->
     decay = jnp.float32(0.99)
     average(current.ema, current.params, decay)
     ema = statistics.median(timed(average, current.ema, current.params, decay)[0] for _ in range(5))
-    figures = {
+    seconds_of = {
         "step_seconds": statistics.median(bare),
         "loop_step_seconds": statistics.median(looped),
         "checkpoint_seconds": save,
         "ema_seconds": ema,
     }
-    added = figures["loop_step_seconds"] - figures["step_seconds"] + ema
+    added = seconds_of["loop_step_seconds"] - seconds_of["step_seconds"] + ema
     added += save / stage.checkpoint.every
-    return {**figures, "overhead": added / figures["step_seconds"]}
+    return {**seconds_of, "overhead": added / seconds_of["step_seconds"]}
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Seconds until the result is there, and the result."""
+    """Seconds until the result is ready, and the result."""
     started = time.perf_counter()
     result = jax.block_until_ready(function(*arguments))
     return time.perf_counter() - started, result
@@ -97,10 +97,10 @@ def _loop(
     folder: pathlib.Path,
     mesh: jax.sharding.Mesh,
 ) -> tuple[float, state.TrainState]:
-    """Seconds a step of the loop, and the state after it.
+    """Seconds per step of the loop, and the state after it.
 
     The clock runs from the end of the first step, for which the loop waits, to the line of metrics
-    after the last but one, for which it waits too; so the checkpoint at the end is not in it.
+    after the last but one, for which it also waits; the checkpoint at the end is not included.
     """
     requests: list[float] = []
 

@@ -23,17 +23,17 @@ Variables = dict[str, dict[str, Tree]]
 
 
 class Kind(NamedTuple):
-    """How the step of one kind of training is put together.
+    """How the step of one kind of training is built.
 
     Attributes:
-      make_stage: config -> its static part.
-      draw: (stage, config, key) -> random variables of every role.
-      trained: roles in the state, where the stage has them.
+      make_spec: config -> its static part.
+      draw: (spec, config, key) -> random variables of every role.
+      trained: roles in the state, where the spec has them.
       step: module with create_state, train_step and hyperparameters.
       labels: whether a batch holds labels.
     """
 
-    make_stage: Callable[[ml_collections.ConfigDict], Any]
+    make_spec: Callable[[ml_collections.ConfigDict], Any]
     draw: Callable[[Any, ml_collections.ConfigDict, jax.Array], Variables]
     trained: tuple[str, ...]
     step: Any
@@ -68,14 +68,14 @@ class Sampler(NamedTuple):
     arguments: tuple[Tree, Tree, Tree, Tree]
 
 
-def _draw_autoencoder(stage: Any, config: ml_collections.ConfigDict, key: jax.Array) -> Variables:
-    return autoencoder_task.draw_variables(stage, key, config.data.image_size)
+def _draw_autoencoder(spec: Any, config: ml_collections.ConfigDict, key: jax.Array) -> Variables:
+    return autoencoder_task.draw_variables(spec, key, config.data.image_size)
 
 
-def _draw_flow(stage: Any, config: ml_collections.ConfigDict, key: jax.Array) -> Variables:
-    variables = autoencoder.init(stage.modules, key, config.data.image_size)
+def _draw_flow(spec: Any, config: ml_collections.ConfigDict, key: jax.Array) -> Variables:
+    variables = autoencoder.init(spec.modules, key, config.data.image_size)
     del variables["decoder"]  # not a part of the step
-    return {**variables, "dit": registry.init_dit(stage.dit, jax.random.fold_in(key, 3))}
+    return {**variables, "dit": registry.init_dit(spec.dit, jax.random.fold_in(key, 3))}
 
 
 AUTOENCODER = Kind(
@@ -89,37 +89,37 @@ FLOW = Kind(flow_task.step_spec, _draw_flow, ("dit",), flow_step, labels=True)
 
 
 def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Program:
-    """The step of a training config on a mesh, whose devices need not exist.
+    """The step of a training config on a mesh, whose devices need not be present.
 
     Args:
-      config: of one stage, its dtype resolved.
-      mesh: of devices or of a topology's descriptions of them.
+      config: config of one stage, its dtype resolved.
+      mesh: devices, or a topology's descriptions of devices.
 
     Raises:
       ValueError: where a micro-batch does not divide over the devices.
     """
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     kind = FLOW if "flow" in config else AUTOENCODER
-    stage = kind.make_stage(config)
+    spec = kind.make_spec(config)
     trained = set(kind.trained) & {*config.trainable, "disc_heads"}
 
     def make(key: jax.Array) -> tuple[Any, Variables]:
-        variables = kind.draw(stage, config, key)
+        variables = kind.draw(spec, config, key)
         ours = {role: tree for role, tree in variables.items() if role in trained}
         frozen = {role: tree for role, tree in variables.items() if role not in trained}
         frozen = precision.frozen(frozen, config.dtype)
-        return kind.step.create_state(stage, ours, config.seed), frozen
+        return kind.step.create_state(spec, ours, config.seed), frozen
 
     state, frozen = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
-    values = jax.eval_shape(lambda: kind.step.hyperparameters(config))
+    hyperparams = jax.eval_shape(lambda: kind.step.hyperparameters(config))
     everywhere = sharding.replicated(mesh)
     return Program(
-        jit_step(kind.step.train_step, stage, mesh),
+        jit_step(kind.step.train_step, spec, mesh),
         (
             _place(state, sharding.shardings(state, mesh)),
             _place(frozen, jax.tree.map(lambda _: everywhere, frozen)),
             _batch(config, mesh, kind.labels),
-            _place(values, jax.tree.map(lambda _: everywhere, values)),
+            _place(hyperparams, jax.tree.map(lambda _: everywhere, hyperparams)),
         ),
         make,
         functools.partial(kind.step.hyperparameters, config),
@@ -130,13 +130,13 @@ def build_sampler(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
     """The sampler of a flow's config, as `Generator.sample` calls it with `batch_size` labels.
 
     Args:
-      config: of the flow, its dtype resolved; `sampling` says how.
-      mesh: of devices or of a topology's descriptions of them.
+      config: config of the flow, its dtype resolved; `sampling` has the settings.
+      mesh: devices, or a topology's descriptions of devices.
     """
     sharding.check_batch(config.batch_size, 1, mesh)
-    stage = flow_task.step_spec(config)
+    spec = flow_task.step_spec(config)
     networks = sampling_program.Networks(
-        stage.modules, stage.dit, stage.path, stage.radius, stage.times.shift
+        spec.modules, spec.dit, spec.path, spec.radius, spec.times.shift
     )
     chosen = config.sampling
     sampling = sampling_program.Sampling(
@@ -148,14 +148,14 @@ def build_sampler(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
     )
 
     def make(key: jax.Array) -> Variables:
-        dit = registry.init_dit(stage.dit, jax.random.fold_in(key, 3))
-        drawn = autoencoder.init(stage.modules, key, config.data.image_size)
+        dit = registry.init_dit(spec.dit, jax.random.fold_in(key, 3))
+        drawn = autoencoder.init(spec.modules, key, config.data.image_size)
         variables = {"dit": dit, "decoder": drawn["decoder"]}
         return precision.frozen(variables, config.dtype)
 
     variables = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
     split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    b, n, d = config.batch_size, stage.dit.input_size**2, stage.dit.in_channels
+    b, n, d = config.batch_size, spec.dit.input_size**2, spec.dit.in_channels
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     return Sampler(
         sampling_program.compile_generate(networks, sampling),
@@ -170,12 +170,12 @@ def build_sampler(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) ->
 
 def sampler_flops(config: ml_collections.ConfigDict) -> int:
     """FLOPs of one image of a sampler: its network calls and the decoder."""
-    stage = flow_task.step_spec(config)
+    spec = flow_task.step_spec(config)
     calls = samplers.SAMPLERS[config.sampling.sampler].evaluations * config.sampling.steps
     calls *= 1 if config.sampling.guidance == 1.0 else 2
-    side = stage.dit.input_size
-    decoder = flops.decoder_flops(stage.modules.decoder, side, side)
-    return calls * flops.forward_flops(stage.dit) + decoder
+    side = spec.dit.input_size
+    decoder = flops.decoder_flops(spec.modules.decoder, side, side)
+    return calls * flops.forward_flops(spec.dit) + decoder
 
 
 def _place(shapes: Tree, shardings: Tree) -> Tree:
@@ -187,7 +187,7 @@ def _place(shapes: Tree, shardings: Tree) -> Tree:
 def _batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, labels: bool) -> Tree:
     split, b, side = sharding.batch_sharding(mesh), config.batch_size, config.data.image_size
     batch = {"image": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8, sharding=split)}
-    if config.data.get("latents"):  # of a cache in bfloat16
+    if config.data.get("latents"):  # from a cache in bfloat16
         shape = (b, (side // PATCH_SIZE) ** 2, config.model.vit.embed_dim)
         batch = {"latent": jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split)}
     if labels:
@@ -199,13 +199,13 @@ def memory(compiled: Any) -> dict[str, int]:
     """Bytes per device of a compiled program, as its compiler planned them.
 
     Returns:
-      arguments, temporaries, outputs, aliased (arguments whose memory becomes an output's) and
-      peak, their sum without what is aliased. (XLA:CPU's own peak leaves temporaries out; XLA:TPU's
-      equals this sum.)
+      arguments, temporaries, outputs, aliased (arguments whose memory an output reuses) and peak,
+      their sum without aliased. (XLA:CPU's own peak leaves temporaries out; XLA:TPU's equals this
+      sum.)
     """
-    found = compiled.memory_analysis()
-    arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
-    outputs, aliased = found.output_size_in_bytes, found.alias_size_in_bytes
+    analysis = compiled.memory_analysis()
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    outputs, aliased = analysis.output_size_in_bytes, analysis.alias_size_in_bytes
     return {
         "arguments": arguments,
         "temporaries": temporaries,

@@ -1,4 +1,4 @@
-"""Targets of the planner: devices that need not be here, and what the compiler said about them."""
+"""Target devices for ahead-of-time compilation, present or not."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ GENERATIONS = {
 }
 EXAMPLES = ("cpu:8", "h200:8", "v4:2x2x4", "v5e:4x4", "v5p:4x4x4", "v6e:2x4", "v6e:16x16")
 HOST_GPUS = 8
-# Where no GPU is there to try them on, not every matrix product finds a Triton tiling.
+# Without a GPU to try tilings on, not every matrix product gets a Triton tiling.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # xla.ExecutionOptions.EffortLevel; jax 0.10 and 0.12 both take the number, 0.12 alone the name.
 EFFORT_LEVELS: dict[names.Effort, int] = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}
 
 
 class Gpu(NamedTuple):
-    """What XLA's compiler asks about a GPU, as the maker states it.
+    """What XLA's compiler needs to know about a GPU, as the manufacturer states it.
 
     Attributes:
       kind: jax's device_kind.
       capability: compute capability.
-      multiprocessors: of one GPU; each has `lanes` float32 lanes, clocked at `clock_ghz`.
-      lanes: see above.
-      clock_ghz: see above.
-      shared_memory: KiB a multiprocessor; a block can have 1 KiB less.
+      multiprocessors: streaming multiprocessors of one GPU.
+      lanes: float32 lanes per multiprocessor.
+      clock_ghz: clock of the multiprocessors.
+      shared_memory: KiB per multiprocessor; a block can have 1 KiB less.
       memory: bytes.
       bandwidth: bytes/s of the memory.
       cache: MiB of L2.
@@ -60,8 +60,8 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 1.98, 228, 85_029_158_912, 3.35e12, 50),
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 1.41, 164, 85_097_971_712, 2.039e12, 40),
 }
-# Without these libtpu asks a metadata server who we are, waits for another process's lock, or
-# overflows the 64 KiB of stack that its threads have, which ends the process.
+# Without these libtpu asks a metadata server for its identity, waits for another process's lock, or
+# overflows the 64 KiB stacks of its threads, which ends the process.
 LIBTPU_ENVIRONMENT = {
     "LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=16777216",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -87,7 +87,7 @@ def devices_of(target: str) -> list[Any]:
         return _gpu_devices(target, GPUS[kind], int(shape))
     if kind not in GENERATIONS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise ValueError(
-            f"target is 'cpu:N', {' or '.join(repr(gpu + ':N') for gpu in GPUS)}, or a TPU "
+            f"target must be 'cpu:N', {' or '.join(repr(gpu + ':N') for gpu in GPUS)}, or a TPU "
             f"generation and its shape; got {target!r}"
             f"{rules.nearest(target, EXAMPLES)}"
         )
@@ -101,7 +101,7 @@ def compiler_options(target: str, effort: names.Effort) -> dict[str, Any]:
 
 
 def _cpu_devices(count: int) -> list[Any]:
-    # Where a backend is already running, its devices are what there is.
+    # A backend that is already running keeps its devices.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")
         if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -109,22 +109,22 @@ def _cpu_devices(count: int) -> list[Any]:
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise ValueError(
-            f"target=cpu:{count} needs as many CPU devices; this process has {len(devices)}; set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            f"target=cpu:{count} needs as many CPU devices; got {len(devices)} in this process; "
+            f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
     return devices[:count]
 
 
 def _tpu_devices(target: str, chip_config: str, example: str) -> list[Any]:
     kind, _, shape = target.partition(":")
-    if shape.count("x") != example.count("x"):  # libtpu would take it
+    if shape.count("x") != example.count("x"):  # libtpu would accept it
         raise ValueError(
             f"a slice of {kind} has {example.count('x') + 1} sides; got target={target}; "
             f"{kind}:{example} is one that exists"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            f"target={target} needs the TPU compiler, and libtpu is not installed; "
+            f"target={target} needs the TPU compiler; got an environment without libtpu; "
             "pip install 'dinosae-jax[plan]'"
         )
     for name, value in LIBTPU_ENVIRONMENT.items():
@@ -138,13 +138,13 @@ def _tpu_devices(target: str, chip_config: str, example: str) -> list[Any]:
 def _gpu_devices(target: str, gpu: Gpu, count: int) -> list[Any]:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise ValueError(
-            f"target={target} needs the GPU compiler (no GPU), and it is not installed; "
+            f"target={target} needs the GPU compiler (no GPU); got an environment without it; "
             "pip install 'dinosae-jax[cuda]'"
         )
     if count > HOST_GPUS and count % HOST_GPUS:
         raise ValueError(
-            f"target={target} is neither one host nor hosts of {HOST_GPUS} GPUs; take a multiple "
-            f"of {HOST_GPUS}"
+            f"a target is one host, or hosts of {HOST_GPUS} GPUs; got {target}; take a multiple of "
+            f"{HOST_GPUS}"
         )
     hosts = -(-count // HOST_GPUS)
     shape = f"1x{hosts}x{count // hosts}"  # slices, hosts, GPUs of a host
@@ -152,7 +152,7 @@ def _gpu_devices(target: str, gpu: Gpu, count: int) -> list[Any]:
 
 
 def gpu_text(gpu: Gpu) -> str:
-    """XLA's GpuTargetConfigProto in text form; limits that all these GPUs share are written out."""
+    """XLA's GpuTargetConfigProto in text form; limits that all these GPUs share are constants."""
     major, minor = gpu.capability
     return f"""
     gpu_device_info {{
@@ -172,7 +172,7 @@ def gpu_text(gpu: Gpu) -> str:
 
 
 def _describe(target: str, name: str, platform: str, **options: Any) -> list[Any]:
-    """Devices that need not be here, of a compiler that is."""
+    """Devices that need not be present, from an installed compiler."""
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")  # the compiler is used, never a device
     from jax.experimental import topologies
@@ -182,7 +182,7 @@ def _describe(target: str, name: str, platform: str, **options: Any) -> list[Any
     except Exception as error:  # jaxlib raises its own type, for shapes that do not exist
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"the {platform} compiler knows no {target!r} ({reason}); {EXAMPLES[1:]} are some "
-            "that exist"
+            f"target must exist for the {platform} compiler; got {target!r} ({reason}); choose one "
+            f"such as {', '.join(EXAMPLES[1:])}"
         ) from error
     return list(description.devices)

@@ -1,4 +1,4 @@
-"""The tables and the picture of a comparison of flows."""
+"""The tables and the figure of a comparison of flows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dinosae_jax.report import curves, pictures
 
 
 def titles(network: features.FeatureNetwork) -> dict[str, str]:
-    """Metric -> its name in tables and pictures, which says the feature space."""
+    """Metric -> its name in tables and figures, which includes the feature space."""
     names = {metric: network.metrics[metric][0] for metric in comparison.METRICS}
     return {**names, "kernel": f"{names['kernel']} x 1000"}
 
 
 def describe(config: ml_collections.ConfigDict, network: features.FeatureNetwork) -> list[str]:
-    """A sentence on the feature space, which stands above the tables."""
+    """The line above the tables: the feature space and the numbers of samples and steps."""
     tap = network.metrics["frechet"][1]
     return [
         f"Features: {network.name} ({tap}), {config.samples} samples against {config.reference} "
@@ -38,9 +38,9 @@ def tables(
     """The lines of three Markdown tables: arms, samplers by steps, decode radii.
 
     Args:
-      config: of the comparison.
-      scores: of all its settings.
-      names: of the metrics (`titles`).
+      config: config of the comparison.
+      scores: scores of all its settings, by key.
+      names: metric -> its name, from `titles`.
     """
 
     def cell(metric: str, setting: Callable[..., comparison.Setting], *given: Any) -> str:
@@ -77,9 +77,13 @@ def write_pictures(
     scores: dict[str, comparison.Score],
     title: str,
 ) -> None:
-    """ablation_flow.png: the sweeps as curves of the Frechet distance, which is called `title`.
+    """Writes ablation_flow.png: curves of the sweeps, and below them samples of each arm by class.
 
-    Below them are samples of each arm by class.
+    Args:
+      config: config of the comparison.
+      folder: where the arms are and the figure goes.
+      scores: scores of all settings, by key.
+      title: name of the Frechet distance.
     """
     sweep = config.sweep
     steps, radii = tuple(sweep.steps), tuple(sweep.radii)

@@ -1,4 +1,6 @@
-"""Learning curves of a run as PNG, one panel a metric, training and evaluation in one panel."""
+"""Learning curves of a run as PNG: one panel per metric, with training and evaluation."""
+
+from __future__ import annotations
 
 import io
 import math
@@ -32,7 +34,7 @@ def curves_png(stage: Stage) -> bytes | None:
     """Draws the metrics of a stage, each in a panel of its own.
 
     Returns:
-      A PNG 1482 pixels wide (130 a inch), or None where there is nothing to draw.
+      A PNG 1482 pixels wide (130 per inch), or None where there is nothing to draw.
     """
     names = panel_names(stage.metrics)
     if not names:
@@ -55,7 +57,7 @@ def curves_png(stage: Stage) -> bytes | None:
 def convergence_png(stages: Sequence[Stage]) -> bytes | None:
     """Draws the held-out PSNR and the KID of a whole run, its stages one after the other.
 
-    The steps of a stage count from the last step of the one before it; a stage is a colour.
+    Each stage has its own colour; its steps count from the last step of the stage before it.
 
     Args:
       stages: in their order, finished or not.
@@ -81,7 +83,7 @@ def convergence_png(stages: Sequence[Stage]) -> bytes | None:
 
 
 def robustness_png(rows: list[Row]) -> bytes:
-    """Draws PSNR over the angle by which every token was turned before decoding."""
+    """Draws PSNR over the angle by which every token was rotated before decoding."""
     figure = Figure((5.7, 2.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     angles, values = ([row[name] for row in rows] for name in ("angle_degrees", "psnr"))
@@ -93,10 +95,10 @@ def robustness_png(rows: list[Row]) -> bytes:
 
 
 def write_comparison(path: pathlib.Path, series: Mapping[str, Runs], names: Sequence[str]) -> None:
-    """Draws the arms of a comparison: a panel a metric, a colour an arm, a thin line a seed.
+    """Draws a comparison: one panel per metric, one colour per arm, one thin line per seed.
 
     Args:
-      path: of the PNG.
+      path: where the PNG goes.
       series: arm -> runs -> rows {"step": int, metric: float}, all runs with the same steps.
       names: metrics of the rows, one panel each.
     """
@@ -120,7 +122,9 @@ def write_comparison(path: pathlib.Path, series: Mapping[str, Runs], names: Sequ
 def sweeps_png(
     panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]],
 ) -> bytes:
-    """Draws a value over a setting: a panel a title, a colour a name, a dot a seed, their mean.
+    """Draws values over a setting: one panel per title, one colour per name, one dot per seed.
+
+    A line joins the means over the seeds.
 
     Args:
       panels: title -> name -> (settings [k], values [s, k] of s seeds).
@@ -130,9 +134,9 @@ def sweeps_png(
         figure.subplots(1, len(panels), squeeze=False).ravel(), panels.items(), strict=True
     ):
         for colour, (name, (settings, values)) in enumerate(names.items()):
-            found = np.asarray(values)
-            axes.plot(settings, found.T, ".", color=f"C{colour}", markersize=3, alpha=0.5)
-            axes.plot(settings, found.mean(axis=0), color=f"C{colour}", linewidth=1.5, label=name)
+            by_seed = np.asarray(values)
+            axes.plot(settings, by_seed.T, ".", color=f"C{colour}", markersize=3, alpha=0.5)
+            axes.plot(settings, by_seed.mean(axis=0), color=f"C{colour}", linewidth=1.5, label=name)
         drawn = np.concatenate([np.ravel(values) for _, values in names.values()])
         if drawn.min() > 0 and drawn.max() > 10 * drawn.min():
             axes.set_yscale("log", subs=(2, 5))
@@ -150,7 +154,7 @@ def sweeps_png(
 
 
 def panel_names(rows: list[Row]) -> list[str]:
-    """Metric names without their train/ or eval/ prefix, the most telling ones first."""
+    """Metric names without their train/ or eval/ prefix, those of `FIRST` first."""
     names = {name.removeprefix("train/").removeprefix("eval/"): None for name in metric_names(rows)}
     return sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
@@ -160,7 +164,7 @@ def _draw_convergence(axes: Axes, stages: Sequence[Stage], name: str) -> None:
     for number, stage in enumerate(stages):
         steps, values = series(stage.metrics, name)
         moved = [before + step for step in steps]
-        if last is not None:  # a short stage has one evaluation: the way to it is drawn, too
+        if last is not None:  # a short stage has one evaluation: also draw the line to it
             axes.plot([last[0], moved[0]], [last[1], values[0]], color=GREY, linewidth=0.8)
             axes.axvline(before, color=GREY, linewidth=0.5, linestyle=":")
         label = f"{stage.name} {values[-1]:.4g}"
@@ -187,7 +191,7 @@ def _draw_panel(axes: Axes, stage: Stage, name: str) -> None:
         _draw_baselines(axes, stage)
     if drawn and min(drawn) > 0 and max(drawn) > 30 * min(drawn):
         axes.set_yscale("log")
-    axes.set_title(name, loc="left", fontsize=9, y=1.0)  # a fixed height is not measured: faster
+    axes.set_title(name, loc="left", fontsize=9, y=1.0)  # a fixed height is faster: no measuring
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(fontsize=6.5, framealpha=0.7, edgecolor="none", borderpad=0.1)
     _tidy(axes)

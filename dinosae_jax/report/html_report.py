@@ -4,6 +4,8 @@ write_report(workdir) -> report.html, curves.png
 and for a chain also   reconstructions.png, samples.png, metrics.jsonl of all its stages
 """
 
+from __future__ import annotations
+
 import base64
 import html
 import json
@@ -62,9 +64,9 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     """Writes report.html and curves.png from the files that a run has left so far.
 
     Args:
-      workdir: of one stage, or of a chain (it holds chain.json). Which files are read is written
-        at `run_files.Stage`; whatever is missing is left out. A chain also gets
-        reconstructions.png, samples.png and metrics.jsonl, put together from its stages.
+      workdir: folder of one stage, or of a chain (with chain.json). `run_files.Stage` lists the
+        files that are read; missing files are left out. A chain also gets reconstructions.png,
+        samples.png and metrics.jsonl, combined from its stages.
 
     Returns:
       The path of report.html.
@@ -79,7 +81,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         _combine_curves(folder, drawn)
         rows = ": originals above, reconstructions below"
         _combine_pictures(folder, run.stages, "reconstructions.png", rows)
-        _combine_pictures(folder, run.stages, "samples.png", ": samples, one class a row")
+        _combine_pictures(folder, run.stages, "samples.png", ": samples, one class per row")
         _combine_metrics(folder, run.stages)
     write_text(folder / "report.html", render(run, drawn))
     return folder / "report.html"
@@ -174,7 +176,7 @@ def _stage(stage: Stage, drawn: bytes | None, in_chain: bool) -> str:
         [
             f'<h2 id="{name}">{name}</h2>\n' if in_chain else "",
             _picture(stage, "reconstructions.png", "Originals above, reconstructions below."),
-            _picture(stage, "samples.png", "Samples of the flow, one class a row."),
+            _picture(stage, "samples.png", "Samples of the flow, one class per row."),
             _curves(drawn),
             _robustness(stage),
             '<div class="columns">',
@@ -209,14 +211,14 @@ def _curves(drawn: bytes | None) -> str:
 def _robustness(stage: Stage) -> str:
     if not stage.robustness:
         return ""
-    caption = "PSNR of the decoded images when every latent token is turned by an angle."
+    caption = "PSNR of the decoded images when every latent token is rotated by an angle."
     drawn = curves.robustness_png(stage.robustness)
     return "<h3>Decoder robustness</h3>\n" + _figure(drawn, caption, PAGE_WIDTH // 2)
 
 
 def _values(title: str, rows: list[dict[str, Any]], prefix: str) -> str:
-    found = [(name, last_value(rows, name)) for name in metric_names(rows, prefix)]
-    cells = [[html.escape(name.removeprefix(prefix)), _number(value)] for name, value in found]
+    values = [(name, last_value(rows, name)) for name in metric_names(rows, prefix)]
+    cells = [[html.escape(name.removeprefix(prefix)), _number(value)] for name, value in values]
     table = _table(["", "value"], cells) if cells else ""
     return f"<div><h3>{title}</h3>{table}</div>" if cells else ""
 
@@ -227,10 +229,10 @@ def _values(title: str, rows: list[dict[str, Any]], prefix: str) -> str:
 def _combine_pictures(
     folder: pathlib.Path, stages: Sequence[Stage], name: str, caption: str
 ) -> None:
-    found = [(stage.name, stage.picture(name)) for stage in stages]
+    paths = [(stage.name, stage.picture(name)) for stage in stages]
     blocks = [
         pictures.captioned(png.decode_png(path.read_bytes()), f"{stage}{caption}")
-        for stage, path in found
+        for stage, path in paths
         if path is not None
     ]
     if blocks:
@@ -238,7 +240,7 @@ def _combine_pictures(
 
 
 def _stage_curves(stage: Stage) -> bytes | None:
-    """The stage's curves.png, drawn again only where its data are newer: drawing takes a second."""
+    """The stage's curves.png, redrawn only where its data are newer: drawing takes a second."""
     path = stage.folder / "curves.png"
     sources = [stage.folder / name for name in ("metrics.jsonl", "baselines.json")]
     changed = max((file.stat().st_mtime for file in sources if file.is_file()), default=0.0)

@@ -1,8 +1,11 @@
 """Feature maps as colours: three principal components of patch tokens (the paper's Figure 4).
 
 Components are fitted once, on the teacher or on teacher and student together, and both are
-projected with them: fitted apart, a flipped sign or a changed order looks like a difference.
+projected with them. If each had its own components, a flipped sign or another order would look like
+a difference.
 """
+
+from __future__ import annotations
 
 import dataclasses
 
@@ -21,7 +24,7 @@ class Components:
 
     Attributes:
       mean: [d], the mean unit token.
-      directions: [d,3], orthonormal, by falling variance; the largest entry of each is positive.
+      directions: [d, 3], orthonormal, by falling variance; the largest entry of each is positive.
       deviations: [3], the standard deviation along each.
     """
 
@@ -31,9 +34,9 @@ class Components:
 
 
 def fit(tokens: ArrayLike) -> Components:
-    """Fits three components to tokens [...,d], each first scaled to length 1.
+    """Fits three components to tokens [..., d], each first scaled to length 1.
 
-    The length is set aside because the alignment loss, a cosine, does not see it.
+    The length is ignored because the alignment loss, a cosine, does not depend on it.
 
     Raises:
       ValueError: fewer than 4 tokens, fewer than 3 dimensions, or a NaN or infinity.
@@ -42,8 +45,8 @@ def fit(tokens: ArrayLike) -> Components:
     count, width = unit.shape
     if count < 4 or width < 3:
         raise ValueError(
-            "three principal components need at least 4 tokens of 3 dimensions, "
-            f"got {count} of {width}: pass more images"
+            "three principal components need at least 4 tokens of 3 dimensions; "
+            f"got {count} of {width}; pass more images"
         )
     mean = unit.mean(axis=0)
     values, vectors = np.linalg.eigh((unit - mean).T @ (unit - mean) / (count - 1))
@@ -53,7 +56,7 @@ def fit(tokens: ArrayLike) -> Components:
 
 
 def colours(tokens: ArrayLike, components: Components) -> Float64:
-    """Colours [...,3] in [0,1] of tokens [...,d]: the logistic function of twice the projection."""
+    """Colours [..., 3] in [0, 1] of tokens [..., d]: the sigmoid of twice the projection."""
     projection = (_unit(tokens) - components.mean) @ components.directions
     return 1.0 / (1.0 + np.exp(-2.0 * projection / components.deviations))
 
@@ -61,29 +64,31 @@ def colours(tokens: ArrayLike, components: Components) -> Float64:
 def figure(
     images: ArrayLike, teacher: ArrayLike, student: ArrayLike, fitted_on: str = "teacher"
 ) -> png.Picture:
-    """Images, the teacher's and the student's feature maps below one another.
+    """A figure of images, the teacher's feature maps and the student's, in three rows.
 
     Args:
-      images: [b,H,W,3] in [0,1], H and W multiples of h and w.
-      teacher: [b,h,w,d] patch tokens.
-      student: [b,h,w,d] patch tokens of the same images.
+      images: [b, H, W, 3] in [0, 1], H and W multiples of h and w.
+      teacher: [b, h, w, d] patch tokens.
+      student: [b, h, w, d] patch tokens of the same images.
       fitted_on: 'teacher', or 'joint' for both token sets together.
 
     Returns:
-      uint8 [height,width,3], one column an image.
+      uint8 [height, width, 3], one column per image.
 
     Raises:
-      ValueError: unknown `fitted_on`, shapes that do not belong together, or tokens that are not
-        finite.
+      ValueError: unknown `fitted_on`, shapes that do not fit, or tokens that are not finite.
     """
     pixels, maps = np.asarray(images), [np.asarray(teacher), np.asarray(student)]
     if maps[0].shape != maps[1].shape or len(pixels) != len(maps[0]):
         raise ValueError(
-            "teacher and student must hold tokens [b,h,w,d] of the same b images, "
-            f"got {maps[0].shape} and {maps[1].shape} for {len(pixels)} images"
+            "teacher and student must have tokens [b, h, w, d] of the same b images; got "
+            f"{list(maps[0].shape)} and {list(maps[1].shape)} for {len(pixels)} images; encode "
+            "the same images with both"
         )
     if fitted_on not in ("teacher", "joint"):
-        raise ValueError(f"components are fitted on 'teacher' or 'joint', got {fitted_on!r}")
+        raise ValueError(
+            f"components are fitted on 'teacher' or 'joint'; got {fitted_on!r}; choose one of them"
+        )
     components = fit(maps[0] if fitted_on == "teacher" else np.stack(maps))
     scale = [pixels.shape[axis] // maps[0].shape[axis] for axis in (1, 2)]
     rows = [colours(tokens, components).repeat(scale[0], 1).repeat(scale[1], 2) for tokens in maps]
@@ -93,5 +98,5 @@ def figure(
 def _unit(tokens: ArrayLike) -> Float64:
     array = np.asarray(tokens, np.float64)
     if not np.isfinite(array).all():
-        raise ValueError("tokens must be finite, got NaN or infinity: check the weights")
+        raise ValueError("tokens must be finite; got NaN or infinity; check the weights")
     return array / np.maximum(np.linalg.norm(array, axis=-1, keepdims=True), 1e-12)

@@ -1,4 +1,6 @@
-"""Contact sheets: batches of images laid out as one picture and written as PNG."""
+"""Contact sheets: batches of images laid out as one picture."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -14,7 +16,7 @@ INK = (60, 60, 60)
 
 
 def grid(images: ArrayLike, columns: int) -> png.Picture:
-    """Lays images [b,h,w,c] out in rows of `columns`, in reading order: uint8 [H,W,3]."""
+    """Lays images [b, h, w, c] out in rows of `columns`, in reading order: uint8 [H, W, 3]."""
     pictures = list(png.as_picture(images))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     return stack([_beside(row) for row in rows])
@@ -24,12 +26,12 @@ def pairs(originals: ArrayLike, reconstructions: ArrayLike, columns: int = 8) ->
     """Lays originals out in rows, each row above the row of its reconstructions.
 
     Args:
-      originals: [b,h,w,c] in [0,1].
-      reconstructions: [b,h,w,c] in [0,1].
+      originals: [b, h, w, c] in [0, 1].
+      reconstructions: [b, h, w, c] in [0, 1].
       columns: pairs in a row.
 
     Returns:
-      uint8 [H,W,3]; a wider gap separates one row of pairs from the next.
+      uint8 [H, W, 3]; a wider gap separates one row of pairs from the next.
 
     Raises:
       ValueError: shapes that differ.
@@ -37,8 +39,8 @@ def pairs(originals: ArrayLike, reconstructions: ArrayLike, columns: int = 8) ->
     above, below = png.as_picture(originals), png.as_picture(reconstructions)
     if above.shape != below.shape:
         raise ValueError(
-            "originals and reconstructions must have one shape, "
-            f"got {above.shape} and {below.shape}"
+            "originals and reconstructions must have one shape; got "
+            f"{list(above.shape)} and {list(below.shape)}; pass the pairs of one batch"
         )
     starts = range(0, len(above), columns)
     rows = [
@@ -49,27 +51,28 @@ def pairs(originals: ArrayLike, reconstructions: ArrayLike, columns: int = 8) ->
 
 
 def side_by_side(images: Sequence[ArrayLike]) -> png.Picture:
-    """Places images [h,w,c] of one height beside one another: uint8 [h,W,3]."""
+    """Places images [h, w, c] of one height in a row: uint8 [h, W, 3]."""
     return _beside([png.as_picture(image) for image in images])
 
 
 def class_grid(samples: ArrayLike, names: Sequence[str]) -> png.Picture:
-    """Lays samples out with one class a row and the name of the class at its left.
+    """Lays samples out with one class per row and the name of the class at its left.
 
     Args:
-      samples: [k,m,h,w,c] in [0,1]: m samples of each of k classes.
+      samples: [k, m, h, w, c] in [0, 1]: m samples of each of k classes.
       names: k names; cut at 24 letters.
 
     Returns:
-      uint8 [H,W,3].
+      uint8 [H, W, 3].
 
     Raises:
-      ValueError: another number of names than of classes.
+      ValueError: if the number of names is not that of the classes.
     """
     rows = png.as_picture(samples)
     if len(rows) != len(names):
         raise ValueError(
-            f"a class grid needs one name a row, got {len(names)} for {len(rows)} rows"
+            f"a class grid needs one name per row; got {len(names)} for {len(rows)} rows; name "
+            "every class"
         )
     labels = [name.replace("_", " ")[:24] for name in names]
     width = max(_text_width(label) for label in labels) + 2 * GAP
@@ -82,7 +85,7 @@ def class_grid(samples: ArrayLike, names: Sequence[str]) -> png.Picture:
 
 
 def stack(pictures: Sequence[png.Picture], gap: int = GAP) -> png.Picture:
-    """Places pictures [h,w,3] one below the other, flush left: uint8 [H,W,3]."""
+    """Places pictures [h, w, 3] one below the other, flush left: uint8 [H, W, 3]."""
     width = max(picture.shape[1] for picture in pictures)
     rows: list[png.Picture] = []
     for picture in pictures:

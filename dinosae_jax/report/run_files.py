@@ -1,4 +1,6 @@
-"""Reads what a run leaves in its workdir, finished or not; absent files read as nothing."""
+"""Reads the files of a run's workdir, finished or not; missing files read as empty."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -18,10 +20,10 @@ class Stage:
       folder: where the files are.
       config: config.json, the resolved configuration.
       metrics: lines of metrics.jsonl, {"step": int, name: float, ...}.
-      timing: lines of timing.jsonl, {"step", "seconds" since the stage began,
+      timing: lines of timing.jsonl, {"step", "seconds" (since the stage began),
         "images_per_second", ...}.
       parameters: parameters.txt, a table as text.
-      notes: notes.json, sentences that the reader must know first.
+      notes: notes.json, sentences for the top of the report.
       baselines: baselines.json, {"block_means_psnr", "mean_colour_psnr"} in dB.
       robustness: robustness.json, rows {"angle_degrees", "psnr"}.
       done: DONE, {"step", "seconds", "peak_memory_bytes"}; empty until the stage has finished.
@@ -40,16 +42,16 @@ class Stage:
 
     @property
     def started(self) -> bool:
-        """Whether the stage has left anything to report."""
+        """Whether the stage has written anything to report."""
         return bool(self.metrics or self.timing or self.done)
 
     @property
     def last_step(self) -> int:
-        """The last step that any file speaks of."""
+        """The last step in any file."""
         return max(row.get("step", 0) for row in [*self.metrics, *self.timing, self.done])
 
     def picture(self, name: str) -> pathlib.Path | None:
-        """The path of a picture of that file name, or None while there is none."""
+        """The path of a picture of that file name, or None where it does not exist."""
         path = self.folder / name
         return path if path.is_file() else None
 
@@ -72,7 +74,8 @@ def read_run(workdir: pathlib.Path) -> Run:
     """
     if not workdir.is_dir():
         raise ValueError(
-            f"a report needs the workdir of a run, got {workdir}, which does not exist"
+            f"a report needs the workdir of a run; got {workdir}, which does not exist; check the "
+            "path"
         )
     name = workdir.resolve().name
     chain = _json(workdir / "chain.json", {})
@@ -84,7 +87,7 @@ def read_run(workdir: pathlib.Path) -> Run:
 
 
 def read_stage(folder: pathlib.Path) -> Stage:
-    """Reads the files of one stage; those that do not exist yet are empty."""
+    """Reads the files of one stage; files that do not exist yet read as empty."""
     parameters = folder / "parameters.txt"
     return Stage(
         name=folder.resolve().name,
@@ -102,8 +105,8 @@ def read_stage(folder: pathlib.Path) -> Stage:
 
 def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
     """The steps and finite values of one metric."""
-    found = [(row["step"], row.get(name)) for row in rows]
-    finite = [(s, v) for s, v in found if isinstance(v, int | float) and math.isfinite(v)]
+    points = [(row["step"], row.get(name)) for row in rows]
+    finite = [(s, v) for s, v in points if isinstance(v, int | float) and math.isfinite(v)]
     return [step for step, _ in finite], [float(value) for _, value in finite]
 
 
@@ -149,6 +152,6 @@ def _json_lines(path: pathlib.Path) -> list[Row]:
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a run that was killed leaves half a line
+        except json.JSONDecodeError:  # half a line of a run that was killed
             continue
     return rows

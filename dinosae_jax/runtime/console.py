@@ -1,4 +1,4 @@
-"""Lines for the person who watches a run."""
+"""Printed lines of a run, from the first process only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def report(text: str) -> None:
 
 
 def progress(name: str, batches: Iterator[Any], total: int, size: int) -> Iterator[Any]:
-    """Hands batches of `size` images on, with a line about images and speed now and then."""
+    """Yields the batches of `size` images, and prints images done and speed every 30 s."""
     started = shown = time.monotonic()
     for number, batch in enumerate(batches):
         now = time.monotonic()

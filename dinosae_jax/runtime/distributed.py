@@ -1,4 +1,4 @@
-"""The start of every job: one call that works alone, by hand, on SLURM, TPU pods and Kubernetes."""
+"""The start of every job: for one process, a start by hand, SLURM, TPU pods and Kubernetes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-# Variables by which a person, or a cluster, says that there are several processes.
+# Environment variables by which a person or a cluster announces several processes.
 MANUAL = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_ID")
 COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")  # names joined by commas
@@ -24,7 +24,7 @@ def start(compile_cache: str = "") -> None:
 
     Raises:
       ValueError: for a start by hand that is incomplete or wrong, a cluster that JAX does not know,
-        and processes that do not find each other.
+        or processes that do not find each other.
     """
     spare_threads()
     if compile_cache:
@@ -39,11 +39,13 @@ def start(compile_cache: str = "") -> None:
             _join_cluster(said)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"the processes did not find each other ({str(error).splitlines()[0]}); start all of "
-            "them within 300 s, and let them reach the first one's port"
+            "all processes must find each other; got "
+            f"{str(error).splitlines()[0]}; start all of them within 300 s, and let them reach the "
+            "port of the first"
         ) from error
     if jax.distributed.is_initialized():
-        # While all are here: gloo gives a first meeting 30 s, and compilations take turns.
+        # Now, while all are ready: gloo's first collective times out after 30 s, and compilations
+        # would delay it.
         multihost_utils.sync_global_devices("start")
 
 
@@ -59,9 +61,9 @@ def require_devices() -> None:
         wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
         reason = (str(error).splitlines() or ["no such platform is installed"])[0]
         raise ValueError(
-            f"JAX_PLATFORMS={wanted or ''} names a platform that this machine or this jax does not "
-            f"have ({reason}); unset it to take what there is, or install jax for it "
-            "(pip install 'dinosae-jax[cuda]' or 'dinosae-jax[tpu]')"
+            "JAX_PLATFORMS must name a platform of this machine and of this jax; got "
+            f"{wanted or ''!r} ({reason}); unset it to use what is available, or install jax for "
+            "it (pip install 'dinosae-jax[cuda]' or 'dinosae-jax[tpu]')"
         ) from error
 
 
@@ -69,8 +71,8 @@ def spare_threads() -> None:
     """Gives forced CPU devices enough threads, before any device is used.
 
     XLA:CPU lets collectives wait inside its pool, which has as many threads as the machine has
-    cores or devices; with convolutions in the same pool it can run dry, and the program stops.
-    `NPROC` is the variable by which the runtime is told another number.
+    cores or devices; with convolutions in the same pool it can run out of threads and deadlock. The
+    environment variable `NPROC` sets another number of threads.
     """
     forced = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if forced and int(forced[1]) > 1:
@@ -78,13 +80,13 @@ def spare_threads() -> None:
 
 
 def abandon(code: int) -> NoReturn:
-    """Ends this one of several processes after an error, without meeting the others.
+    """Ends this process after an error, without waiting for the others.
 
-    At a normal exit JAX waits for all processes (300 s); they may be waiting for this one in a
-    collective, and end themselves as soon as it is gone.
+    At a normal exit JAX waits for all processes (300 s), while they may wait for this process in a
+    collective; they end themselves as soon as it is gone.
 
     Args:
-      code: of the exit.
+      code: the exit code.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -96,15 +98,17 @@ def _join_by_hand() -> None:
     missing = sorted(name for name in MANUAL if not os.environ.get(name))
     if missing:
         raise ValueError(
-            f"a start by hand needs all of {', '.join(MANUAL)}; missing {', '.join(missing)}"
+            f"a start by hand needs all of {', '.join(MANUAL)}; got no {' and no '.join(missing)}; "
+            "set them for each process"
         )
     numbers = count.isdecimal() and index.isdecimal() and int(index) < int(count)
     if not numbers or not re.fullmatch(r".+:\d+", address):
         raise ValueError(
             f"a start by hand needs {MANUAL[0]}=HOST:PORT of the first process, the number of "
-            f"processes, and an index from 0 below it; got {address}, {count} and {index}"
+            f"processes, and an index from 0 below it; got {address}, {count} and {index}; change "
+            f"{', '.join(MANUAL)}"
         )
-    # Nothing else is looked for: under SLURM jax would take one GPU alone.
+    # No cluster detection: under SLURM it would give each process one GPU.
     jax.distributed.initialize(
         coordinator_address=address,
         num_processes=int(count),
@@ -114,26 +118,26 @@ def _join_by_hand() -> None:
 
 
 def _join_cluster(said: list[str]) -> None:
-    """Lets JAX find the others; `said` are the variables that speak of them, if any do."""
+    """Lets JAX find the other processes; `said` are the variables that announce them, if any."""
     try:
         jax.distributed.initialize()
     except (ValueError, OSError) as error:
         if not said and jax.process_count() == 1:
             return  # chips without the metadata of a slice
         raise ValueError(
-            f"{' '.join(said) or 'the TPU'} speaks of several processes, but JAX finds no way to "
-            f"join them ({error}); start each with srun or mpirun, set {', '.join(MANUAL)} for "
-            "each, or unset that variable to run alone"
+            f"{' '.join(said) or 'the TPU'} indicates several processes, but JAX could not connect "
+            f"them; got {error}; start each with srun or mpirun, set {', '.join(MANUAL)} for each, "
+            "or unset that variable to run alone"
         ) from error
 
 
 def _on_tpu_vm() -> bool:
-    """Whether JAX uses the chips of a Cloud TPU VM; its metadata server alone knows its hosts."""
+    """Whether JAX uses the chips of a Cloud TPU VM, whose metadata server knows its hosts."""
     platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     return "tpu" in platforms and "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
 def _several(name: str) -> bool:
-    """Whether a cluster's variable speaks of more than one process."""
+    """Whether a cluster's variable indicates more than one process."""
     value = os.environ.get(name, "")
     return "," in value or (value.isdecimal() and int(value) > 1)

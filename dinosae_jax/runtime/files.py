@@ -13,7 +13,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes indented JSON with sorted keys, whole or not at all.
 
     Args:
-      path: of the file; a finished file there is replaced in one move.
+      path: the file; an existing file is replaced atomically.
       content: what `json.dumps` takes.
     """
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,9 +1,9 @@
-"""Where parameters and activations live on the current mesh ('data', 'fsdp') while a step computes.
+"""Fully sharded data parallelism on a mesh ('data', 'fsdp'): where parameters and activations live.
 
-Parameters rest in pieces over `fsdp` and are put together where they are used, one block at a time;
-their gradients go back to the pieces. Activations stay split by example over both axes. Left to
-itself the compiler multiplies by pieces instead, and moves the activations: all-to-alls. Without a
-mesh, or with fsdp 1, nothing here does anything.
+Parameters are stored in shards over `fsdp`. Each block gathers its weights just before use, and a
+custom VJP scatters their gradients back to the shards. Activations stay split by example over both
+axes. Without these constraints the compiler would multiply by shards and move the activations
+(all-to-all). Without a mesh, or with fsdp 1, the functions here return their arguments.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ STACKED_PREFIX = "blocks"  # of subtrees whose leaves have a leading depth axis
 def partition_rule(
     shape: tuple[int, ...], itemsize: int, stacked: bool, fsdp: int
 ) -> PartitionSpec:
-    """Which axis of a leaf is split over `fsdp`: the largest that it divides, never the depth.
+    """The partition of a leaf: over `fsdp` along the largest axis that it divides, not the depth.
 
     Args:
-      shape: of the leaf.
-      itemsize: bytes of an element.
+      shape: shape of the leaf.
+      itemsize: bytes per element.
       stacked: whether the leading axis is the depth of a stack of blocks.
       fsdp: size of the mesh axis.
     """
@@ -40,7 +40,7 @@ def partition_rule(
 
 
 def is_stacked(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf of this key path lies in a stack of blocks."""
+    """Whether the leaf at this key path belongs to a stack of blocks."""
     return any(str(getattr(key, "key", key)).startswith(STACKED_PREFIX) for key in path)
 
 

@@ -1,4 +1,4 @@
-"""Peak speed and memory of the accelerators that we plan for and measure on."""
+"""Peak speed and memory of accelerators, and the utilisation of a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax
 
 
 class Hardware(NamedTuple):
-    """Of one jax device.
+    """Speed and memory of one jax device.
 
     Attributes:
-      peak_tflops: dense bfloat16 TFLOP/s as the maker states them.
+      peak_tflops: dense bfloat16 TFLOP/s, as the manufacturer states.
       memory_gib: GiB of device memory.
     """
 
@@ -21,8 +21,8 @@ class Hardware(NamedTuple):
     memory_gib: float
 
 
-# jax's device_kind -> figures of the makers' data sheets (Cloud TPU documentation, NVIDIA). A TPU7x
-# chip is two devices; v4 and v5p chips are one (megacore).
+# jax's device_kind -> values of the manufacturers' data sheets (Cloud TPU documentation, NVIDIA). A
+# TPU7x chip is two devices; a v4 or v5p chip is one (megacore).
 KINDS = {
     "TPU v4": Hardware(275.0, 32.0),
     "TPU v5 lite": Hardware(197.0, 16.0),
@@ -38,19 +38,19 @@ KINDS = {
 
 
 def find(device: jax.Device) -> Hardware | None:
-    """The figures of a device, None where we have none (a CPU)."""
+    """The entry of a device in `KINDS`, or None (a CPU)."""
     return KINDS.get(device.device_kind)
 
 
 def utilisation(
     flops_per_image: int, images_per_second: float, devices: list[jax.Device]
 ) -> dict[str, float]:
-    """Speed against the model's own FLOPs.
+    """Speed in model FLOPs.
 
     Args:
-      flops_per_image: of a training step, `step_flops.train_flops`.
-      images_per_second: of all devices together.
-      devices: that share the work, all of one kind.
+      flops_per_image: model FLOPs of a training step per image, `step_flops.train_flops`.
+      images_per_second: speed of all devices together.
+      devices: the devices that share the work, all of one kind.
 
     Returns:
       'tflops_per_device', and 'mfu' (fraction of the peak) where the peak is known.
@@ -63,7 +63,7 @@ def utilisation(
 
 
 def peak_memory() -> int:
-    """Bytes: the largest use of the first device, or of the process where none is counted."""
+    """Peak memory in bytes: of the first device, or of the process where the device counts none."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""The precision that networks compute in, and weights kept in it."""
+"""The precision of computation, and frozen weights stored in it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from flax import traverse_util
 Tree = Any
 Variables = Mapping[str, Any]
 
-# Role -> layers whose kernels a bfloat16 model holds in bfloat16: those that compute in it (every
-# convolution of the decoder), and the flow's modulations, a third of its weights.
+# Role -> layers whose kernels a bfloat16 model stores in bfloat16: the layers that compute in it
+# (every convolution of the decoder), and the flow's modulations, a third of its weights.
 BFLOAT16_LAYERS = {
     "dit": ("attn", "mlp", "x_embedder", "s_embedder", "s_projector", "adaLN_modulation_1"),
     "vit": ("attn", "mlp"),
@@ -26,33 +26,33 @@ def cast_kernels_to_bfloat16(variables: Variables) -> dict[str, Tree]:
     """Rounds the kernels of `BFLOAT16_LAYERS` to bfloat16, as most of those layers do at every use.
 
     Args:
-      variables: by role; other roles than those of `BFLOAT16_LAYERS` stay as they are.
+      variables: variables by role; roles that are not in `BFLOAT16_LAYERS` are unchanged.
     """
 
-    def one(role: str, tree: Tree) -> Tree:
+    def cast(role: str, tree: Tree) -> Tree:
         layers = BFLOAT16_LAYERS.get(role, ())
         flat = traverse_util.flatten_dict(tree)
-        half = [path for path in flat if path[-1] == "kernel" and set(layers) & set(path)]
-        rounded = {path: jnp.asarray(flat[path], jnp.bfloat16) for path in half}
+        kernels = [path for path in flat if path[-1] == "kernel" and set(layers) & set(path)]
+        rounded = {path: jnp.asarray(flat[path], jnp.bfloat16) for path in kernels}
         return traverse_util.unflatten_dict({**flat, **rounded})
 
-    return {role: one(role, tree) for role, tree in variables.items()}
+    return {role: cast(role, tree) for role, tree in variables.items()}
 
 
 def frozen(variables: Variables, dtype: str) -> Any:
-    """Weights that are not trained, in the form that a model of this dtype holds them in."""
+    """Frozen weights in the precision in which a model of this dtype stores them."""
     return cast_kernels_to_bfloat16(variables) if dtype == "bfloat16" else variables
 
 
 def resolve_dtype(dtype: str) -> str:
-    """'auto' is bfloat16 on accelerators and float32 on a CPU; other names stay as they are."""
+    """Replaces 'auto' by bfloat16 on accelerators and float32 on a CPU; keeps other names."""
     if dtype != "auto":
         return dtype
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def resolve_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A copy with `dtype='auto'` replaced by what this machine computes in."""
+    """A copy with `dtype='auto'` replaced by this machine's dtype."""
     config = config.copy_and_resolve_references()
     config.dtype = resolve_dtype(config.dtype)
     return config

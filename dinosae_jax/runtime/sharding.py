@@ -23,7 +23,8 @@ def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     devices = devices or jax.devices()
     if len(devices) % fsdp:
         raise ValueError(
-            f"mesh.fsdp must divide the number of devices; got {fsdp} for {len(devices)} devices"
+            f"mesh.fsdp must divide the number of devices; got {fsdp} for {len(devices)} devices; "
+            "take a divisor"
         )
     shape = (len(devices) // fsdp, fsdp)
     return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
@@ -44,13 +45,13 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     micro = batch_size // accumulation
     if micro % mesh.size:
         raise ValueError(
-            f"batch_size / accumulation must be a multiple of the number of devices; got "
-            f"{batch_size} / {accumulation} = {micro} over {mesh.size} devices"
+            "batch_size / accumulation must be a multiple of the number of devices; got "
+            f"{batch_size} / {accumulation} = {micro} over {mesh.size} devices; change one of them"
         )
 
 
 def shardings(shapes: Tree, mesh: Mesh) -> Tree:
-    """A sharding for every leaf by `fsdp.partition_rule`: pieces over `fsdp`, or a copy everywhere.
+    """A sharding for every leaf by `fsdp.partition_rule`: shards over `fsdp`, or replicas.
 
     Raises:
       ValueError: where `fsdp` divides no axis of a large leaf, which would be copied silently.
@@ -72,15 +73,15 @@ def shardings(shapes: Tree, mesh: Mesh) -> Tree:
 
 
 def device_multiple(count: int, mesh: Mesh) -> int:
-    """`count` rounded up to a multiple of the devices."""
+    """Rounds `count` up to a multiple of the number of devices."""
     return -(-count // mesh.size) * mesh.size
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> NDArray[np.int64]:
     """The rows of a global batch that this process's devices hold, ascending int64 [b].
 
-    A mesh follows the wires of a pod (jax.make_mesh), so they need not lie side by side: on a
-    v5e:4x4 the first of four hosts holds the devices 0, 1, 6 and 15 of sixteen.
+    A mesh follows the interconnect (jax.make_mesh), so one host's rows need not be contiguous: on a
+    v5e:4x4 the first of four hosts has the devices 0, 1, 6 and 15 of sixteen.
 
     Raises:
       ValueError: where the batch does not divide over the devices.
@@ -91,7 +92,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> NDArray[np.int64]:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Moves this process's rows of a global batch, those of `local_rows`, onto its devices."""
+    """Moves this process's rows of a global batch (`local_rows`) to its devices."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value)
@@ -100,13 +101,13 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
-    """A copy of each leaf on every device; every process has to give the same values.
+    """Copies each leaf to every device; every process must pass the same values.
 
-    By way of the host: `jax.device_put` would compare the values of all processes each time, and
-    (jax 0.10) makes arrays that cannot be saved where a process has one device.
+    The copy goes through the host: `jax.device_put` would compare the values of all processes each
+    time, and (jax 0.10) makes arrays that cannot be saved where a process has one device.
 
     Args:
-      tree: leaves that this process holds whole, as numpy or jax arrays.
+      tree: numpy or jax arrays, whole on this process.
       mesh: the devices.
     """
     place = replicated(mesh)
@@ -116,7 +117,7 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def gather(value: jax.Array) -> np.ndarray:
-    """The whole of an array that is spread over devices and processes."""
+    """The whole array, from all devices and processes."""
     if jax.process_count() == 1:
         return np.asarray(value)
     from jax.experimental import multihost_utils

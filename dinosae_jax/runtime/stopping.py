@@ -16,7 +16,7 @@ from dinosae_jax.runtime import sharding
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: what is done is saved and the same command goes on from it."""
+    """SIGTERM or Ctrl-C stopped the job; its work is saved and the same command resumes it."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -24,10 +24,10 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT while it is entered; a second SIGINT ends at once.
+    """Records SIGTERM and SIGINT inside its `with` block; a second SIGINT ends at once.
 
-    A job enters one for its whole length, so that no signal is lost between two stages, and asks
-    `agreed` wherever it could stop.
+    A job's whole run is one such block, so that no signal is lost between two stages; it calls
+    `agreed` wherever it can stop.
     """
 
     def __init__(self) -> None:
@@ -45,15 +45,15 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self, lag: int = 0) -> int | None:
-        """The signal for which every process stops here; None to go on.
+        """The signal for which every process stops here; None to continue.
 
-        One process alone just looks at its flag. Several put theirs through a maximum over all
-        devices, so every process has to ask at the same places and gets the same answer there.
+        A single process reads its own flag. Several take the maximum of their flags over all
+        devices, so every process must call this at the same points, and gets the same answer.
 
         Args:
-          lag: the answer is that to the question so many calls ago. The maximum is then computed
-            behind the steps that were dispatched before it, and the host waits for none of the
-            last `lag` of them.
+          lag: the answer is that of the call `lag` calls ago. The maximum is then computed behind
+            the steps that were dispatched before it, and the host does not wait for the last `lag`
+            of them.
         """
         if jax.process_count() == 1:
             return self.signal
@@ -66,12 +66,12 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        if number == signal.SIGINT:  # print is not allowed where a signal may have cut into one
+        if number == signal.SIGINT:  # print is not reentrant, and the signal may interrupt a print
             os.write(2, b" stopping at the next step; Ctrl-C again ends at once\n")
 
 
 def _largest(flag: int) -> jax.Array:
-    """The largest flag of all processes, int32 [], not waited for."""
+    """The largest flag of all processes, int32 [], without waiting for it."""
     mesh = sharding.make_mesh()
     flags = np.full((jax.local_device_count(),), flag, np.int32)
     return _compiled_max(mesh)(sharding.put_batch({"flag": flags}, mesh)["flag"])

@@ -1,1 +1,1 @@
-"""State, optimizer, sharding, checkpoints, logging, the loop and its two steps."""
+"""Training: state, optimizer, the two steps, their tasks, the loop and the stages."""

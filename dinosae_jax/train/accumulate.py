@@ -1,4 +1,4 @@
-"""Means over micro-batches, for batches that do not fit at once."""
+"""Means over micro-batches, for batches that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Result = TypeVar("Result")
 def mean_over_micro_batches(
     one: Callable[..., Result], parts: tuple[Tree, ...], count: int
 ) -> Result:
-    """Means over `count` micro-batches, each spread over all devices: equal to one large batch.
+    """Means over `count` micro-batches, each split over all devices: equal to one large batch.
 
     Args:
       one: (*parts of a micro-batch) -> tree of means over its examples.
       parts: trees of arrays [b, ...]; `count` divides b.
-      count: micro-batches.
+      count: number of micro-batches.
     """
     if count == 1:
         return one(*parts)
 
     def split(x: jax.Array) -> jax.Array:
-        # Example i goes to micro-batch i % count, so that no micro-batch sits on few devices.
+        # Example i goes to micro-batch i % count, so that each micro-batch is on all devices.
         return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
 
     micro = jax.tree.map(split, parts)

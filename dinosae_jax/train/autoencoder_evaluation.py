@@ -1,4 +1,4 @@
-"""How well an autoencoder reconstructs held-out images: metrics, pictures, robustness."""
+"""How well an autoencoder reconstructs held-out images: metrics, images, robustness."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dinosae_jax.runtime import files, sharding
 from dinosae_jax.train import autoencoder_step
 from dinosae_jax.train import state as state_lib
 
-SHOWN = 10  # pictures a row
+SHOWN = 10  # images per row
 
 
 class Evaluation:
@@ -41,7 +41,7 @@ class Evaluation:
         self.reconstruct = _compiled_reconstruct(spec.modules)
 
     def _variables(self, state: state_lib.TrainState) -> autoencoder_step.Variables:
-        """The autoencoder's roles: of one form in every stage, so that stages share programs."""
+        """The autoencoder's roles, with one structure in every stage: stages share programs."""
         variables = {**self.frozen, **autoencoder_step.merge(state.ema, state.extra)}
         return {role: variables[role] for role in ("stem", "vit", "decoder")}
 
@@ -65,7 +65,7 @@ class Evaluation:
         return {f"eval/{name}": value / count for name, value in sums.items()}
 
     def write_pictures(self, state: state_lib.TrainState, workdir: pathlib.Path) -> None:
-        """reconstructions.png (one image a class, up to ten) and baselines.json."""
+        """Writes reconstructions.png (one image per class, up to ten) and baselines.json."""
         originals, reconstructions, labels = [], [], []
         baselines: dict[str, list[np.ndarray]] = {"block_means": [], "mean_colour": []}
         for batch in loading.evaluation_batches(self.source, self.config, self.mesh):
@@ -75,23 +75,23 @@ class Evaluation:
             originals.append(image)
             reconstructions.append(result["reconstruction"][keep])
             labels.append(result["label"][keep])
-            for name, metrics in baselines.items():
+            for name, decibels in baselines.items():
                 plain = getattr(image_quality, name)(jnp.asarray(image))
-                metrics.append(np.asarray(image_quality.psnr(plain, jnp.asarray(image))))
+                decibels.append(np.asarray(image_quality.psnr(plain, jnp.asarray(image))))
         if jax.process_index() != 0:
             return
         first = np.unique(np.concatenate(labels), return_index=True)[1][:SHOWN]
-        reconstruction = pictures.pairs(
+        sheet = pictures.pairs(
             np.concatenate(originals)[first], np.concatenate(reconstructions)[first], SHOWN
         )
-        png.write_png(workdir / "reconstructions.png", reconstruction)
+        png.write_png(workdir / "reconstructions.png", sheet)
         files.write_json(
             workdir / "baselines.json",
             {f"{n}_psnr": float(np.mean(np.concatenate(v))) for n, v in baselines.items()},
         )
 
     def write_robustness(self, state: state_lib.TrainState, workdir: pathlib.Path) -> None:
-        """robustness.json of the first evaluation batch."""
+        """Writes robustness.json, measured on the first evaluation batch."""
         batch = next(loading.evaluation_batches(self.source, self.config, self.mesh))
         placed = sharding.put_batch({name: batch[name] for name in ("image", "mask")}, self.mesh)
         keep = sharding.gather(placed["mask"])
@@ -136,10 +136,10 @@ METRICS = ("psnr", "l1", "cosine_similarity")  # of `reconstruct`
 def reconstruct(
     modules: autoencoder.AutoencoderModules, variables: autoencoder_step.Variables, image: jax.Array
 ) -> dict[str, jax.Array]:
-    """Noise-free reconstruction and its figures, for evaluation.
+    """Noise-free reconstruction and its metrics, for evaluation.
 
     Args:
-      modules: static.
+      modules: the autoencoder's modules, static.
       variables: every role.
       image: float32 [b, h, w, 3] in [0, 1].
 
@@ -152,7 +152,7 @@ def reconstruct(
         modules, variables, code.tokens, code.grid, train=False
     )
     reconstruction = jnp.clip(autoencoder.decode_head(modules, variables, features), 0.0, 1.0)
-    found = {
+    result = {
         "reconstruction": reconstruction,
         "psnr": image_quality.psnr(reconstruction, image),
         "l1": jnp.mean(jnp.abs(reconstruction - image), axis=(1, 2, 3)),
@@ -160,5 +160,5 @@ def reconstruct(
     if autoencoder.has_teacher(variables):
         teacher = autoencoder.encode_teacher(modules, variables, image)
         cosines = alignment.cosine_similarity(code.tokens, teacher.tokens)
-        found["cosine_similarity"] = jnp.mean(cosines, axis=-1)
-    return found
+        result["cosine_similarity"] = jnp.mean(cosines, axis=-1)
+    return result

@@ -3,9 +3,9 @@
     image -> encode -> z (+ latent noise) -> features -> last convolution -> reconstruction
     pixel terms (l1, lpips, gan) act on the reconstruction, token terms (cosine, mse) on z
 
-A stage is a set of trainable roles and a set of loss names. What follows from the sets is static;
-the hyperparameters (weights, rates, tau) are arguments, so that stages that differ in nothing else
-share one compiled step.
+A stage is a set of trainable roles and a set of loss names. What follows from the sets is static.
+The hyperparameters (weights, rates, tau) are arguments, so that stages with equal sets share one
+compiled step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOKEN_TERMS = {"cosine": alignment.cosine, "mse": alignment.mse}
 
 
 class StepSpec(NamedTuple):
-    """What is static in a stage; hashable, the key of the compiled step.
+    """The static part of a stage; hashable, the key of the compiled step.
 
     Attributes:
       modules: the autoencoder's modules.
@@ -74,10 +74,10 @@ class Gradients(NamedTuple):
     """Means over one micro-batch: gradients by role, scalars, new collections.
 
     Attributes:
-      params: of the generator's roles.
-      adversarial: the GAN's part of them, unweighted and not in `params`; None where it is.
-      heads: the discriminator's gradients, or None.
-      scalars: metrics.
+      params: gradients of the trainable roles (the GAN's generator).
+      adversarial: the unweighted gradients of the GAN's loss; None where `params` includes them.
+      heads: gradients of the discriminator's heads, or None.
+      scalars: the step's metrics.
       extra: role -> collections after the step.
     """
 
@@ -89,10 +89,10 @@ class Gradients(NamedTuple):
 
 
 def hyperparameters(config: Any) -> dict[str, Any]:
-    """The numbers of a stage, an argument of the compiled step.
+    """The hyperparameters of a stage, an argument of the compiled step.
 
     Args:
-      config: losses, latent_noise, optimizer, ema, steps.
+      config: losses, latent_noise, gan, optimizer, ema, steps.
     """
     noise = config.latent_noise
     plain = {**config.optimizer.to_dict(), "weight_decay": 0.0, "clip_norm": 0.0}
@@ -110,9 +110,9 @@ def create_state(spec: StepSpec, variables: Variables, seed: int) -> state_lib.T
     """The state at step 0 of a stage.
 
     Args:
-      spec: static.
+      spec: the stage's static part.
       variables: role -> {'params': ..., other collections} for the trainable roles at least.
-      seed: of the run's key.
+      seed: seed of the run's key.
     """
     trained = spec.trainable + (("disc_heads",) if spec.discriminator else ())
     params = {role: variables[role]["params"] for role in trained}
@@ -136,8 +136,8 @@ def train_step(
     """One update of the trainable roles; a step that is not finite changes none of them.
 
     Args:
-      spec: static.
-      state: current.
+      spec: the stage's static part.
+      state: the current state.
       frozen: variables of the roles that are not trained.
       batch: 'image' uint8 [b, h, w, 3].
       hyperparams: from `hyperparameters`.
@@ -199,15 +199,15 @@ def gradients(
     images: jax.Array,
     index: jax.Array,
 ) -> Gradients:
-    """Forward and backward of one micro-batch, in parts that a profile shows by name.
+    """Forward and backward pass of one micro-batch, in parts that a profile shows by name.
 
     Args:
-      spec: static.
-      state: current.
+      spec: the stage's static part.
+      state: the current state.
       frozen: variables of the roles that are not trained.
       hyperparams: from `hyperparameters`.
       images: uint8 [b, h, w, 3].
-      index: int32 [b], places in the global batch, which the random draws follow.
+      index: int32 [b], positions in the global batch, which determine the random draws.
     """
     image = autoencoder.unit_interval(images)
     constant = {**frozen, **merge(fsdp.gather_unstacked(state.params), state.extra)}
@@ -271,7 +271,7 @@ def gradients(
                 pixel_cotangent + strength * generator_gan.weight * generator_gan.cotangent
             )
             scalars = _count_adversarial(scalars, strength, generator_gan.weight)
-        else:  # the weight is that of all micro-batches, known after the last of them
+        else:  # the weight is computed from all micro-batches, after the last
             with jax.named_scope("backward_gan"):
                 (gan_params,) = vjp((generator_gan.cotangent, jnp.zeros_like(tokens)))
     with jax.named_scope("backward"):
@@ -285,12 +285,12 @@ def gan_strength(state: state_lib.TrainState, hyperparams: Mapping[str, Any]) ->
 
 
 def add_adversarial(spec: StepSpec, grads: Gradients, strength: jax.Array) -> Gradients:
-    """Joins what micro-batches keep apart, so that their weight is the whole batch's.
+    """Adds the GAN's gradients of micro-batches, with the adaptive weight of the whole batch.
 
-    The gradients of the last kernel, whose norms the weight compares, are a part of both trees.
+    The weight compares the norms of the last kernel's gradients, which are in both trees.
 
     Args:
-      spec: static.
+      spec: the stage's static part.
       grads: means over all micro-batches.
       strength: from `gan_strength`.
     """
@@ -324,13 +324,13 @@ def _adversarial(
     """The generator's adversarial gradient and the discriminator's gradients.
 
     Args:
-      spec: static.
+      spec: the stage's static part.
       state: its key and step determine the augmentations.
       variables: every role.
-      images: the originals, their reconstructions, and noise-free ones for the discriminator.
+      images: originals, reconstructions, and noise-free reconstructions for the discriminator.
       features: input of the decoder's last layer.
-      pixel_cotangent: of the weighted pixel losses.
-      index: int32 [b], places in the global batch.
+      pixel_cotangent: cotangent of the weighted pixel losses.
+      index: int32 [b], positions in the global batch.
     """
     assert spec.discriminator
     image, reconstruction, noise_free = images
@@ -362,13 +362,14 @@ def add_latent_noise(
     noise: Mapping[str, jax.Array],
     index: jax.Array,
 ) -> jax.Array:
-    """Adds latent noise: z + sigma * eps with sigma ~ U(0, tau) per image: the paper's eq. 10.
+    """Adds latent noise: z + sigma * eps with sigma ~ U(0, tau) per image, the paper's eq. 10.
 
     Args:
       tokens: float32 [b, n, d].
       state: its key and step determine the draw.
-      noise: tau, tau_end and ramp_steps; tau moves to tau_end over ramp_steps (second version).
-      index: int32 [b], places in the global batch.
+      noise: tau, tau_end and ramp_steps; tau moves to tau_end over ramp_steps (arXiv
+        2601.22904v2).
+      index: int32 [b], positions in the global batch.
     """
     tau = jnp.where(
         noise["ramp_steps"] > 0,
@@ -379,19 +380,19 @@ def add_latent_noise(
     )
     key = jax.random.fold_in(state.key, state.step)
 
-    def one(example: jax.Array, place: jax.Array) -> jax.Array:
+    def perturb(example: jax.Array, position: jax.Array) -> jax.Array:
         sigma_key, noise_key = (
-            jax.random.fold_in(jax.random.fold_in(key, constant), place)
+            jax.random.fold_in(jax.random.fold_in(key, constant), position)
             for constant in (state_lib.KEY_LATENT_SIGMA, state_lib.KEY_LATENT_NOISE)
         )
         sigma = tau * jax.random.uniform(sigma_key)
         return example + sigma * jax.random.normal(noise_key, example.shape)
 
-    return jax.vmap(one)(tokens, index)
+    return jax.vmap(perturb)(tokens, index)
 
 
 def merge(params: dict[str, Tree], extra: dict[str, Tree]) -> Variables:
-    """Parameters and their other collections as the variables that modules take, by role."""
+    """Joins parameters and other collections to the variables that modules take, by role."""
     return {role: {"params": tree, **extra.get(role, {})} for role, tree in params.items()}
 
 
@@ -405,7 +406,7 @@ def _pixel_terms(spec: StepSpec, frozen: Variables, image: jax.Array) -> dict[st
 
 
 def _token_terms(spec: StepSpec, variables: Variables, image: jax.Array) -> dict[str, Callable]:
-    """The alignments with the teacher, which runs where there are any."""
+    """The alignment terms; the teacher runs only where there are any."""
     names = [name for name in spec.losses if name in TOKEN_TERMS]
     if not names:
         return {}
@@ -414,7 +415,7 @@ def _token_terms(spec: StepSpec, variables: Variables, image: jax.Array) -> dict
 
 
 class _Weighted(NamedTuple):
-    """loss: the weighted sum. terms: each, unweighted. cotangent: gradient of the sum."""
+    """Weighted sum of terms, the terms without weights, and the sum's gradient."""
 
     loss: jax.Array
     terms: dict[str, jax.Array]

@@ -1,4 +1,4 @@
-"""What an autoencoder stage is made of: data, weights, state, the task, and its last pictures."""
+"""The task of an autoencoder stage: data, weights, state, step, evaluation, final images."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def prepare(
         create = functools.partial(autoencoder_step.create_state, spec, seed=config.seed)
         state, saved = preparation.restore_or_create(manager, create, trained, mesh)
         if saved:
-            console.report(f"{config.name}: goes on from step {int(state.step)}")
+            console.report(f"{config.name}: resumes from step {int(state.step)}")
             preparation.check_data(saved, record, config)
             preparation.check_frozen(saved, record)
         return state
@@ -119,8 +119,8 @@ def initial_variables(
     )
     if spec.aligns and not autoencoder.has_teacher(variables):
         raise ValueError(
-            "alignment needs the teacher, DINOv3 behind its own patch convolution; "
-            f"{config.init_from} holds none (the official DINO-SAE file leaves it out); set "
+            "alignment needs the teacher, DINOv3 with its own patch convolution; got "
+            f"{config.init_from} without it (the official DINO-SAE file leaves it out); set "
             "losses.cosine and losses.mse to 0, or start from a converted DINOv3"
         )
     return variables, notes

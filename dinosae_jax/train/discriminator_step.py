@@ -1,9 +1,9 @@
 """The adversarial part of the autoencoder's step: two functions of one micro-batch.
 
-The generator sees the discriminator with its spectral vectors at rest; the discriminator's own
-step advances them twice, on fakes and then on reals, and sees noise-free fakes rounded to 8 bits.
-Each call augments with its own draws. The frozen DINO trunk passes gradients to the generator and
-none in the discriminator's step.
+The generator's loss leaves the spectral vectors of the discriminator unchanged; the discriminator's
+own step advances them twice, on fakes and then on reals, and sees noise-free fakes rounded to 8
+bits. Each call augments with its own draws. The frozen DINO trunk passes gradients to the generator
+and is constant in the discriminator's step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Discriminator(NamedTuple):
 
 
 class GeneratorGradient(NamedTuple):
-    """loss: -mean(logits). cotangent: its gradient. weight: adaptive, of these images."""
+    """The loss -mean(logits), its gradient on the images, and the adaptive weight."""
 
     loss: jax.Array
     cotangent: jax.Array
@@ -76,11 +76,11 @@ def generator_loss_and_grad(
     """The generator's adversarial loss, its gradient on the reconstruction, its adaptive weight.
 
     Args:
-      discriminator: static.
+      discriminator: the modules, static.
       variables: roles dino and disc_heads.
       head: (last kernel, features) -> reconstruction.
-      kernel: of the decoder's last convolution.
-      features: its input.
+      kernel: the kernel of the decoder's last convolution.
+      features: the input of that convolution.
       reconstruction: [b, h, w, 3] about [0, 1].
       reconstruction_cotangent: gradient of the weighted pixel losses, like `reconstruction`.
       uniforms: [7, b] draws of the augmentation.
@@ -108,7 +108,7 @@ def discriminator_gradients(
     """Hinge loss of the discriminator and its gradients with respect to the heads.
 
     Args:
-      discriminator: static.
+      discriminator: the modules, static.
       variables: roles dino and disc_heads.
       real: [b, h, w, 3] in [0, 1].
       fake: noise-free reconstructions; clipped and rounded to 8 bits here.
@@ -143,7 +143,7 @@ def discriminator_gradients(
 
 
 def augment_draws(key: jax.Array, constant: int, index: jax.Array) -> jax.Array:
-    """Draws [7, b] of one use of the augmentation, by the images' places in the global batch."""
+    """Draws [7, b] for one use of the augmentation, by the images' positions in the batch."""
     return augment.augmentation_uniforms(jax.random.fold_in(key, constant), index)
 
 
@@ -155,7 +155,7 @@ def last_kernel(modules: autoencoder.AutoencoderModules, decoder: Mapping[str, A
 def decoder_head_fn(
     modules: autoencoder.AutoencoderModules, variables: Mapping[str, Any]
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """(last kernel, features) -> reconstruction, with everything else of the decoder fixed."""
+    """Returns (last kernel, features) -> reconstruction, the decoder's other parameters fixed."""
 
     def head(kernel: jax.Array, features: jax.Array) -> jax.Array:
         flat = traverse_util.flatten_dict(variables["decoder"]["params"])

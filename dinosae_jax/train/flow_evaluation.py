@@ -1,8 +1,8 @@
 """What is measured while a flow trains: its losses on held-out images, and KID of a few samples.
 
 KID compares samples with training images in the encoder's own feature space, by the code of the
-evaluation job. Noise, labels and images are fixed, so a run that was interrupted writes the same
-numbers as one that was not.
+evaluation job. Noise, labels and images are fixed, so that an interrupted run writes the same
+values.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class SampleDistance:
         source: loading.Source,
         mesh: jax.sharding.Mesh,
     ):
-        """Nothing is computed before the first call.
+        """Stores the arguments; nothing is computed before the first call.
 
         Args:
           config: eval, data and seed.
-          spec: static.
+          spec: the flow's static part.
           frozen: roles stem and vit at least, on the devices.
-          source: of the training images.
+          source: the training images.
           mesh: the devices.
         """
         self.config, self.spec, self.source, self.mesh = config, spec, source, mesh
@@ -86,7 +86,7 @@ class SampleDistance:
 
     @functools.cached_property
     def reference(self) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Features [n,d] and labels [n] of the first images of training, in whole batches."""
+        """Features [n, d] and labels [n] of the first images of training, in whole batches."""
         fields = loading.fields_of(self.source)
         found = loading.training_batches(self.source, self.config, self.mesh, fields, self.size)
         count = -(-self.config.eval.samples // self.size)
@@ -96,10 +96,10 @@ class SampleDistance:
         return np.concatenate(rows), np.concatenate(labels)
 
     def __call__(self, generator: Generator) -> dict[str, float]:
-        """The distance of a generator's samples, which get the labels of the training images.
+        """The distance of a generator's samples, with the labels of the training images.
 
-        Whole batches are drawn, so that nothing is compiled twice; what is beyond `eval.samples`
-        is left out.
+        Whole batches are drawn, so that nothing is compiled twice; samples beyond `eval.samples`
+        are left out.
         """
         reference, labels = self.reference
         rows = [self._drawn(generator, labels, start) for start in range(0, len(labels), self.size)]
@@ -142,7 +142,7 @@ def _compiled_losses(spec: flow_step.StepSpec) -> Callable[..., Tree]:
 
 
 def write_samples(generator: Generator, seed: int, batch_size: int, path: pathlib.Path) -> None:
-    """A class grid: up to `SHOWN_CLASSES` classes, `SHOWN_EACH` samples of each."""
+    """Writes a grid of up to `SHOWN_CLASSES` classes with `SHOWN_EACH` samples each."""
     count = min(generator.num_classes, SHOWN_CLASSES)
     classes = np.linspace(0, generator.num_classes - 1, count).round().astype(np.int32)
     labels = np.repeat(classes, SHOWN_EACH)
@@ -161,13 +161,13 @@ def example_losses(
     key: jax.Array,
     radial_weight: jax.Array,
 ) -> dict[str, jax.Array]:
-    """The loss of each example with its label, on noise and times that `key` fixes.
+    """The loss of each example with its label, on noise and times determined by `key`.
 
     Args:
-      spec: static.
+      spec: the flow's static part.
       variables: roles stem, vit and dit.
-      batch: as of `train_step`.
-      index: int32 [b], places in the evaluation set.
+      batch: see `flow_step.train_step`.
+      index: int32 [b], positions in the evaluation set.
       key: the same for every evaluation.
       radial_weight: as in training.
 

@@ -4,7 +4,7 @@
     (x_t, t, label) -> diffusion transformer -> squared error of the tangent part
 
 A batch holds images, or latents that were encoded before (`data.latents`); everything after z is
-the same. What is static is a `Stage`, the numbers are arguments, as in `sae_step`.
+the same. The static part is a `StepSpec`; hyperparameters are arguments, as in `autoencoder_step`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Times(NamedTuple):
 
 
 class StepSpec(NamedTuple):
-    """What is static; hashable, the key of the compiled step.
+    """The static part of a flow's training; hashable, the key of the compiled step.
 
     Attributes:
       modules: the autoencoder's modules.
       dit: LightningDiT or DiTDH.
       path: a name in `matching.PATHS`.
-      radius: of the sphere that the flow runs on.
+      radius: radius of the flow's sphere.
       times: distribution of the training times.
       jacobi: weighting of the loss, see `matching.loss`; '' for none.
       accumulation: micro-batches per update.
@@ -71,7 +71,7 @@ class Draws(NamedTuple):
 
 
 def hyperparameters(config: Any) -> dict[str, Any]:
-    """The numbers of a stage, an argument of the compiled step.
+    """The hyperparameters of a flow, an argument of the compiled step.
 
     Args:
       config: model.dit.class_dropout_prob, flow.radial_weight, optimizer, ema, steps.
@@ -89,7 +89,8 @@ def split_bases(params: Tree) -> tuple[Tree, Tree]:
 
     The position table and the Fourier frequencies stay at their values: the references mark them
     as not trainable, and that is the form whose trainable parameters are counted (677,543,296 for
-    LightningDiT-XL). RAE's script trains them by accident (reference/generation.md 1.5).
+    LightningDiT-XL). RAE's training script trains them by accident: its `requires_grad_(True)` on
+    the whole model undoes the mark.
     """
     flat = traverse_util.flatten_dict(params)
     bases = {path: leaf for path, leaf in flat.items() if path[-1] in dit.FIXED_BASES}
@@ -98,7 +99,7 @@ def split_bases(params: Tree) -> tuple[Tree, Tree]:
 
 
 def join_bases(trained: Tree, bases: Tree) -> Tree:
-    """The way back from `split_bases`."""
+    """The inverse of `split_bases`."""
     flat = {**traverse_util.flatten_dict(trained), **traverse_util.flatten_dict(bases)}
     return traverse_util.unflatten_dict(flat)
 
@@ -107,9 +108,9 @@ def create_state(spec: StepSpec, variables: Variables, seed: int) -> state_lib.T
     """The state at step 0.
 
     Args:
-      spec: static.
+      spec: the flow's static part.
       variables: role 'dit'.
-      seed: of the run's key.
+      seed: seed of the run's key.
     """
     params = {"dit": variables["dit"]["params"]}
     opt = {"dit": optim.init(split_bases(params["dit"])[0])}
@@ -123,11 +124,11 @@ def train_step(
     batch: Mapping[str, jax.Array],
     hyperparams: Mapping[str, Any],
 ) -> state_lib.TrainState:
-    """One update of the diffusion transformer; a step that is not finite changes nothing of it.
+    """One update of the diffusion transformer; a step that is not finite changes nothing.
 
     Args:
-      spec: static.
-      state: current.
+      spec: the flow's static part.
+      state: the current state.
       frozen: variables of stem and vit; not read where the batch holds latents.
       batch: 'label' int32 [b], and 'image' uint8 [b, h, w, 3], or 'latent' [b, n, d], or
         'direction' int8 [b, n, d] with 'norm' float16 [b, n].
@@ -172,12 +173,12 @@ def gradients(
     """Gradients of the trained leaves and the scalars of one micro-batch, both means.
 
     Args:
-      spec: static.
-      state: current.
+      spec: the flow's static part.
+      state: the current state.
       frozen: variables of stem and vit.
       hyperparams: from `hyperparameters`.
-      batch: as of `train_step`.
-      index: int32 [b], places in the global batch, which the random draws follow.
+      batch: see `train_step`.
+      index: int32 [b], positions in the global batch, which determine the random draws.
     """
     key = jax.random.fold_in(state.key, state.step)
     data = flow_data(spec, frozen, batch)
@@ -229,9 +230,9 @@ def draw(
     """Noise, time and label of each example, from its own key.
 
     Args:
-      spec: static.
-      key: of the step.
-      index: int32 [b], places in the global batch.
+      spec: the flow's static part.
+      key: the step's key.
+      index: int32 [b], positions in the global batch.
       labels: int32 [b].
       shape: (n, d).
       dropout: rate at which labels become the null label.

@@ -1,4 +1,4 @@
-"""What training a flow is made of: a frozen autoencoder, its token norms, the task, samples."""
+"""The task of a flow: a frozen autoencoder, its token norms, data, state, step, samples."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def prepare(
     variables, notes = initial_variables(config, spec)
     check_encoder((train_source, eval_source), variables)
     frozen_files = preparation.store_frozen(workdir, variables, ("dit",))
-    # Latents of a cache need no encoder on the devices, but for the KID of samples.
+    # With a latent cache, only the KID of samples needs the encoder on the devices.
     needed = ("stem", "vit") if config.eval.samples or not config.data.latents else ()
     frozen = {role: variables[role] for role in needed}
     frozen = sharding.replicate(precision.frozen(frozen, config.dtype), mesh)
@@ -86,7 +86,7 @@ def prepare(
         trained = {"dit": variables["dit"]}
         state, saved = preparation.restore_or_create(manager, create, trained, mesh)
         if saved:
-            console.report(f"{config.name}: goes on from step {int(state.step)}")
+            console.report(f"{config.name}: resumes from step {int(state.step)}")
             preparation.check_data(saved, record, config)
             preparation.check_frozen(saved, record)
             check_convention(saved, record)
@@ -166,8 +166,8 @@ def open_flow_data(config: ml_collections.ConfigDict, split: str) -> loading.Sou
         ours, theirs = getattr(convention, name), source.manifest[name]
         if ours != theirs:
             raise ValueError(
-                f"a latent cache must hold this encoder's latents; {config.data.latents} was made "
-                f"with {name} {theirs!r}, this config's encoder has {ours!r}; encode again with "
+                f"a latent cache must hold this encoder's latents, with {name} {ours!r}; got "
+                f"{config.data.latents} with {name} {theirs!r}; encode again with "
                 "configs/encode.py"
             )
     return source
@@ -183,9 +183,9 @@ def check_encoder(sources: Sequence[loading.Source], variables: preparation.Vari
         changed = [role for role, found in ours.items() if cache.manifest["encoder"][role] != found]
         if changed:
             raise ValueError(
-                f"a latent cache must be made by the encoder of init_from; {cache.folder} was made "
-                f"by another {' and '.join(changed)}; name the autoencoder that made it, or encode "
-                "again with configs/encode.py"
+                "a latent cache must be made by the encoder of init_from; got "
+                f"{cache.folder}, made by another {' and '.join(changed)}; name the autoencoder "
+                "that made it, or encode again with configs/encode.py"
             )
 
 
@@ -193,7 +193,7 @@ def check_classes(config: ml_collections.ConfigDict, source: loading.Source) -> 
     """Raises ValueError where the data have another number of classes than the model."""
     if source.num_classes != config.model.dit.num_classes:
         raise ValueError(
-            f"model.dit.num_classes must be the number of classes of the data; got "
+            "model.dit.num_classes must be the number of classes of the data; got "
             f"{config.model.dit.num_classes} and {source.num_classes} in {config.data.source}; "
             f"pass --config.model.dit.num_classes={source.num_classes}"
         )

@@ -1,4 +1,4 @@
-"""The norms of latent tokens: the radius that a decoder is used to."""
+"""The norms of latent tokens, whose mean is the decode radius."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def token_norms(
 ) -> dict[str, float]:
     """Mean and standard deviation of the norms of the latent tokens, measured once per workdir.
 
-    Training crops of up to `MEASURED_IMAGES` images in the order of training; small sets are seen
-    about once. A latent cache knows those of all its tokens.
+    Measures training crops of up to `MEASURED_IMAGES` images in the order of training, a small set
+    about once. A latent cache has the norms of all its tokens in its manifest.
 
     Returns:
-      mean, deviation, and images or tokens; what was measured stands in `workdir/latents.json`.
+      mean, deviation, and the number of images or tokens, as `workdir/latents.json` stores them.
     """
     path = workdir / NORMS_FILE
     if isinstance(source, latent_reader.LatentSource):

@@ -1,8 +1,8 @@
-"""The one training loop. What is trained is a `Task`, where it is trained is a `Run`.
+"""The training loop: a `Task` is what is trained, a `Run` where.
 
-At the start the state is restored or created and the batches are opened at `state.step`. Each turn:
-next batch, step, and at their intervals a line of metrics, an evaluation, a checkpoint. The host
-waits for the device only where a line is written.
+At the start the state is restored or created and the batches are opened at `state.step`. Each
+iteration: next batch, step, and at their intervals a line of metrics, an evaluation, a checkpoint.
+The host waits for the device only where a line is written.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def run(task: Task, run: Run) -> State:
 
     Args:
       task: what is trained.
-      run: where; its config has steps, batch_size, log_every, eval, checkpoint, skip_limit,
-        profile_steps and name.
+      run: where it is trained; its config has steps, batch_size, log_every, eval, checkpoint,
+        skip_limit, profile_steps and name.
 
     Returns:
       The state after the last step, saved.
@@ -87,7 +87,7 @@ def _write_line(
     progress: metric_writer.Progress,
     batch: dict[str, np.ndarray],
 ) -> State:
-    """Writes the means since the last line, restarts them, and stops a run that cannot go on."""
+    """Writes the means since the last line, restarts them, and stops a run of skipped steps."""
     means = jax.device_get({name: mean.compute() for name, mean in state.metrics.items()})
     values = {f"train/{name}": float(value) for name, value in means.items()}
     values["train/skipped"] = int(state.skipped)
@@ -98,9 +98,9 @@ def _write_line(
         dump = run.workdir / f"bad_batch_{step}_{jax.process_index()}.npz"
         np.savez_compressed(dump, **batch)  # type: ignore[arg-type]
         raise FloatingPointError(
-            f"{in_a_row} steps in a row had a non-finite loss or gradient (skip_limit="
-            f"{run.config.skip_limit}); the last batch is in {dump}; lower the learning rate or "
-            "look at that batch"
+            f"a run stops after skip_limit={run.config.skip_limit} steps in a row with a "
+            f"non-finite loss or gradient; got {in_a_row}; lower the learning rate or look at the "
+            f"last batch in {dump}"
         )
     zeros = state_lib.zero_metrics(task.metric_names)
     return state.replace(metrics=sharding.replicate(zeros, run.mesh))

@@ -1,7 +1,7 @@
-"""What a run writes while it goes: metrics.jsonl, timing.jsonl, TensorBoard events, progress.
+"""What a run writes during training: metrics.jsonl, timing.jsonl, TensorBoard events, progress.
 
 metrics.jsonl holds only what the data and the seed determine, so that it is the same, byte for
-byte, whether or not a run was interrupted; everything that a clock measures is in timing.jsonl.
+byte, whether or not a run was interrupted; everything that depends on time is in timing.jsonl.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class RunWriter:
         )
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, the same scalars in TensorBoard."""
+        """Writes one line of metrics.jsonl, and the same scalars to TensorBoard."""
         if self.enabled:
             _append(self.metrics_path, {"step": step, **values})
             self._scalars(step, values)
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of timing.jsonl, the same scalars in TensorBoard under `time/`."""
+        """Writes one line of timing.jsonl, and the same scalars to TensorBoard under `time/`."""
         if self.enabled:
             _append(self.timing_path, {"step": step, **values})
             self._scalars(step, {f"time/{name}": value for name, value in values.items()})
@@ -76,7 +76,7 @@ class Progress:
         self.rate = 0.0
 
     def restart_clock(self, step: int) -> None:
-        """Leaves out what happened since the last line: a compilation, an evaluation."""
+        """Leaves out the time since the last line: a compilation, an evaluation."""
         self.step, self.time = step, time.monotonic()
 
     def line(self, step: int, values: Mapping[str, float]) -> dict[str, float]:

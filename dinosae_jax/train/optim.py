@@ -1,4 +1,4 @@
-"""AdamW whose numbers are data: stages that differ only in numbers share one compiled step."""
+"""AdamW with traced hyperparameters: stages that differ only in them share one compiled step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tree = Any
 
 
 def hyperparameters(optimizer: Mapping[str, Any], steps: int) -> dict[str, jax.Array]:
-    """The optimizer's numbers as float32 scalars, an argument of the compiled step.
+    """The optimizer's hyperparameters as float32 scalars, an argument of the compiled step.
 
     Args:
       optimizer: fields of `config.optimizer_defaults`.
@@ -85,7 +85,7 @@ def update(
     clip = hyperparams["clip_norm"]
     shrink = jnp.where((clip > 0) & (grad_norm > clip), clip / jnp.maximum(grad_norm, 1e-12), 1.0)
     grads = jax.tree.map(lambda g: g * shrink, grads)
-    # optax's transformations are pure functions of their numbers, which may be traced.
+    # optax's transformations are pure functions of their hyperparameters, which may be traced.
     adam = optax.scale_by_adam(b1=hyperparams["b1"], b2=hyperparams["b2"], eps=hyperparams["eps"])  # type: ignore[arg-type]
     updates, opt = adam.update(grads, opt, params)
     rate = learning_rate(step, hyperparams)

@@ -1,4 +1,4 @@
-"""How a task gets its weights and its state, and checks what it resumes."""
+"""Weights and state of a task, and the checks of a run that is resumed."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def check_data(
     """Raises ValueError where a checkpoint was trained on other data than this run has."""
     if saved["data"] != record["data"]:
         raise ValueError(
-            f"this workdir was trained on other data than data.source={config.data.source!r} "
-            "holds now; give the same data or another --workdir"
+            "a workdir is trained on the same data throughout; got other data in "
+            f"data.source={config.data.source!r}; give the same data or another --workdir"
         )
 
 
@@ -100,8 +100,9 @@ def check_frozen(saved: dict[str, Any], record: dict[str, Any]) -> None:
     changed = sorted(role for role in both if record["frozen"][role] != saved["frozen"][role])
     if changed:
         raise ValueError(
-            f"this workdir was trained around another {' and '.join(changed)}; name the same "
-            "weights in init_from and weights, or use another --workdir"
+            f"a workdir is trained with the same frozen networks throughout; got another "
+            f"{' and '.join(changed)}; name the same weights in init_from and weights, or use "
+            "another --workdir"
         )
 
 

@@ -19,7 +19,7 @@ from dinosae_jax.weights import checkpoint, conversion, weight_source
 DONE = "DONE"
 
 
-KINDS = {  # by which file a folder is told
+KINDS = {  # file that identifies a folder -> what the folder holds
     "chain.json": "a chain of stages",
     "config.json": "the run of one stage",
     weight_source.EXPORT_FILE: "an export",
@@ -92,7 +92,7 @@ def check_kind(folder: pathlib.Path, is_chain: bool) -> None:
 
 
 def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Writes config.json, or compares with the one that is there.
+    """Writes config.json, or compares the config with an existing file.
 
     Raises:
       ValueError: where the workdir holds a run of another config.
@@ -107,8 +107,9 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         lines = config_lib.differences(ours, theirs)
         if lines:
             raise ValueError(
-                f"{workdir} holds a different run ({'; '.join(lines[:5])}); use another --workdir, "
-                "delete it, or go on regardless with --config.on_mismatch=continue"
+                f"a workdir belongs to one run; got {workdir} of a different run "
+                f"({'; '.join(lines[:5])}); use another --workdir, delete it, or continue "
+                "nevertheless with --config.on_mismatch=continue"
             )
     if jax.process_index() == 0:
         files.write_json(path, json.loads(config_lib.to_json(config)))

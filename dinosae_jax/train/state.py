@@ -1,4 +1,4 @@
-"""The training state: all that a run needs to go on bitwise, and nothing else."""
+"""The training state: everything that a run needs to resume bitwise, and nothing else."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def create(
 
 
 def zero_metrics(names: tuple[str, ...]) -> Metrics:
-    """Running means over nothing."""
+    """Running means of no values."""
     return {name: clu_metrics.Average.empty() for name in names}
 
 
@@ -87,7 +87,7 @@ def add_metrics(metrics: Metrics, values: Mapping[str, jax.Array]) -> Metrics:
 
 
 def update_ema(ema: dict[str, Tree], params: dict[str, Tree], decay: jax.Array) -> dict[str, Tree]:
-    """Ema <- decay * ema + (1 - decay) * params, in float32, for the roles that have one."""
+    """Returns decay * ema + (1 - decay) * params in float32, for the roles in `ema`."""
     current = {role: params[role] for role in ema}
     return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, current)
 

@@ -1,9 +1,9 @@
-"""Our own sum of the FLOPs of one training step, each forward and each backward listed once.
+"""Model FLOPs of one training step: the sum of its forward and backward passes, by formula.
 
-Per image, 2 per multiply-add, from the config alone. A backward pass costs twice the forward where
-the network is trained (gradients of weights and of inputs) and once where it only hands gradients
-on; the attention's products have two activations as factors and always cost twice. The input
-gradient of a trained network's first layer is counted although nobody needs it (under 0.5%).
+Per image, 2 per multiply-add, from the config alone. A backward pass costs twice the forward pass
+where the network is trained (gradients of weights and of inputs) and once where it only passes
+gradients on; products of attention have two activations as factors and always cost twice. The input
+gradient of a trained network's first layer is counted although it is not needed (under 0.5%).
 Recomputation (remat) is not work of the model and is left out, and so is the second backward pass
 that micro-batches cost where the GAN has a weight.
 """
@@ -21,7 +21,7 @@ def step_flops(config: ml_collections.ConfigDict) -> dict[str, int]:
     """FLOPs per image of each part of a training step.
 
     Args:
-      config: of one autoencoder stage or of a flow that reads images or cached latents.
+      config: config of one autoencoder stage, or of a flow that reads images or cached latents.
 
     Returns:
       part -> FLOPs.
@@ -52,7 +52,7 @@ def _encoder(modules: autoencoder.AutoencoderModules, side: int) -> int:
 def _reconstruction(
     config: ml_collections.ConfigDict, modules: autoencoder.AutoencoderModules, side: int
 ) -> dict[str, int]:
-    """Student, teacher, decoder and perceptual loss."""
+    """FLOPs of student, teacher, decoder and perceptual loss."""
     grid = side // modules.vit.patch_size
     stem = flops.stem_flops(modules.stem, side, side)
     transformer = flops.vit_flops(modules.vit, grid, grid)
@@ -80,15 +80,15 @@ def _reconstruction(
 def _adversarial(
     config: ml_collections.ConfigDict, modules: autoencoder.AutoencoderModules, side: int
 ) -> dict[str, int]:
-    """Pull on the generator, adaptive weight, discriminator step."""
-    critics = discriminator_step.build(config.model.dino, jnp.float32)
+    """FLOPs of the generator's adversarial loss, the adaptive weight and the discriminator."""
+    network = discriminator_step.build(config.model.dino, jnp.float32)
     grid = side // modules.vit.patch_size
-    tokens = (dino_v1.IMAGE_SIDE // critics.trunk.patch_size) ** 2
-    trunk, heads = flops.dino_flops(critics.trunk), flops.heads_flops(critics.heads, tokens)
-    products = flops.attention_products(tokens + 1, critics.trunk.embed_dim)
+    tokens = (dino_v1.IMAGE_SIDE // network.trunk.patch_size) ** 2
+    trunk, heads = flops.dino_flops(network.trunk), flops.heads_flops(network.heads, tokens)
+    products = flops.attention_products(tokens + 1, network.trunk.embed_dim)
     terms = {
-        "critic forward of the generator's pull": trunk + heads,
-        "critic backward of the generator's pull": trunk + critics.trunk.depth * products + heads,
+        "generator loss's discriminator forward": trunk + heads,
+        "generator loss's discriminator backward": trunk + network.trunk.depth * products + heads,
         # One forward through the decoder's last layer, two gradients of its kernel.
         "adaptive weight": 3 * flops.head_flops(modules.decoder, grid, grid),
         "discriminator's trunk forward, real and fake": 2 * trunk,

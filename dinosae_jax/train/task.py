@@ -1,4 +1,4 @@
-"""What the loop needs: a task, which says what is trained, and a run, which says where."""
+"""Arguments of the training loop: a task is what is trained, a run is where."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Task(NamedTuple):
       batches: first step -> this process's training batches from there on.
       restore: manager -> state, the newest good checkpoint's or a new one.
       finish: state -> None, writes the pictures of the finished stage.
-      record: what each checkpoint carries beside the state.
+      record: what each checkpoint stores besides the state.
       metric_names: the names of `state.metrics`.
-      flops_per_image: of the model in one step, by our own sum.
+      flops_per_image: model FLOPs of one step per image, from `step_flops`.
     """
 
     step: Callable[[State, Mapping[str, jax.Array]], State]
@@ -44,11 +44,11 @@ class Run(NamedTuple):
     """Where a task runs.
 
     Attributes:
-      config: of the stage, its dtype resolved.
-      workdir: of the stage.
+      config: config of the stage, its dtype resolved.
+      workdir: folder of the stage.
       mesh: the devices.
-      manager: of the stage's checkpoints.
-      stop: asked after each step.
+      manager: manager of the stage's checkpoints.
+      stop: checked after each step.
     """
 
     config: Any

@@ -226,7 +226,7 @@ def test_results_are_written_with_a_table(tmp_path):
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["results"][0]["recipe"] == {"tap": "pool3"}
     assert (tmp_path / "results.md").read_text() == text + "\n"
-    with pytest.raises(ValueError, match="must be finite; got gFID"):
+    with pytest.raises(ValueError, match="results must be finite; got NaN or infinity for gFID"):
         results.write(tmp_path, about, [results.Result("gFID", float("nan"), 2, {})])
 
 
@@ -242,5 +242,5 @@ def test_nearest_neighbours_equal_a_search(block):
 def test_equal_points_are_each_others_neighbours():
     points = np.array([[0.0, 0.0], [5.0, 5.0], [0.0, 0.0]], np.float32)
     np.testing.assert_array_equal(interpolation.nearest_neighbours(points)[[0, 2]], [2, 0])
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+    with pytest.raises(ValueError, match="at least 2 samples; got 1"):
         interpolation.nearest_neighbours(points[:1])

@@ -128,31 +128,31 @@ def test_mixed_recipes_are_refused(change, refused):
 
 def test_bad_input_is_one_clear_line(tmp_path):
     good = np.zeros((3, 2))
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+    with pytest.raises(ValueError, match="at least 2 samples; got 1"):
         frechet.frechet_distance_of_few(good[:1], good)
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+    with pytest.raises(ValueError, match="at least 2 samples; got 1"):
         frechet.frechet_distance(*[frechet.statistics(good[:1], RECIPE)] * 2)
     with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 3 rows \(first: 2\)"):
         frechet.statistics(np.asarray([[0.0], [1.0], [np.nan]]), RECIPE)
-    with pytest.raises(ValueError, match=r"features \[n,d\], got float64 \[2\]"):
+    with pytest.raises(ValueError, match=r"features \[n, d\]; got float64 \[2\]"):
         frechet.statistics(np.zeros(2), RECIPE)
     with pytest.raises(ValueError, match="one dimension"):
         frechet.frechet_distance(
             frechet.statistics(good, RECIPE), frechet.statistics(np.zeros((3, 4)), RECIPE)
         )
-    with pytest.raises(ValueError, match="one dimension, got 2 and 4"):
+    with pytest.raises(ValueError, match="one dimension; got 2 and 4"):
         frechet.frechet_distance_of_few(good, np.zeros((3, 4)))
     np.savez(tmp_path / "other.npz", mu=good)
-    with pytest.raises(ValueError, match="it lacks"):
+    with pytest.raises(ValueError, match="a file of moments holds mean, scatter, count and recipe"):
         frechet.read_statistics(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scatter": np.eye(3)[:2]}, r"got \[3\] and \[2, 3\]: the file is damaged"),
-        ({"scatter": np.eye(3) * np.nan}, "finite moments, got NaN"),
-        ({"mean": np.asarray([0.0, np.inf, 0.0])}, "finite moments, got NaN or infinity"),
+        ({"scatter": np.eye(3)[:2]}, r"got \[3\] and \[2, 3\]"),
+        ({"scatter": np.eye(3) * np.nan}, "finite moments"),
+        ({"mean": np.asarray([0.0, np.inf, 0.0])}, "finite moments"),
         ({"recipe": "pool3"}, "a recipe is JSON of the fields of `Recipe`; got 'pool3'"),
         ({"recipe": '{"made": "by hand"}'}, "a recipe is JSON of the fields"),
     ],

@@ -49,7 +49,7 @@ def test_batches_sorted_by_class_are_warned_about():
 
 
 def test_bad_input_is_one_clear_line():
-    with pytest.raises(ValueError, match="at least 10 samples, got 4"):
+    with pytest.raises(ValueError, match="at least 10 samples; got 4"):
         inception_score.inception_score_torch_fidelity(np.zeros((4, 20)))
     with pytest.raises(ValueError, match="NaN or infinity"):
         inception_score.inception_score_adm(np.full((4, 20), np.nan))

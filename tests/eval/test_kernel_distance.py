@@ -37,9 +37,9 @@ def test_same_numbers_every_time():
 
 
 def test_bad_input_is_one_clear_line():
-    with pytest.raises(ValueError, match="at least 1000 samples, got 60"):
+    with pytest.raises(ValueError, match="at least 1000 samples; got 60"):
         kernel_distance.kernel_distance(features(0, 60), features(1, 60))
     with pytest.raises(ValueError, match="one dimension"):
         kernel_distance.kernel_distance(features(0, 60), features(1, 60)[:, :3], 1, 50)
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+    with pytest.raises(ValueError, match="at least 2 samples; got 1"):
         kernel_distance.kernel_distance(features(0, 60), features(1, 60), 3, 1)

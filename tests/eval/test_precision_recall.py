@@ -60,11 +60,11 @@ def test_far_away_samples_have_neither():
 
 def test_bad_input_is_one_clear_line():
     points = np.zeros((10, 4), np.float32)
-    with pytest.raises(ValueError, match="at least 4 samples, got 3"):
+    with pytest.raises(ValueError, match="at least 4 samples; got 3"):
         module.precision_recall(points[:3], points)
     with pytest.raises(ValueError, match=r"10000 reference and 50000 generated.*got 10 and 10"):
         module.precision_recall(points, points, "adm")
     with pytest.raises(ValueError, match="'plain' or 'adm'"):
         module.precision_recall(points, points, "vgg")
-    with pytest.raises(ValueError, match="one dimension, got 4 and 3"):
+    with pytest.raises(ValueError, match="one dimension; got 4 and 3"):
         module.precision_recall(points, points[:, :3])

@@ -76,9 +76,9 @@ def test_initialisation_follows_the_protocol():
 
 def test_bad_input_is_one_clear_line():
     heads = probe.init_heads(jax.random.key(0), WIDTH, CLASSES)
-    with pytest.raises(ValueError, match="at least 1 step, got 0"):
+    with pytest.raises(ValueError, match="at least 1 step; got 0"):
         probe.train_probe(heads, [], 32, steps=0)
-    with pytest.raises(ValueError, match="of 3 steps needs as many batches, got 0"):
+    with pytest.raises(ValueError, match="of 3 steps needs as many batches; got 0"):
         probe.train_probe(heads, [], 32, steps=3)
     with pytest.raises(ValueError, match="at least 1 image"):
         probe.evaluate_probe(heads, [])

@@ -169,7 +169,7 @@ def test_unusable_weights_are_refused_in_one_line(tmp_path, workdir, data_dir):
     chain.mkdir()
     (chain / "chain.json").write_text('{"stages": ["stage1", "stage4"]}')
     for place, message in [
-        (tmp_path / "vit", "needs the roles stem, vit, decoder; .* holds only vit"),
+        (tmp_path / "vit", "needs the roles stem, vit, decoder; got .* with only vit"),
         (tmp_path / "nothing", "does not exist; give another path"),
         (tmp_path, "holds none of these"),
         (chain, r"holds a chain; give one of its stages \(stage1, stage4\)"),
@@ -184,8 +184,8 @@ def test_unusable_weights_are_refused_in_one_line(tmp_path, workdir, data_dir):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((1, 32, 32, 3), np.uint8), r"floating point in \[0,1\]; got uint8"),
-        (np.zeros((32, 32, 3)), r"images are \[b,h,w,3\]"),
+        (np.zeros((1, 32, 32, 3), np.uint8), r"floating point in \[0, 1\]; got uint8"),
+        (np.zeros((32, 32, 3)), r"images are \[b, h, w, 3\]"),
         (np.zeros((0, 32, 32, 3)), "at least one"),
         (np.zeros((1, 3, 32, 32)), "move the channels last"),
         (np.zeros((1, 40, 32, 3)), "got 40 x 32; crop to 32 x 32"),
@@ -203,8 +203,8 @@ def test_bad_images_are_refused(loaded, images, message):
 @pytest.mark.parametrize(
     ("z", "grid", "message"),
     [
-        (np.zeros((1, 4, 16)), None, r"\[b,n,32\]"),
-        (np.zeros((4, 32)), None, r"\[b,n,32\]"),
+        (np.zeros((1, 4, 16)), None, r"\[b, n, 32\]"),
+        (np.zeros((4, 32)), None, r"\[b, n, 32\]"),
         (np.zeros((1, 4, 32), int), None, "got int64"),
         (np.full((1, 4, 32), np.inf), None, "must be finite"),
         (np.zeros((1, 6, 32)), None, "6 tokens and no grid"),

@@ -106,7 +106,9 @@ def test_scores_are_kept_and_those_of_another_comparison_refused(tmp_path):
         scores.add("an arm", lambda: np.zeros(3))
     assert len(judged) == 1
     assert set(scores.scores) == {"an arm"}
-    with pytest.raises(ValueError, match="another comparison \\(samples: 100 here, 200 there\\)"):
+    with pytest.raises(
+        ValueError, match=r"one comparison; got .* \(samples: 100 here, 200 there\)"
+    ):
         comparison.Scores(path, {"samples": 100}, judge)
 
 

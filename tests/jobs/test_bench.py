@@ -73,7 +73,7 @@ def test_rates_of_encoding_and_sampling():
 
 def test_the_synthetic_jpeg_is_like_a_photograph(tmp_path):
     data = bench.synthetic_jpeg()
-    assert 40_000 < len(data) < 120_000  # the sheet's had 61 KB, ImageNet's average 110 KB
+    assert 40_000 < len(data) < 120_000  # ImageNet's average is 110 KB
     (tmp_path / "x.jpg").write_bytes(data)
     assert Image.open(tmp_path / "x.jpg").size == (500, 375)
 

@@ -37,7 +37,7 @@ def test_a_folder_becomes_an_archive_of_its_crops(tmp_path, capsys):
     ("changes", "message"),
     [
         ({"source": ""}, "needs images; got an empty source"),
-        ({"splits": ("train", "test")}, "splits: 'test' is not known"),
+        ({"splits": ("train", "test")}, "splits must be a known name; got 'test'"),
         ({"num_shards": 0}, "num_shards must be above zero"),
         ({"crop_size": -1}, "crop_size must not be negative; got -1"),
     ],

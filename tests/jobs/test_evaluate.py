@@ -282,7 +282,7 @@ def write_flow(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metrics": ("fid",)}, "'fid' is not known"),
+        ({"metrics": ("fid",)}, "metrics must be known metrics; got 'fid'"),
         (
             {"metrics": ("spatial_frechet",)},
             r"needs FID's Inception; got dinosae-encoder; .*convert",
@@ -336,8 +336,14 @@ def test_an_empty_init_from_is_refused_before_anything_is_loaded():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"uint8_conversion": "floor"}, r"uint8_conversion: 'floor' is not known.*round_signed"),
-        ({"resize": "bilinear"}, "resize: 'bilinear' is not known; did you mean 'tf1_bilinear'"),
+        (
+            {"uint8_conversion": "floor"},
+            r"uint8_conversion must be .*; got 'floor'.*round_signed",
+        ),
+        (
+            {"resize": "bilinear"},
+            r"resize must be .*; did you mean 'tf1_bilinear'",
+        ),
         ({"kernel_subset_size": 1}, "kernel_subset_size must be at least 2; got 1"),
         ({"images": -1}, "images must be at least 0; got -1"),
         ({"reference_images": -1}, "reference_images must be at least 0; got -1"),

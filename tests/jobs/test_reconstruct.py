@@ -1,4 +1,4 @@
-"""The reconstruction job: folders of any images in, pictures and named figures out."""
+"""The reconstruction job: folders of any images in, side-by-side images and metrics out."""
 
 import json
 
@@ -182,7 +182,7 @@ def test_the_embedded_photographs_are_a_source(tmp_path):
 
 def test_mistakes_are_named_before_any_work(tmp_path):
     for changes, message in [
-        ({"images": ""}, "got an empty images"),
+        ({"images": ""}, "reconstruct needs images; got images=''"),
         ({"random_frozen_ok": ()}, "reconstruct needs an autoencoder; got an empty init_from"),
         ({"short_side": 8}, "at least the patch size 16"),
         ({"batch_size": 0}, "batch_size must be above zero"),
@@ -190,10 +190,10 @@ def test_mistakes_are_named_before_any_work(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             make(**changes)
-    with pytest.raises(ValueError, match="which is no folder"):
+    with pytest.raises(ValueError, match="which is not a folder"):
         reconstruct.open_images(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="holds none that end in"):
         reconstruct.open_images(str(tmp_path))
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="at least one usable image; got 1 in"):
+    with pytest.raises(ValueError, match="at least one usable image; got 1 unusable in"):
         reconstruct.run(make(images=str(tmp_path)), tmp_path / "out")

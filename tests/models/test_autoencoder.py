@@ -144,16 +144,16 @@ def test_running_statistics_come_back_in_training_only():
 
 def test_grid_and_tokens_must_agree():
     modules, variables = modules_and_variables()
-    with pytest.raises(ValueError, match=r"got 6 tokens for a grid of \(2, 2\)"):
+    with pytest.raises(ValueError, match="one token per cell of the grid; got 6"):
         ae.decode(modules, variables, jnp.zeros((1, 6, 16)), (2, 2))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stem": {"embed_dim": 8}}, r"must be equal, got \(8, 16, 16\)"),
-        ({"stem": {"embed_dim": 16, "kind": "mlp"}}, "kind is 'conv' or 'patch', got 'mlp'"),
-        ({"pixel_range": "bytes"}, "pixel_range is one of imagenet, unit, symmetric, got 'bytes'"),
+        ({"stem": {"embed_dim": 8}}, r"must be equal; got \(8, 16, 16\)"),
+        ({"stem": {"embed_dim": 16, "kind": "mlp"}}, "model.stem.kind must be one of conv, patch"),
+        ({"pixel_range": "bytes"}, "pixel_range is one of imagenet, unit, symmetric"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, message):

@@ -172,11 +172,11 @@ def test_drop_labels_compares_each_draw():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 5}, "hidden_size must be a multiple of num_heads, got 32 and 5"),
-        ({"num_heads": 16}, "head width divisible by 4, got 2"),
-        ({"patch_size": 3}, "input_size must be a multiple of patch_size, got 4 and 3"),
-        ({"input_size": 8}, r"x must be \[b, 8, 8, 8\] or \[b, 64, 8\], got \[3, 4, 4, 8\]"),
-        ({"remat": "some"}, "remat must be 'none', 'dots' or 'full', got 'some'"),
+        ({"num_heads": 5}, "hidden_size must be a multiple of num_heads; got 32 and 5"),
+        ({"num_heads": 16}, "head width divisible by 4; got 2"),
+        ({"patch_size": 3}, "input_size must be a multiple of patch_size; got 4 and 3"),
+        ({"input_size": 8}, r"x must be \[b, 8, 8, 8\] or \[b, 64, 8\]"),
+        ({"remat": "some"}, "remat is 'none', 'dots' or 'full'; got 'some'"),
         ({"time_embedding": "learned"}, "time_embedding must be .* got 'learned'"),
     ],
 )

@@ -97,7 +97,7 @@ def test_images_are_resized_and_scaled():
     assert pixels.shape == (2, 224, 224, 3)
     np.testing.assert_allclose(pixels[0], -127 / 128, atol=1e-6)
     np.testing.assert_allclose(pixels[1], 1.0, atol=1e-6)
-    with pytest.raises(ValueError, match="takes uint8 images, got float32"):
+    with pytest.raises(ValueError, match="takes uint8 images; got float32"):
         preprocess(jnp.zeros((1, 8, 8, 3)))
 
 

@@ -1,4 +1,4 @@
-"""FLOP formulas against the reference sheets and against the compiler's count."""
+"""FLOP formulas against counts of the original networks and against the compiler's count."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def test_decoders(preset, giga_multiply_adds):
 def test_encoder_at_256_pixels():
     transformer = vit.VisionTransformer(**sizes.VIT["dinov3_vitl16"])
     patches = flops.stem_flops(stem.PatchStem(1024), 256, 256)
-    # The sheet's figure is that of the whole teacher, patch convolution included.
+    # 164.7 G is the whole teacher's count, patch convolution included.
     assert abs((flops.vit_flops(transformer, 16, 16) + patches) / 1e9 - 164.7) < 0.06
     assert abs(flops.stem_flops(stem.ConvStem(1024), 256, 256) / 1e9 - 2.72) < 0.01
 

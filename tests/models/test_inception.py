@@ -10,7 +10,7 @@ import pytest
 from dinosae_jax.models.inception import InceptionFID, preprocess, resize_half_pixel, resize_tf1
 from tests.models.metrics_weights import flax_variables, relative_error, seeded_state
 
-TOLERANCE = 1e-4  # the reference sheet's for features in float32
+TOLERANCE = 1e-4  # float32 features against those recorded from torch-fidelity and pytorch-fid
 TAPS = {
     "64": "tf_64", "192": "tf_192", "768": "tf_768", "2048": "tf_2048", "logits": "tf_logits",
     "logits_unbiased": "tf_logits_unbiased", "spatial": "tf_spatial_nhwc7",
@@ -99,7 +99,7 @@ def test_initial_variables_have_the_recorded_tree(recording):
 
 
 def test_float_images_and_unknown_pipelines_are_refused():
-    with pytest.raises(ValueError, match="takes uint8 images, got float32"):
+    with pytest.raises(ValueError, match="takes uint8 images; got float32"):
         preprocess(jnp.zeros((1, 8, 8, 3)), "tf1")
-    with pytest.raises(ValueError, match="'tf1' or 'pytorch_fid', got 'tf2'"):
+    with pytest.raises(ValueError, match="'tf1' or 'pytorch_fid'; got 'tf2'"):
         preprocess(jnp.zeros((1, 8, 8, 3), jnp.uint8), "tf2")

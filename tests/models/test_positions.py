@@ -52,5 +52,5 @@ def test_rope_products_depend_on_relative_position_only():
 
 @pytest.mark.parametrize("table", [positions.sincos_table, positions.rope_tables])
 def test_widths_must_divide_by_four(table):
-    with pytest.raises(ValueError, match="divisible by 4, got 6"):
+    with pytest.raises(ValueError, match="divisible by 4; got 6"):
         table(2, 6)

@@ -16,7 +16,7 @@ def test_default_periods_of_a_head_of_64():
 
 
 def test_head_width_must_be_a_multiple_of_four():
-    with pytest.raises(ValueError, match="multiple of 4, got 6"):
+    with pytest.raises(ValueError, match="multiple of 4; got 6"):
         rope.default_periods(6)
 
 

@@ -45,7 +45,7 @@ def test_figure_sets_student_below_teacher_below_images(tokens):
 
 def test_bad_input_is_one_clear_line(tokens):
     images = np.zeros((2, 64, 96, 3))
-    with pytest.raises(ValueError, match="at least 4 tokens of 3 dimensions, got 3 of 6"):
+    with pytest.raises(ValueError, match="at least 4 tokens of 3 dimensions; got 3 of 6"):
         pca.fit(tokens[0, 0, :3])
     with pytest.raises(ValueError, match="of the same b images"):
         pca.figure(images, tokens, tokens[:1])

@@ -60,7 +60,7 @@ def test_files_come_back_as_written(tmp_path):
     [
         (lambda: png.as_picture(np.zeros((4, 4, 2))), "1 or 3 channels"),
         (lambda: pictures.pairs(flat(0.0), flat(0.0, 0.0)), "one shape"),
-        (lambda: pictures.class_grid(flat(0.0)[None], ["a", "b"]), "one name a row"),
+        (lambda: pictures.class_grid(flat(0.0)[None], ["a", "b"]), "one name per row"),
     ],
 )
 def test_bad_input_is_one_clear_line(call, message):

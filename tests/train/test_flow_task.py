@@ -1,4 +1,4 @@
-"""The flow's training job: what its workdir holds, how it goes on, what it refuses."""
+"""The flow's training job: what its workdir holds, how it resumes, what it refuses."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_another_autoencoder_or_decode_radius_is_refused(flow_workdir):
     }
     task.check_frozen(record, record)
     flow_task.check_convention(record, record)
-    with pytest.raises(ValueError, match=r"trained around another decoder"):
+    with pytest.raises(ValueError, match="frozen networks throughout; got another decoder"):
         task.check_frozen(record, {**record, "frozen": {"decoder": ["c", "3"]}})
     other = {**record, "convention": {**source.convention, "decode_radius": 9.0}}
     with pytest.raises(ValueError, match="decode_radius 9"):
@@ -102,7 +102,7 @@ def test_configs_are_valid(module, argument):
 
 @pytest.mark.parametrize("module", [rfm_dit, rfm_ddt])
 def test_the_recipe_of_rae(module):
-    """Its rate after 80 of 800 epochs is 1.905e-4 (reference/generation.md 3.5)."""
+    """The rate of RAE's schedule after 80 of 800 epochs is 1.905e-4."""
     config = module.get_config("rae")
     rules.validate(config)
     assert (config.ema, config.optimizer.clip_norm) == (0.9995, 1.0)
@@ -134,7 +134,7 @@ def test_weights_of_the_sphere_are_refused_on_euclidean_paths(name, value):
         ("model.dit.class_dropout_prob", 1.0, "class_dropout_prob"),
         ("eval.samples", 1, "eval.samples must be at least 2"),
         ("sampling.steps", 0, "at least 1 step"),
-        ("sampling.sampler", "euler", "sampler: 'euler' is not known"),
+        ("sampling.sampler", "euler", "sampler must be a known name; got 'euler'"),
         ("sampling.interval", (0.9, 0.1), "guidance interval"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Trained flows compared by their samples: what is drawn, how it is judged, kept scores."""
+"""Trained flows compared by their samples: settings, features and distances, stored scores."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Score = dict[str, float]
 
 
 class Setting(NamedTuple):
-    """What one score is of: a trained arm, and how it is sampled."""
+    """What one score measures: a trained arm, and how it is sampled."""
 
     arm: str
     seed: int
     sampler: str
     steps: int
-    radius: float  # that the decoder is given, as a multiple of the measured norm
+    radius: float  # the decoder's token norm, as a multiple of the measured norm
 
     @property
     def key(self) -> str:
@@ -67,13 +67,13 @@ def radius_setting(config: ml_collections.ConfigDict, radius: float, seed: int) 
 
 
 def settings(config: ml_collections.ConfigDict) -> list[Setting]:
-    """Everything that is sampled, each once."""
+    """Every setting, each once."""
     sweep, seeds = config.sweep, tuple(config.seeds)
     samplings = itertools.product(sweep.samplers, sweep.steps, seeds)
-    found = [arm_setting(config, *each) for each in itertools.product(config.order, seeds)]
-    found += [sampler_setting(config, *each) for each in samplings]
-    found += [radius_setting(config, *each) for each in itertools.product(sweep.radii, seeds)]
-    return list(dict.fromkeys(found))
+    listed = [arm_setting(config, *each) for each in itertools.product(config.order, seeds)]
+    listed += [sampler_setting(config, *each) for each in samplings]
+    listed += [radius_setting(config, *each) for each in itertools.product(sweep.radii, seeds)]
+    return list(dict.fromkeys(listed))
 
 
 def recipe_of(
@@ -85,10 +85,10 @@ def recipe_of(
 
 
 class Judge:
-    """Compares images uint8 [b,h,w,3] with fresh crops of the training images.
+    """Compares images uint8 [b, h, w, 3] with fresh crops of the training images.
 
     Attributes:
-      crops: as many other crops as there are samples, uint8.
+      crops: uint8 [samples, h, w, 3], crops that are not in the reference.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, network: features.FeatureNetwork):
@@ -97,29 +97,29 @@ class Judge:
         self.tap = network.metrics["frechet"][1]
         self.mesh = sharding.make_mesh()
         source = images.open_images(config.base.data, "train")
-        found = images.train_batches(
+        batches = images.train_batches(
             source, config.base.data, batch_size=config.samples, seed=REFERENCE_SEED
         )
-        self.crops = next(found)["image"]
+        self.crops = next(batches)["image"]
         count = -(-config.reference // config.samples)
-        drawn = np.concatenate([next(found)["image"] for _ in range(count)])
+        drawn = np.concatenate([next(batches)["image"] for _ in range(count)])
         self.reference = self.embed(drawn[: config.reference])
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
-        """Features [b,d]."""
-        one = functools.partial(self.network, taps=(self.tap,))
-        return map_batches(one, pixels, self.config.samples, self.mesh)[self.tap]
+        """Features [b, d]."""
+        apply = functools.partial(self.network, taps=(self.tap,))
+        return map_batches(apply, pixels, self.config.samples, self.mesh)[self.tap]
 
     def __call__(self, pixels: np.ndarray) -> Score:
         """The distances of `METRICS`."""
-        found, config = self.embed(pixels), self.config
+        embedded, config = self.embed(pixels), self.config
         kernel, _ = kernel_distance.kernel_distance(
-            found,
+            embedded,
             self.reference,
             config.kernel_subsets,
             min(config.samples, config.kernel_subset_size),
         )
-        distance = frechet.frechet_distance_of_few(found, self.reference)
+        distance = frechet.frechet_distance_of_few(embedded, self.reference)
         return {"frechet": distance, "kernel": 1e3 * kernel}
 
 
@@ -141,13 +141,13 @@ class Scores:
         saved = json.loads(path.read_text())
         if lines := config_lib.differences(recipe, saved["recipe"]):
             raise ValueError(
-                f"{path} holds scores of another comparison ({'; '.join(lines[:5])}); use another "
-                "--workdir or delete that file"
+                f"scores are kept for one comparison; got {path} of another "
+                f"({'; '.join(lines[:5])}); use another --workdir or delete that file"
             )
         self.scores = saved["scores"]
 
     def add(self, key: str, make: Callable[[], np.ndarray]) -> None:
-        """Judges what `make` makes, unless that was done before."""
+        """Scores the images that `make` returns, unless the key has a score."""
         if key in self.scores:
             return
         self.scores[key] = score = self.judge(make())
@@ -156,8 +156,10 @@ class Scores:
         console.report(f"{key}: " + "  ".join(f"{name} {score[name]:.4g}" for name in METRICS))
 
 
-def _draw(config: ml_collections.ConfigDict, folder: pathlib.Path, setting: Setting) -> np.ndarray:
-    """Samples of a setting, uint8 [b,h,w,3], balanced over the classes."""
+def draw_samples(
+    config: ml_collections.ConfigDict, folder: pathlib.Path, setting: Setting
+) -> np.ndarray:
+    """Samples of a setting, uint8 [b, h, w, 3], balanced over the classes."""
     generator = _generator(folder / setting.arm / f"seed{setting.seed}")
     measured = generator.convention.decode_radius
     assert measured is not None

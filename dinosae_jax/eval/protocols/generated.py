@@ -59,7 +59,7 @@ def all_distances(
     reference: distances.Reference | None,
     prefix: str,
 ) -> list[results.Result]:
-    """The numbers of all metrics that compare features."""
+    """The results of all metrics that compare features."""
     options = (prefix, config.kernel_subset_size, functools.partial(_tell_blocks, config.name))
     return [
         result
@@ -69,13 +69,13 @@ def all_distances(
 
 
 def taps_of(network: features.FeatureNetwork, metrics: tuple[str, ...]) -> tuple[str, ...]:
-    """The features that some metrics read, each once."""
-    found = (network.metrics[metric][1] for metric in metrics if metric in network.metrics)
-    return tuple(dict.fromkeys(found))
+    """The taps of some metrics, each once."""
+    taps = (network.metrics[metric][1] for metric in metrics if metric in network.metrics)
+    return tuple(dict.fromkeys(taps))
 
 
 def draw_samples(config: ml_collections.ConfigDict, folder: pathlib.Path) -> adm_npz.Archive:
-    """The samples of a flow by the sample job, in `folder`/samples, which every host must see."""
+    """Draws the samples of a flow into `folder`/samples, which every host must see."""
     wanted = config.sample.copy_and_resolve_references()
     wanted.name = f"{config.name} samples"
     wanted.init_from, wanted.seed, wanted.dtype = config.init_from, config.seed, config.dtype
@@ -87,7 +87,7 @@ def draw_samples(config: ml_collections.ConfigDict, folder: pathlib.Path) -> adm
 def _expected(config: ml_collections.ConfigDict, subject: inputs.Subject) -> tuple[int, int, str]:
     """Number of samples, their side in pixels and their labels, before a flow is sampled."""
     if subject.archive:
-        return subject.archive.shape[0], references._side_of(subject.archive, "samples"), ""
+        return subject.archive.shape[0], references.side_of(subject.archive, "samples"), ""
     assert subject.source is not None
     dit = subject.source.model["dit"]
     wanted = (config.sample.labels, config.sample.count, dit["num_classes"], config.seed)

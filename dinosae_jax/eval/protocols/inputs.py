@@ -1,4 +1,4 @@
-"""What the jobs that measure trained weights share: weights, images, progress, provenance."""
+"""Inputs of the jobs that measure trained weights: weights, images, feature networks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dinosae_jax.weights import conversion, weight_source
 
 
 def open_weights(config: ml_collections.ConfigDict) -> weight_source.WeightSource:
-    """The weights of `init_from`, or random ones of `random_model` where it is empty.
+    """The weights of `init_from`, or random weights of `random_model` where it is empty.
 
     Raises:
-      ValueError: where there are none, or a file is damaged.
+      ValueError: where there are no weights, or a file is damaged.
     """
     if config.init_from:
         return weight_source.open_weights(config.init_from)
@@ -36,7 +36,7 @@ def open_autoencoder(
 
 
 def pretrained_weights(given: ml_collections.ConfigDict) -> tuple[str, conversion.Weights] | None:
-    """Role and weights of the pretrained feature network that is given, FID's Inception first.
+    """Role and weights of the pretrained feature network in the config, FID's Inception first.
 
     Args:
       given: `config.weights`, with the folders `inception` and `efficientnet`, '' for none.
@@ -56,27 +56,27 @@ def feature_network(
     open_encoder: Callable[[], Autoencoder],
     resize: str = "tf1_bilinear",
 ) -> features.FeatureNetwork:
-    """The space of the distances: the pretrained network that is given, or an encoder's own.
+    """The network of the distances: the pretrained network of the config, or an encoder.
 
     Args:
-      given: as of `pretrained_weights`.
+      given: see `pretrained_weights`.
       mesh: where the network is copied to.
-      open_encoder: asked where no pretrained network is given.
+      open_encoder: called where no pretrained network is given.
       resize: of Inception's input.
 
     Raises:
       ValueError: a folder holds no converted weights of its network, or unknown resize.
     """
-    found = pretrained_weights(given)
-    if found is None:
+    pretrained = pretrained_weights(given)
+    if pretrained is None:
         autoencoder = open_encoder()
         digest = provenance.weights_sha256(autoencoder.variables, ("stem", "vit"))
         return features.encoder(autoencoder.modules, autoencoder.variables, digest, mesh)
-    role, converted = found
+    role, converted = pretrained
     variables = converted.variables[role]
     if role == "inception":
         return features.inception(variables, converted.metadata["files"][0]["sha256"], resize, mesh)
-    # EfficientNet's file is saved anew before it is converted, so that its own hash tells nothing.
+    # EfficientNet's file is saved anew before it is converted, so the file's hash says nothing.
     digest = provenance.weights_sha256(converted.variables, (role,))
     return features.efficientnet(variables, digest, mesh)
 
@@ -85,7 +85,7 @@ def require_teacher(autoencoder: Autoencoder) -> None:
     """Raises ValueError where the weights hold no patch convolution of the teacher."""
     if "patch_embed" not in autoencoder.variables["vit"]["params"]:
         raise ValueError(
-            "the teacher is DINOv3 behind its own patch convolution; these weights hold none (the "
+            "the teacher is DINOv3 with its own patch convolution; got weights without one (the "
             "official DINO-SAE file leaves it out); name weights trained from a converted DINOv3"
         )
 
@@ -102,8 +102,8 @@ def dataset_batches(
     """
     size = sharding.device_multiple(config.batch_size, mesh)
     rows = sharding.local_rows(mesh, size)
-    found = images.eval_batches(source, config.data, batch_size=size, rows=rows)
-    for batch, _ in zip(found, range(-(-limit // size)), strict=False):
+    batches = images.eval_batches(source, config.data, batch_size=size, rows=rows)
+    for batch, _ in zip(batches, range(-(-limit // size)), strict=False):
         yield {**batch, "mask": batch["mask"] & (batch["index"] < limit)}
 
 
@@ -113,10 +113,10 @@ class Subject:
 
     Attributes:
       kind: 'autoencoder', 'flow' or 'samples'.
-      name: in the table.
-      source: weights; None for samples.
-      autoencoder: of the source, where that is what is measured.
-      archive: images; None for weights, a flow's are drawn later.
+      name: the name in the table.
+      source: the weights; None for samples.
+      autoencoder: the autoencoder of the source, where kind is 'autoencoder'.
+      archive: the images where kind is 'samples'; a flow's samples are drawn later.
     """
 
     kind: str

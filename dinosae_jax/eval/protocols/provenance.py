@@ -1,4 +1,4 @@
-"""Where numbers come from: hashes of weights and config, the step, the commit of this code."""
+"""Where results come from: hashes of weights and config, the step, the commit of this code."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def config_sha256(config: ml_collections.ConfigDict) -> str:
 
 
 def commit() -> str:
-    """The commit of this code, with '-dirty' behind it where tracked files differ from it.
+    """The commit of this code, with '-dirty' appended where tracked files differ from it.
 
-    The empty string where the code is no part of a git checkout, as when it is installed.
+    The empty string where the code is not part of a git checkout, as when it is installed.
     """
     path = pathlib.Path(__file__)
     try:
@@ -47,14 +47,14 @@ def commit() -> str:
 
 
 def _git(folder: pathlib.Path, *arguments: str) -> str:
-    found = subprocess.run(
+    done = subprocess.run(
         ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
     )
-    return found.stdout.strip()
+    return done.stdout.strip()
 
 
 def prepare_workdir(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """The folder of the results, with the config in it."""
+    """Makes the folder of the results and writes the config into it."""
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         files.write_json(folder / "config.json", json.loads(config_lib.to_json(config)))

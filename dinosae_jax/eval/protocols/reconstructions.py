@@ -25,9 +25,9 @@ from dinosae_jax.runtime import console, sharding
 from dinosae_jax.weights import conversion
 
 INTERPOLATED = "interpolated_frechet"
-SHOWN = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
+PAIRED = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}  # of an image and its reconstruction
 CONVENTIONS = {
-    "psnr": "mean of dB over images, range [0,1], at most 100 dB (RAE)",
+    "psnr": "mean of dB over images, range [0, 1], at most 100 dB (RAE)",
     "ssim": "torchmetrics: Gaussian 11x11, sigma 1.5, reflected borders, full image (RAE)",
     "lpips": "VGG16, version 0.1",
 }
@@ -62,14 +62,14 @@ def run(
     if INTERPOLATED in compared:  # against the same images, whatever the reference is
         distances.check_counts((INTERPOLATED,), count, count, config.kernel_subset_size)
     lpips = conversion.load(config.weights.lpips, ("lpips",)) if "lpips" in metrics else None
-    figures = tuple(metric for metric in metrics if metric in SHOWN)
+    paired = tuple(metric for metric in metrics if metric in PAIRED)
     reconstruct = functools.partial(
-        _compiled_reconstruct(autoencoder.modules, figures, config.uint8_conversion),
+        _compiled_reconstruct(autoencoder.modules, paired, config.uint8_conversion),
         autoencoder.variables,
         sharding.replicate(lpips.variables["lpips"] if lpips else {}, mesh),
     )
-    both, found = _measure(config, data, network, taps, mesh, count, reconstruct)
-    rows = [_figure_row(config, name, found[name], data) for name in figures]
+    both, values = _measure(config, data, network, taps, mesh, count, reconstruct)
+    rows = [_paired_row(config, name, values[name], data) for name in paired]
     if not compared:
         return rows
     reference = distances.Reference(
@@ -95,7 +95,7 @@ def _measure(
     count: int,
     reconstruct: Callable[[jax.Array], dict[str, Any]],
 ) -> tuple[dict[str, features.FeatureSet], dict[str, np.ndarray]]:
-    """One pass: features of images and reconstructions, and each image's figures [n] float64."""
+    """One pass: features of images and reconstructions, and paired metrics [n] float64 by name."""
     collectors = {
         "images": _collector(config, network, taps, "stored", f"{config.data.source} eval"),
         "reconstructions": _collector(
@@ -110,20 +110,20 @@ def _measure(
             taken = {name: network(each, taps) for name, each in sets.items()} if taps else {}
             yield {**batch, **made, "taps": taken}
 
-    figures: dict[str, list[np.ndarray]] = {}
+    values: dict[str, list[np.ndarray]] = {}
     for done in batching.one_behind(running()):
         index, mask = sharding.gather(done["index"]), sharding.gather(done["mask"])
         _check_finite(sharding.gather(done["finite"]), index)
-        for name, each in done["figures"].items():
-            figures.setdefault(name, []).append(sharding.gather(each)[mask].astype(np.float64))
+        for name, each in done["metrics"].items():
+            values.setdefault(name, []).append(sharding.gather(each)[mask].astype(np.float64))
         for name, rows in done["taps"].items():
             collectors[name].add({k: sharding.gather(v) for k, v in rows.items()}, index, mask)
-    whole = {name: np.concatenate(each) for name, each in figures.items()}
+    whole = {name: np.concatenate(each) for name, each in values.items()}
     return {name: each.finish() for name, each in collectors.items()} if taps else {}, whole
 
 
 def _check_finite(finite: np.ndarray, index: np.ndarray) -> None:
-    """Raises ValueError where a reconstruction is not: as 8 bits it would be a black image."""
+    """Raises ValueError where a reconstruction is not finite: 8 bits would make it black."""
     if not finite.all():
         raise ValueError(
             f"reconstructions must be finite; got NaN or infinity in {np.sum(~finite)} of a batch "
@@ -148,11 +148,11 @@ def _batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches on the devices, with progress."""
     size = sharding.device_multiple(config.batch_size, mesh)
-    found = inputs.dataset_batches(data, config, mesh, count)
-    return features.place(console.progress(config.name, found, count, size), mesh)
+    batches = inputs.dataset_batches(data, config, mesh, count)
+    return features.place(console.progress(config.name, batches, count, size), mesh)
 
 
-def _figure_row(
+def _paired_row(
     config: ml_collections.ConfigDict, name: str, values: np.ndarray, data: images.ImageSource
 ) -> results.Result:
     recipe = {
@@ -163,7 +163,7 @@ def _figure_row(
     }
     where = f"{config.data.source} eval, the same images"
     return results.Result(
-        SHOWN[name],
+        PAIRED[name],
         float(values.mean()),
         len(values),
         recipe,
@@ -175,9 +175,12 @@ def _figure_row(
 
 @functools.lru_cache
 def _compiled_reconstruct(
-    modules: autoencoder_lib.AutoencoderModules, figures: tuple[str, ...], conversion: str
+    modules: autoencoder_lib.AutoencoderModules, metrics: tuple[str, ...], conversion: str
 ) -> Callable[..., dict[str, Any]]:
-    """(variables, lpips variables, uint8 [b,h,w,3]) -> 8-bit images, figures, finite [b] before."""
+    """Jit of (variables, lpips variables, uint8 [b, h, w, 3]) -> reconstructions and metrics.
+
+    The result has 'image', uint8 [b, h, w, 3], 'metrics', name -> [b], and 'finite', bool [b].
+    """
 
     @jax.jit
     def reconstruct(variables: Any, lpips: Any, image: jax.Array) -> dict[str, Any]:
@@ -192,9 +195,9 @@ def _compiled_reconstruct(
             "lpips": functools.partial(LPIPS().apply, lpips),
         }
         with jax.default_matmul_precision("highest"):
-            found = {name: functions[name](rounded, pixels) for name in figures}
+            values = {name: functions[name](rounded, pixels) for name in metrics}
         finite = jnp.isfinite(decoded).all((1, 2, 3))
-        return {"image": made, "figures": found, "finite": finite}
+        return {"image": made, "metrics": values, "finite": finite}
 
     return reconstruct
 
@@ -207,10 +210,10 @@ def _interpolated(
     count: int,
     autoencoder: Autoencoder,
 ) -> features.FeatureSet:
-    """Features of what lies half way between each image's latent and its nearest neighbour's.
+    """Features of images decoded half way between each latent and its nearest neighbour's.
 
-    Neighbours are found by the mean patch token; each token then moves along the sphere, its norm
-    linearly.
+    Neighbours are nearest in the mean patch token. Each token moves along the sphere, and its norm
+    changes linearly.
     """
     console.report(f"{config.name}: nearest neighbours and their midpoints")
     own = features.encoder(autoencoder.modules, autoencoder.variables, "", mesh)
@@ -249,8 +252,8 @@ def _compiled_midpoints(
             autoencoder_lib.encode(modules, variables, autoencoder_lib.unit_interval(each))
             for each in (first, second)
         )
-        way = sphere.geodesic(a.tokens, b.tokens, 0.5)
-        z = sphere.project(way, 0.5 * (sphere.norm(a.tokens) + sphere.norm(b.tokens)))
+        middle = sphere.geodesic(a.tokens, b.tokens, 0.5)
+        z = sphere.project(middle, 0.5 * (sphere.norm(a.tokens) + sphere.norm(b.tokens)))
         decoded = autoencoder_lib.decode(modules, variables, z, a.grid)
         return image_quality.to_uint8(decoded, conversion)
 

@@ -37,16 +37,16 @@ def archive_batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """An archive's images on the devices, with progress."""
     size = sharding.device_multiple(config.batch_size, mesh)
-    found = features.archive_batches(archive, size, sharding.local_rows(mesh, size))
-    return features.place(console.progress(config.name, found, archive.shape[0], size), mesh)
+    batches = features.archive_batches(archive, size, sharding.local_rows(mesh, size))
+    return features.place(console.progress(config.name, batches, archive.shape[0], size), mesh)
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenedReference:
-    """A reference whose file or data set is open and nothing computed.
+    """A reference whose file or data set is open, before its features are computed.
 
     Attributes:
-      recipe: tap -> what is known of how its features are made.
+      recipe: tap -> what is known about how its features are made.
       known: number of images whose features will be known; None for moments alone.
       load: (mesh, folder) -> the reference with its features.
     """
@@ -96,11 +96,11 @@ def _dataset_reference(
             count,
             sharding.device_multiple(config.batch_size, mesh),
         )
-        found = features.extract(network, features.place(batches, mesh), collector)
+        extracted = features.extract(network, features.place(batches, mesh), collector)
         if jax.process_index() == 0:
             for tap in taps:
-                frechet.write_statistics(folder / f"reference_{tap}.npz", found.moments[tap])
-        return distances.Reference(found, f"{config.data.source} train", source.fingerprint)
+                frechet.write_statistics(folder / f"reference_{tap}.npz", extracted.moments[tap])
+        return distances.Reference(extracted, f"{config.data.source} train", source.fingerprint)
 
     return OpenedReference(recipe, len(spaced), load)
 
@@ -111,10 +111,10 @@ def _archive_reference(
     taps: tuple[str, ...],
     path: pathlib.Path,
 ) -> OpenedReference:
-    """Images, and moments of more images where the file has those of the network's taps."""
+    """A reference of images, with the file's moments of more images where they fit the network."""
     archive = adm_npz.open_archive(path)
     about = {
-        "resolution": _side_of(archive, "a reference's images"),
+        "resolution": side_of(archive, "a reference's images"),
         "uint8_conversion": "stored",
         "images": path.name,
     }
@@ -130,8 +130,8 @@ def _archive_reference(
     def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
         console.report(f"{config.name}: features of {archive.shape[0]} reference images")
         collector = features.Collector({tap: network.recipe(tap, **about) for tap in taps})
-        found = features.extract(network, archive_batches(config, archive, mesh), collector)
-        with_stored = dataclasses.replace(found, moments={**found.moments, **stored})
+        extracted = features.extract(network, archive_batches(config, archive, mesh), collector)
+        with_stored = dataclasses.replace(extracted, moments={**extracted.moments, **stored})
         return distances.Reference(with_stored, path.name, files.file_sha256(path))
 
     return OpenedReference(recipe, archive.shape[0], load)
@@ -143,13 +143,14 @@ def _moments_reference(
     taps: tuple[str, ...],
     path: pathlib.Path,
 ) -> OpenedReference:
-    """Moments of one tap, as an earlier evaluation left them."""
+    """A reference of the moments of one tap, as an earlier evaluation wrote them."""
     moments = frechet.read_statistics(path)
     others = [tap for tap in taps if tap != moments.recipe.tap]
     if others:
         raise ValueError(
-            f"{path} holds the moments of {moments.recipe.tap}; got metrics that need "
-            f"{', '.join(others)}; set metrics to frechet, or give a reference with images"
+            f"metrics must read the tap of the reference, {moments.recipe.tap} in {path}; got "
+            f"metrics that need {', '.join(others)}; set metrics to frechet, or give a reference "
+            "with images"
         )
 
     def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
@@ -159,7 +160,8 @@ def _moments_reference(
     return OpenedReference(lambda tap: moments.recipe, None, load)
 
 
-def _side_of(archive: adm_npz.Archive, what: str) -> int:
+def side_of(archive: adm_npz.Archive, what: str) -> int:
+    """The side of square images in pixels; raises ValueError, naming `what`, for others."""
     _, height, width, _ = archive.shape
     if height != width:
         raise ValueError(f"{what} are square; got {height} x {width} in {archive.path}; crop them")
@@ -167,6 +169,7 @@ def _side_of(archive: adm_npz.Archive, what: str) -> int:
 
 
 def check_file(field: str, path: pathlib.Path) -> None:
+    """Raises ValueError, naming the config's field, where the path is not an .npz file."""
     if not path.is_file() or not zipfile.is_zipfile(path):
-        state = "is no such file" if path.is_file() else "does not exist"
+        state = "is not a zip file" if path.is_file() else "does not exist"
         raise ValueError(f"{field} must be an .npz file; got {path}, which {state}; check the path")
