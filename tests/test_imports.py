@@ -21,6 +21,7 @@ ALLOWED = {
     "data": {"data"},
     "eval": {"eval", "models"},
     "eval.robustness": {"eval", "flow"},
+    "eval.sphere_picture": {"eval", "flow"},
     "eval.features": {"eval", "models", "train.sharding"},
     "train.state": set(),
     "train.optim": set(),

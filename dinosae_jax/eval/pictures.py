@@ -35,6 +35,23 @@ def as_picture(image: ArrayLike) -> Picture:
     return np.broadcast_to(array, (*array.shape[:-1], 3))
 
 
+def enlarged(images: ArrayLike, side: int = 128) -> Picture:
+    """Enlarges images [b,h,w,c] whose short side is below `side` by a whole factor (bicubic).
+
+    Returns:
+      uint8 [b,h',w',3] with both sides at least `side`; larger images as they are.
+    """
+    array = as_picture(images)
+    height, width = array.shape[1:3]
+    factor = -(-side // min(height, width))
+    if factor == 1:
+        return array
+    size = (factor * width, factor * height)
+    return np.stack(
+        [np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in array]
+    )
+
+
 def grid(images: ArrayLike, columns: int) -> Picture:
     """Lays images [b,h,w,c] out in rows of `columns`, in reading order: uint8 [H,W,3]."""
     pictures = list(as_picture(images))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from orbax.checkpoint import CheckpointManager
 
 from dinosae_jax.data import images
-from dinosae_jax.eval import image_quality, pictures, robustness
+from dinosae_jax.eval import image_quality, pictures, robustness, sphere_picture
 from dinosae_jax.flow import matching
 from dinosae_jax.flow.convention import LatentConvention
 from dinosae_jax.generator import halve
@@ -26,7 +27,7 @@ from dinosae_jax.train import gan, logging, loop, sae_step, sharding, step_flops
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
-SHOWN = 10  # pictures a row
+SHOWN, COLUMNS = 10, 5  # reconstructions, pairs a row
 
 
 def convention_of(config: ml_collections.ConfigDict) -> LatentConvention:
@@ -104,6 +105,7 @@ def prepare(
     def finish(state: state_lib.TrainState) -> None:
         evaluate.write_pictures(state, workdir)
         evaluate.write_robustness(state, workdir)
+        evaluate.write_sphere(state, workdir)
 
     return parts.Prepared(task, record, batches, restore, finish)
 
@@ -196,9 +198,10 @@ class _Evaluation:
         if jax.process_index() != 0:
             return
         first = np.unique(np.concatenate(labels), return_index=True)[1][:SHOWN]
-        picture = pictures.pairs(
-            np.concatenate(originals)[first], np.concatenate(reconstructions)[first], SHOWN
+        above, below = (
+            pictures.enlarged(np.concatenate(x)[first]) for x in (originals, reconstructions)
         )
+        picture = pictures.pairs(above, below, COLUMNS)
         pictures.write_png(workdir / "reconstructions.png", picture)
         logging.write_json(
             workdir / "baselines.json",
@@ -219,6 +222,25 @@ class _Evaluation:
         rows = robustness.curve(measure)
         if jax.process_index() == 0:
             logging.write_json(workdir / "robustness.json", rows)
+
+    def write_sphere(self, state: state_lib.TrainState, workdir: pathlib.Path) -> None:
+        """sphere.png of the first evaluation image and the first of another class (or the last)."""
+        batch = next(parts.evaluation_batches(self.source, self.config, self.mesh))
+        placed = sharding.put_batch({n: batch[n] for n in ("image", "label", "mask")}, self.mesh)
+        variables = self._variables(state)
+        tokens = sharding.gather(_compiled_encode(self.modules)(variables, placed["image"]))
+        labels, keep = sharding.gather(placed["label"]), sharding.gather(placed["mask"])
+        others = np.flatnonzero(keep & (labels != labels[0]))
+        other = others[0] if len(others) else np.flatnonzero(keep)[-1]
+        decode = functools.partial(_compiled_decode(self.modules), variables)
+        picture = sphere_picture.draw(
+            lambda z: sharding.gather(decode(np.asarray(z))),
+            jnp.asarray(tokens[0]),
+            jnp.asarray(tokens[other]),
+            jax.random.PRNGKey(0),
+        )
+        if jax.process_index() == 0:
+            pictures.write_png(workdir / "sphere.png", picture)
 
 
 @functools.lru_cache
@@ -241,3 +263,22 @@ def _compiled_reconstruct(modules: autoencoder.AutoencoderModules) -> Callable[.
         return sae_step.reconstruct(modules, variables, batch.astype(jnp.float32) / 255.0)
 
     return reconstruct
+
+
+@functools.lru_cache
+def _compiled_encode(modules: autoencoder.AutoencoderModules) -> Callable[..., jax.Array]:
+    @jax.jit
+    def encode(variables: sae_step.Variables, batch: jax.Array) -> jax.Array:
+        return autoencoder.encode(modules, variables, batch.astype(jnp.float32) / 255.0).tokens
+
+    return encode
+
+
+@functools.lru_cache
+def _compiled_decode(modules: autoencoder.AutoencoderModules) -> Callable[..., jax.Array]:
+    @jax.jit
+    def decode(variables: sae_step.Variables, tokens: jax.Array) -> jax.Array:
+        side = math.isqrt(tokens.shape[1])
+        return autoencoder.decode(modules, variables, tokens, (side, side))
+
+    return decode

@@ -19,7 +19,7 @@ def test_a_finished_stage_has_pictures_baselines_and_robustness(tmp_path):
         state = prepared.restore(manager)
         figures = prepared.task.evaluate(state)
         prepared.finish(state)
-    for name in ("reconstructions.png", "baselines.json"):
+    for name in ("reconstructions.png", "baselines.json", "sphere.png"):
         assert (tmp_path / "stage" / name).is_file()
     rows = json.loads((tmp_path / "stage" / "robustness.json").read_text())
     assert [row["angle_degrees"] for row in rows] == list(robustness.ANGLES)
