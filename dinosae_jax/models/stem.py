@@ -23,8 +23,8 @@ class ConvStem(nn.Module):
 
     embed_dim: int
     widths: tuple[int, ...] = (64, 128, 256)
-    norm: str | None = "trms2d"
     dtype: Dtype = jnp.float32
+    norm: str | None = "trms2d"
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
