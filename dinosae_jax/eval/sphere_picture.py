@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from numpy.typing import ArrayLike
 
 from dinosae_jax.eval import pictures
 from dinosae_jax.flow import sphere
@@ -41,7 +42,7 @@ def moved_latents(z: jax.Array, other: jax.Array, key: jax.Array) -> dict[str, j
 
 
 def draw(
-    decode: Callable[[jax.Array], jax.Array], z: jax.Array, other: jax.Array, key: jax.Array
+    decode: Callable[[jax.Array], ArrayLike], z: jax.Array, other: jax.Array, key: jax.Array
 ) -> pictures.Picture:
     """The sheet: one captioned row for each way in which the latent moves.
 
