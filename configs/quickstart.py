@@ -27,7 +27,14 @@ STAGES = {
     "stage4": sae_stage4,
     "flow": rfm_dit,
 }
-STEPS = {"stage1": 800, "stage2": 100, "stage3": 100, "stage4": 50, "flow": 450}
+STEPS = {"stage1": 1200, "stage2": 100, "stage3": 100, "stage4": 50, "flow": 450}
+# Without norms over whole images, which hide an image's contrast from tokens and decoder and slow
+# a short run: 23.3 dB after 400 steps of stage 1, without alignment, against 20.5 with them.
+WITHOUT_NORMS = {
+    "stem": {"norm": None},
+    "decoder": {"norm": None, "out_norm": None, "out_act": None},
+}
+ALIGNMENT = 0.1  # the teacher is random: alignment is there to be seen, and costs PSNR
 VARIANTS = {
     "tiny": {
         f"stages.{stage}.{field}": value
@@ -45,8 +52,13 @@ def get_config(argument=None):
         stage = module.get_config("tiny")
         stage.name, stage.init_from, stage.steps = name, previous, STEPS[name]
         stage.eval.every, stage.checkpoint.every, stage.log_every = 200, 200, 25
+        stage.model.update(WITHOUT_NORMS)
         stages[name], previous = stage, name
     stages["flow"].batch_size = 32
+    stages["stage1"].optimizer.learning_rate = 2e-3
+    for name in ("stage1", "stage2"):
+        stages[name].losses.cosine = ALIGNMENT
+    stages["stage4"].latent_noise.tau = 0.5  # the paper's 0.8 costs tokens of 64 channels 0.9 dB
     for stage in stages.values():  # short runs end better with a decay
         stage.optimizer.schedule, stage.optimizer.final_learning_rate = "cosine", 1e-4
     config = ml_collections.ConfigDict(

@@ -131,7 +131,7 @@ class Autoencoder:
             not fit, before compilation.
         """
         latents, grid = self._check_latents(z, grid)
-        return self._map(_compiled_decode(self.modules, grid), latents)
+        return self._map(compiled_decode(self.modules, grid), latents)
 
     def reconstruct(self, images: ArrayLike) -> Floats:
         """`decode` of `encode`: [b, h, w, 3] in [0, 1], sides multiples of 16 -> the same shape."""
@@ -290,9 +290,11 @@ def _compiled_encode_teacher(modules: autoencoder.AutoencoderModules) -> Callabl
 
 
 @functools.lru_cache
-def _compiled_decode(
+def compiled_decode(
     modules: autoencoder.AutoencoderModules, grid: tuple[int, int]
 ) -> Callable[..., jax.Array]:
+    """Jit of (variables, z [b, n, d]) -> images clipped to [0, 1]."""
+
     def decode(variables: autoencoder.Variables, z: jax.Array) -> jax.Array:
         return jnp.clip(autoencoder.decode(modules, variables, z, grid), 0.0, 1.0)
 

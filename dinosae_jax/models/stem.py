@@ -16,7 +16,9 @@ class ConvStem(nn.Module):
     """DINO-SAE's convolutional stem: four stride-2 convolutions without bias.
 
     The first has a 7x7 kernel, the others 3x3; each but the last is followed by an `ImageRMSNorm`
-    and SiLU. Mirrors CnnPatchEmbed of DINO-SAE's src/model.py.
+    and SiLU. Mirrors CnnPatchEmbed of DINO-SAE's src/model.py. Without biases the first norm makes
+    the stem blind to contrast: images that differ by a factor about ImageNet's mean colour have the
+    same tokens. `norm=None` leaves the norms out.
 
     [b, h, w, 3] float32 normalised pixels -> [b, ceil(h/16), ceil(w/16), embed_dim] float32.
     """
@@ -24,6 +26,7 @@ class ConvStem(nn.Module):
     embed_dim: int
     widths: tuple[int, ...] = (64, 128, 256)
     dtype: Dtype = jnp.float32
+    norm: str | None = "trms2d"
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -34,7 +37,7 @@ class ConvStem(nn.Module):
                 kernel_size=7 if i == 0 else 3,
                 stride=2,
                 use_bias=False,
-                norm="trms2d",
+                norm=self.norm,
                 act="silu",
                 dtype=self.dtype,
                 name=f"cnn_{i}",

@@ -1,7 +1,8 @@
 """Writes report.html of a run: one file, no script, nothing loaded from elsewhere.
 
 write_report(workdir) -> report.html, curves.png
-and for a chain also   reconstructions.png, samples.png, metrics.jsonl of all its stages
+and for a chain also   reconstructions.png, samples.png, metrics.jsonl of all its stages,
+                       sphere.png of the last stage that has one
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from dinosae_jax.runtime.files import write_text
 PAGE_WIDTH = 1120
 KID = "eval/kid_encoder"
 LARGEST_MAGNIFICATION = 2  # tiny runs have tiny pictures
+SPHERE = (
+    "What the decoder makes of the first held-out image when only the norms of its tokens change, "
+    "and when only their directions do: towards another image's, and at random."
+)
 STYLE = """
 :root { --ink: #1f2933; --soft: #66727f; --line: #dfe4e8; --mark: #2f6690; }
 * { box-sizing: border-box; }
@@ -66,7 +71,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     Args:
       workdir: folder of one stage, or of a chain (with chain.json). `run_files.Stage` lists the
         files that are read; missing files are left out. A chain also gets reconstructions.png,
-        samples.png and metrics.jsonl, combined from its stages.
+        samples.png and metrics.jsonl, combined from its stages, and the last sphere.png.
 
     Returns:
       The path of report.html.
@@ -82,6 +87,8 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         rows = ": originals above, reconstructions below"
         _combine_pictures(folder, run.stages, "reconstructions.png", rows)
         _combine_pictures(folder, run.stages, "samples.png", ": samples, one class per row")
+        drawn_spheres = [stage for stage in run.stages if stage.picture("sphere.png")]
+        _combine_pictures(folder, drawn_spheres[-1:], "sphere.png", ": norms and directions")
         _combine_metrics(folder, run.stages)
     write_text(folder / "report.html", render(run, drawn))
     return folder / "report.html"
@@ -177,6 +184,7 @@ def _stage(stage: Stage, drawn: bytes | None, in_chain: bool) -> str:
             f'<h2 id="{name}">{name}</h2>\n' if in_chain else "",
             _picture(stage, "reconstructions.png", "Originals above, reconstructions below."),
             _picture(stage, "samples.png", "Samples of the flow, one class per row."),
+            _picture(stage, "sphere.png", SPHERE),
             _curves(drawn),
             _robustness(stage),
             '<div class="columns">',

@@ -15,6 +15,23 @@ BACKGROUND = 255
 INK = (60, 60, 60)
 
 
+def enlarged(images: ArrayLike, side: int = 128) -> png.Picture:
+    """Enlarges images [b, h, w, c] whose short side is below `side` by a whole factor (bicubic).
+
+    Returns:
+      uint8 [b, h', w', 3] with both sides at least `side`; larger images as they are.
+    """
+    array = png.as_picture(images)
+    height, width = array.shape[1:3]
+    factor = -(-side // min(height, width))
+    if factor == 1:
+        return array
+    size = (factor * width, factor * height)
+    return np.stack(
+        [np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in array]
+    )
+
+
 def grid(images: ArrayLike, columns: int) -> png.Picture:
     """Lays images [b, h, w, c] out in rows of `columns`, in reading order: uint8 [H, W, 3]."""
     pictures = list(png.as_picture(images))

@@ -15,14 +15,17 @@ import numpy as np
 from dinosae_jax.data import images, loading, png
 from dinosae_jax.eval import image_quality, robustness
 from dinosae_jax.flow import matching
+from dinosae_jax.inference import encoding
+from dinosae_jax.inference.autoencoder import compiled_decode
 from dinosae_jax.losses import alignment
 from dinosae_jax.models import autoencoder
-from dinosae_jax.report import pictures
+from dinosae_jax.names import PATCH_SIZE
+from dinosae_jax.report import pictures, sphere_picture
 from dinosae_jax.runtime import files, sharding
 from dinosae_jax.train import autoencoder_step
 from dinosae_jax.train import state as state_lib
 
-SHOWN = 10  # images per row
+SHOWN, COLUMNS = 10, 5  # reconstructions, pairs per row
 
 
 class Evaluation:
@@ -81,9 +84,10 @@ class Evaluation:
         if jax.process_index() != 0:
             return
         first = np.unique(np.concatenate(labels), return_index=True)[1][:SHOWN]
-        sheet = pictures.pairs(
-            np.concatenate(originals)[first], np.concatenate(reconstructions)[first], SHOWN
+        above, below = (
+            pictures.enlarged(np.concatenate(x)[first]) for x in (originals, reconstructions)
         )
+        sheet = pictures.pairs(above, below, COLUMNS)
         png.write_png(workdir / "reconstructions.png", sheet)
         files.write_json(
             workdir / "baselines.json",
@@ -104,6 +108,27 @@ class Evaluation:
         rows = robustness.curve(measure)
         if jax.process_index() == 0:
             files.write_json(workdir / "robustness.json", rows)
+
+    def write_sphere(self, state: state_lib.TrainState, workdir: pathlib.Path) -> None:
+        """Writes sphere.png of the first evaluation image and the first image of another class."""
+        batch = next(loading.evaluation_batches(self.source, self.config, self.mesh))
+        placed = sharding.put_batch({n: batch[n] for n in ("image", "label", "mask")}, self.mesh)
+        variables = self._variables(state)
+        encode = encoding.compiled_encode(self.modules)
+        tokens = sharding.gather(encode(variables, placed["image"]))
+        labels, keep = sharding.gather(placed["label"]), sharding.gather(placed["mask"])
+        others = np.flatnonzero(keep & (labels != labels[0]))
+        other = others[0] if len(others) else np.flatnonzero(keep)[-1]
+        side = self.config.data.image_size // PATCH_SIZE
+        decode = functools.partial(compiled_decode(self.modules, (side, side)), variables)
+        sheet = sphere_picture.draw(
+            lambda z: sharding.gather(decode(np.asarray(z))),
+            jnp.asarray(tokens[0]),
+            jnp.asarray(tokens[other]),
+            jax.random.PRNGKey(0),
+        )
+        if jax.process_index() == 0:
+            png.write_png(workdir / "sphere.png", sheet)
 
 
 @functools.lru_cache

@@ -91,6 +91,7 @@ def prepare(
     def finish(state: state_lib.TrainState) -> None:
         evaluation.write_pictures(state, workdir)
         evaluation.write_robustness(state, workdir)
+        evaluation.write_sphere(state, workdir)
 
     return Task(
         step=lambda state, batch: compiled(state, frozen, batch, hyperparams),

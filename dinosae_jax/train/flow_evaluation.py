@@ -148,7 +148,8 @@ def write_samples(generator: Generator, seed: int, batch_size: int, path: pathli
     labels = np.repeat(classes, SHOWN_EACH)
     images = generator.sample(labels, key=jax.random.PRNGKey(seed), batch_size=batch_size)
     if jax.process_index() == 0:
-        rows = images.reshape(count, SHOWN_EACH, *images.shape[1:])
+        shown = pictures.enlarged(images)
+        rows = shown.reshape(count, SHOWN_EACH, *shown.shape[1:])
         names = [generator.label_names[label] for label in classes]
         png.write_png(path, pictures.class_grid(rows, names))
 

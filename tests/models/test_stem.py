@@ -88,3 +88,14 @@ def test_patch_stem_is_a_matrix_product_per_patch():
     patch = images[0, 4:8, 8:12].reshape(-1)
     want = patch @ proj["kernel"].reshape(-1, 8) + proj["bias"]
     np.testing.assert_allclose(got[0, 1, 2], want, atol=1e-5)
+
+
+def test_the_norms_make_the_stem_blind_to_contrast():
+    """As published (CnnPatchEmbed): no bias, and a norm over the image after the first layer."""
+    images = jax.random.normal(jax.random.PRNGKey(0), (1, 32, 32, 3))
+    for norm, blind in (("trms2d", True), (None, False)):
+        stem = ConvStem(8, (4, 4, 4), norm=norm)
+        patches, variables = stem.init_with_output(jax.random.PRNGKey(1), images)
+        fainter = stem.apply(variables, 0.5 * images)
+        change = float(jnp.linalg.norm(patches - fainter) / jnp.linalg.norm(patches))
+        assert (change < 1e-3) == blind, (norm, change)

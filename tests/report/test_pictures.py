@@ -67,3 +67,11 @@ def test_bad_input_is_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_small_images_are_enlarged_by_a_whole_factor_and_large_ones_kept():
+    small = flat(0.2, 0.8, side=48)
+    found = pictures.enlarged(small, side=128)
+    assert found.shape == (2, 144, 144, 3)
+    np.testing.assert_array_equal(found[:, 70, 70, 0], [51, 204])
+    assert pictures.enlarged(small, side=48).shape == (2, 48, 48, 3)

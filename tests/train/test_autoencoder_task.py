@@ -20,7 +20,7 @@ def test_a_finished_stage_has_pictures_baselines_and_robustness(tmp_path):
         state = task.restore(manager)
         metrics = task.evaluate(state)
         task.finish(state)
-    for name in ("reconstructions.png", "baselines.json"):
+    for name in ("reconstructions.png", "baselines.json", "sphere.png"):
         assert (tmp_path / "stage" / name).is_file()
     rows = json.loads((tmp_path / "stage" / "robustness.json").read_text())
     assert [row["angle_degrees"] for row in rows] == list(robustness.ANGLES)
