@@ -82,6 +82,8 @@ def test_configs_import_only_configs():
     for path in (ROOT / "configs").glob("*.py"):
         for target in imported(path):
             top = target.split(".")[0]
-            assert top in {"__future__", "configs", "ml_collections", "dinosae_jax"}, f"{path.name}: {target}"
+            assert top in {"__future__", "configs", "ml_collections", "dinosae_jax"}, (
+                f"{path.name}: {target}"
+            )
             if top == "dinosae_jax":
                 assert part_of(target) in {"config", "names", "sizes"}, f"{path.name}: {target}"
