@@ -59,7 +59,7 @@ def test_a_row_and_the_loader(tmp_path, capsys):
     assert all(row["gb_per_second_per_core"] > 0 for row in result["latents"].values())
     printed = capsys.readouterr().out
     assert "sae_stage1: " in printed
-    assert "TFLOP/s a device" in printed
+    assert "TFLOP/s per device" in printed
 
 
 @pytest.mark.slow

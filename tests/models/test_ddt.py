@@ -24,7 +24,7 @@ def _tiny(**changes):
     return DiTDH(**TINY | changes)
 
 
-# generation.md 2.3, counted on the reference: size, channels, all, trainable.
+# Parameters counted on RAE's DiTwDDTHead: size, channels, all, trainable.
 COUNTS = [
     ("S", 768, 196_455_764, 196_357_204),
     ("S", 1024, 197_602_900, 197_504_340),

@@ -23,7 +23,7 @@ def _tiny(**changes):
     return LightningDiT(**TINY | changes)
 
 
-# generation.md 1.1, counted on the reference: form, size, patch, channels, flags, all, trainable.
+# Parameters counted on the originals: form, size, patch, channels, flags, all, trainable.
 PLAIN = {"use_swiglu": False, "use_rope": False, "use_rmsnorm": False}
 COUNTS = [
     ("sinusoidal", "B", 1, 32, {}, 130_556_192, 130_359_584),

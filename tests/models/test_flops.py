@@ -7,7 +7,7 @@ import pytest
 from dinosae_jax import sizes
 from dinosae_jax.models import ddt, decoder, dit, flops, stem, vit
 
-# generation.md 5.4 and 6, autoencoder.md 3.8 (multiply-adds there); design section 8.
+# Counted on the original networks (as multiply-adds for the decoders).
 FLOW = [
     (dit.LightningDiT(in_channels=768), 238.1),
     (dit.LightningDiT(in_channels=1024), 238.4),

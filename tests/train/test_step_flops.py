@@ -1,4 +1,4 @@
-"""Our sum of a training step's FLOPs against the design's figures and the compiler's count."""
+"""The sum of a training step's FLOPs against recorded values and the compiler's count."""
 
 import jax
 import pytest
@@ -9,7 +9,7 @@ from dinosae_jax.runtime import sharding
 from dinosae_jax.train import step_flops
 
 ENCODE = 167.1
-# Design section 8, GFLOPs per image; the flow reads images here, so encoding is in it.
+# GFLOPs per image; the flow reads images here, so encoding is in it.
 PUBLISHED = [
     (sae_stage1, 1770),
     (sae_stage2, 2040),
