@@ -135,9 +135,8 @@ class CropRecipe:
         elif self.crop == "random_resized":
             image = crops.random_resized_crop(image, self.image_size, rng)
         else:
-            if self.crop == "resize_random":
-                image = crops.resize_short_side(image, self.resize)
-            image = crops.random_crop(image, self.image_size, rng)
+            short_side = self.resize if self.crop == "resize_random" else 0
+            image = crops.random_crop(image, self.image_size, rng, short_side)
         return crops.flip(image, rng) if self.flip else image
 
     def evaluate(self, image: np.ndarray) -> np.ndarray:
