@@ -18,9 +18,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from dinosae_jax.data import crops
-from dinosae_jax.data.images import LARGEST_BAD_PART
 from dinosae_jax.data.manifest import MANIFEST, is_whole, read_manifest
-from dinosae_jax.data.records import Records, pack_record
+from dinosae_jax.data.records import LARGEST_BAD_PART, Records, pack_record
 from dinosae_jax.data.sources import open_records
 from dinosae_jax.runtime.files import file_sha256, write_json
 

@@ -101,7 +101,7 @@ def resize_short_side(image: np.ndarray, size: int) -> np.ndarray:
     """
     if min(image.shape[:2]) == size:
         return image
-    height, width = short_side_shape(*image.shape[:2], size)
+    height, width = short_side_shape(image.shape[0], image.shape[1], size)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 

@@ -19,11 +19,10 @@ from grain.experimental import ThreadPrefetchIterDataset
 from dinosae_jax import names
 from dinosae_jax.data import crops
 from dinosae_jax.data.order import Share, crop_generator, share_of, training_index
-from dinosae_jax.data.records import Records
+from dinosae_jax.data.records import LARGEST_BAD_PART, Records
 from dinosae_jax.data.sources import open_records
 
 CACHE_BYTES = 512 * 2**20  # sets that seem to fit here by their first image are kept decoded
-LARGEST_BAD_PART = 0.01  # of the images may be unreadable, then reading stops
 
 log = logging.getLogger(__name__)
 

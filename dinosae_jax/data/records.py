@@ -1,9 +1,12 @@
 """Encoded images by index: of files, tar files, tensorflow-datasets and our own archives.
 
 Each kind is an object with `len`, `read(index) -> (bytes of the image file, label)`,
-`name(index)` for messages, `label_names`, and `fingerprint`, a hash of what the set is made of.
-Reading is random access and safe from several threads.
+`name(index)` for messages, `label_names`, `unlabelled`, and `fingerprint`, a hash of what the set
+is made of. Where labels are not known they are -1, and `unlabelled` says why. Reading is random
+access and safe from several threads.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
@@ -12,6 +15,8 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
+
+LARGEST_BAD_PART = 0.01  # of the images may be unreadable, then reading stops
 
 
 class Records(Protocol):
@@ -24,6 +29,10 @@ class Records(Protocol):
     @property
     def fingerprint(self) -> str:
         """A hash of what the set is made of."""
+
+    @property
+    def unlabelled(self) -> str:
+        """Why the labels are not known; empty where they are."""
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -55,6 +64,7 @@ class FileRecords:
     labels: np.ndarray  # int32
     label_names: tuple[str, ...]
     fingerprint: str
+    unlabelled: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -76,6 +86,7 @@ class TfdsRecords:
     label_names: tuple[str, ...]
     fingerprint: str
     title: str
+    unlabelled: str = ""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -96,13 +107,15 @@ class ArchiveRecords:
     label_names: tuple[str, ...]
     fingerprint: str
     title: str
+    unlabelled: str
+    numbers: np.ndarray | None  # int64, training's number of each label of the shards
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, index: int) -> tuple[bytes, int]:
         label, _, encoded = unpack_record(self.source[index])
-        return encoded, label
+        return encoded, -1 if self.numbers is None else int(self.numbers[label])
 
     def name(self, index: int) -> str:
         return f"{self.title}:{unpack_record(self.source[index])[1]}"
@@ -114,8 +127,17 @@ class Subset:
 
     parent: Records
     indices: np.ndarray
-    label_names: tuple[str, ...]
     fingerprint: str
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Those of the whole set."""
+        return self.parent.label_names
+
+    @property
+    def unlabelled(self) -> str:
+        """As in the whole set."""
+        return self.parent.unlabelled
 
     def __len__(self) -> int:
         return len(self.indices)
