@@ -309,9 +309,15 @@ def _validate_conversion(config: ml_collections.ConfigDict) -> None:
         _require_positive(config, field)
     for split in config.splits:
         _require_member("splits", split, ("train", "eval"))
-    if config.crop_size < 0:
+    for field in ("crop_size", "short_side"):
+        if config[field] < 0:
+            raise ValueError(
+                f"{field} must not be negative; got {config[field]}; 0 keeps the files as they are"
+            )
+    if config.eval_synsets and "eval" not in config.splits:
         raise ValueError(
-            f"crop_size must not be negative; got {config.crop_size}; 0 keeps the files as they are"
+            "eval_synsets labels the split eval; got splits without it; add eval, or leave "
+            "eval_synsets empty"
         )
     if not config.source:
         raise ValueError(

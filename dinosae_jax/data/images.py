@@ -17,10 +17,10 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from dinosae_jax import names
-from dinosae_jax.data import crops
+from dinosae_jax.data import crops, pixels
 from dinosae_jax.data.order import Share, crop_generator, share_of, training_index
 from dinosae_jax.data.records import LARGEST_BAD_PART, Records
-from dinosae_jax.data.sources import open_records
+from dinosae_jax.data.sources import open_records, require_labels
 
 CACHE_BYTES = 512 * 2**20  # sets that seem to fit here by their first image are kept decoded
 
@@ -40,8 +40,9 @@ class ImageSource:
         fingerprint: hash of what the set is made of (names and sizes of the files).
     """
 
-    def __init__(self, records: Records):
+    def __init__(self, records: Records, crop_side: int = 0):
         self._records = records
+        self._crop_side = crop_side  # smaller images are named, the first of them
         self.label_names = records.label_names
         self.num_classes = len(records.label_names)
         self.fingerprint = records.fingerprint
@@ -90,10 +91,20 @@ class ImageSource:
         except OSError as error:
             self._report_bad(index, error)
             return None
+        self._report_small(index, loaded[0])
         if loaded[0].nbytes <= self._room:
             self._room -= loaded[0].nbytes
             self._cache[index] = loaded
         return loaded
+
+    def _report_small(self, index: int, image: np.ndarray) -> None:
+        height, width = image.shape[:2]
+        if min(height, width) < self._crop_side:
+            log.warning(
+                "enlarges images that are smaller than the crop of %d pixels, as %s of %d x %d",
+                *(self._crop_side, self.name(index), width, height),
+            )
+            self._crop_side = 0
 
     def _report_bad(self, index: int, error: OSError) -> None:
         self._bad.add(index)
@@ -142,6 +153,14 @@ class CropRecipe:
         """The evaluation crop, uint8 [s,s,3]: ADM's, whatever the training crop is."""
         return crops.adm_center_crop(image, self.image_size)
 
+    def pixels(self, split: str) -> dict[str, Any]:
+        """What stored images must be for a crop of them to be this recipe's (`pixels.record`)."""
+        if split == "eval" or self.crop == "center":
+            return pixels.record("adm_center", self.image_size)
+        if self.crop == "resize_random":
+            return pixels.record("short_side", self.resize)
+        return pixels.record("none", 0)
+
 
 def recipe_of(data_config: Mapping[str, Any]) -> CropRecipe:
     """The checked crop recipe of a data config; ValueError names a wrong field."""
@@ -165,16 +184,20 @@ def recipe_of(data_config: Mapping[str, Any]) -> CropRecipe:
     return recipe
 
 
-def open_images(data_config: Mapping[str, Any], split: str) -> ImageSource:
-    """Open one split of the config's image source and decode its first image.
+def open_images(
+    data_config: Mapping[str, Any], split: str, *, labelled: bool = False
+) -> ImageSource:
+    """Opens one split of the config's image source and decodes its first image.
 
     Args:
-        data_config: `source` (see `sources.open_records`), `data_dir` (or None), the crop fields
-            of `Recipe`, and `holdout` (optional, see `sources.open_records`).
-        split: 'train' or 'eval'.
+      data_config: `source` (see `sources.open_records`), `data_dir` (or None), the crop fields of
+        `CropRecipe`, and `holdout` (optional, see `sources.open_records`).
+      split: 'train' or 'eval'.
+      labelled: whether the labels are used.
 
     Raises:
-        ValueError: the source cannot be opened, or its images are smaller than a random crop.
+      ValueError: the source cannot be opened, holds other pixels than the crops are cut from, or
+        lacks the labels.
     """
     recipe = recipe_of(data_config)
     records = open_records(
@@ -183,14 +206,12 @@ def open_images(data_config: Mapping[str, Any], split: str) -> ImageSource:
         data_dir=data_config.get("data_dir") or None,
         holdout=data_config.get("holdout") or 0,
     )
-    source = ImageSource(records)
-    height, width = source[0]["image"].shape[:2]
-    if split == "train" and recipe.crop == "random" and min(height, width) < recipe.image_size:
-        raise ValueError(
-            f"data.crop='random' cuts {recipe.image_size} pixels from the image as it is; "
-            f"{source.name(0)} has {width}x{height}: use crop 'center' or 'resize_random'."
-        )
-    return source
+    if labelled:
+        require_labels(records, f"{data_config['source']} ({split})")
+    crop = f"data.crop={recipe.crop!r}" if split == "train" else "evaluation"
+    title = f"{data_config['source']} ({split})"
+    pixels.check(records.pixels, recipe.pixels(split), title, crop)
+    return ImageSource(records, recipe.image_size)
 
 
 @dataclasses.dataclass(frozen=True)

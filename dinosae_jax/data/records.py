@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+
+from dinosae_jax.data.pixels import AS_THEY_ARE
 
 LARGEST_BAD_PART = 0.01  # of the images may be unreadable, then reading stops
 
@@ -33,6 +35,10 @@ class Records(Protocol):
     @property
     def unlabelled(self) -> str:
         """Why the labels are not known; empty where they are."""
+
+    @property
+    def pixels(self) -> Mapping[str, Any]:
+        """What was done to the images before they were stored, a record of `pixels`."""
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -65,6 +71,7 @@ class FileRecords:
     label_names: tuple[str, ...]
     fingerprint: str
     unlabelled: str = ""
+    pixels: Mapping[str, Any] = dataclasses.field(default_factory=lambda: AS_THEY_ARE)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,6 +94,7 @@ class TfdsRecords:
     fingerprint: str
     title: str
     unlabelled: str = ""
+    pixels: Mapping[str, Any] = dataclasses.field(default_factory=lambda: AS_THEY_ARE)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -108,6 +116,7 @@ class ArchiveRecords:
     fingerprint: str
     title: str
     unlabelled: str
+    pixels: Mapping[str, Any]
     numbers: np.ndarray | None  # int64, training's number of each label of the shards
 
     def __len__(self) -> int:
@@ -138,6 +147,11 @@ class Subset:
     def unlabelled(self) -> str:
         """As in the whole set."""
         return self.parent.unlabelled
+
+    @property
+    def pixels(self) -> Mapping[str, Any]:
+        """As in the whole set."""
+        return self.parent.pixels
 
     def __len__(self) -> int:
         return len(self.indices)

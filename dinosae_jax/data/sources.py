@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import pathlib
@@ -86,6 +87,45 @@ def require_labels(records: Records, split: str) -> None:
             "labels are needed, and every split takes the classes of training by their names; got "
             f"{split} without labels, because {records.unlabelled}; {SYNSETS}"
         )
+
+
+def with_synsets(records: Records, path: str | os.PathLike) -> Records:
+    """Returns a split without class folders, labelled by a list of its images' classes.
+
+    Args:
+      records: the split, its images in the order of their names.
+      path: a text file with the class of one image in each line, a name among training's classes:
+        for ImageNet's ILSVRC2012_img_val.tar the 50,000 synsets of its images.
+
+    Raises:
+      ValueError: labels are known already, the classes of training are not, or a line of the list
+        is none of them.
+    """
+    if not isinstance(records, FileRecords) or not records.unlabelled or not records.label_names:
+        reason = records.unlabelled or "its images lie in class folders"
+        raise ValueError(
+            "a list of synsets labels a split without class folders beside a training split with "
+            f"them; got another one, because {reason}; leave eval_synsets empty, or give both "
+            "splits"
+        )
+    names = pathlib.Path(path).expanduser().read_text().split()
+    if len(names) != len(records):
+        raise ValueError(
+            f"a list of synsets names the class of each image in a line; got {len(names)} names "
+            f"in {path} for {len(records)} images; take the list of this split"
+        )
+    label_of = {name: label for label, name in enumerate(records.label_names)}
+    unknown = next((place for place, name in enumerate(names) if name not in label_of), None)
+    if unknown is not None:
+        numbers = ", a number, whose order is not that of the synsets"
+        raise ValueError(
+            "a list of synsets names classes of training, such as "
+            f"{records.label_names[0]}; got {names[unknown]!r} as number {unknown + 1} in {path}"
+            f"{numbers if names[unknown].isdecimal() else ''}; take a list of synsets"
+        )
+    labels = np.asarray([label_of[name] for name in names], np.int32)
+    fingerprint = fingerprint_of([records.fingerprint, *names])
+    return dataclasses.replace(records, labels=labels, unlabelled="", fingerprint=fingerprint)
 
 
 def _report(title: str, records: Records, left_out: tree.LeftOut) -> None:
@@ -296,6 +336,7 @@ def _open_archive(root: pathlib.Path, split: str) -> tuple[ArchiveRecords, bool]
         fingerprint=fingerprint_of(parts),
         title=folder.name,
         unlabelled=unlabelled,
+        pixels=manifest.get("pixels", {"crop": manifest.get("crop", "unknown")}),
         numbers=None if unlabelled else numbers,
     )
     return records, has_splits

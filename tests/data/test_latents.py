@@ -28,7 +28,7 @@ def tokens_of(index):
 
 def make_plan(stored="bfloat16", **changes):
     plan = {
-        "images": {field: CONFIG[field] for field in latent_reader.IMAGE_FIELDS},
+        "images": latent_reader.image_recipe(CONFIG),
         "flipped": True,
         "format": stored,
         "tokens": TOKENS,
@@ -240,6 +240,26 @@ def test_a_cache_of_other_images_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         latent_reader.open_latents({**CONFIG, "latents": str(tmp_path), **changes}, "train")
     assert "\n" not in str(error.value)
+
+
+def test_a_cache_of_other_pixels_is_refused(tmp_path, monkeypatch):
+    write(tmp_path, make_plan())
+    latent_writer.finish(tmp_path / "train", make_plan())
+    monkeypatch.setattr(latent_reader.pixels.crops, "FILTER", "another one")
+    with pytest.raises(ValueError, match=r"data\.pixels=.*'another one'.*; encode again"):
+        latent_reader.open_latents({**CONFIG, "latents": str(tmp_path)}, "train")
+
+
+def test_the_splits_of_a_cache_have_the_same_classes(tmp_path):
+    for split, names in (("train", ["a", "b"]), ("eval", ["b"])):
+        plan = make_plan(label_names=names)
+        write(tmp_path / split, plan)
+        latent_writer.finish(tmp_path / split / "train", plan)
+    (tmp_path / "eval" / "train").rename(tmp_path / "train" / "eval")
+    config = {**CONFIG, "latents": str(tmp_path / "train"), "flip": False}
+    latent_reader.open_latents(config, "train")
+    with pytest.raises(ValueError, match=r"got 1 in .*eval and 2 in training"):
+        latent_reader.open_latents(config, "eval")
 
 
 def test_flips_need_a_cache_with_flips(tmp_path):

@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
+from dinosae_jax.data import pixels
 from dinosae_jax.data.latents import latent_record
 from dinosae_jax.data.manifest import MANIFEST, check_shards, read_manifest
 from dinosae_jax.data.order import Share, crop_generator, draw_flip, share_of, training_index
@@ -27,6 +28,29 @@ AHEAD = 2  # batches
 ENCODE = "configs/encode.py"
 # The fields of the data config that decide which pixels were encoded.
 IMAGE_FIELDS = ("source", "holdout", "crop", "image_size")
+
+
+def image_recipe(data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides which pixels are encoded; it travels with the cache.
+
+    Args:
+      data_config: `source`, `holdout`, `crop` and `image_size`.
+    """
+    stored = pixels.record("adm_center", data_config["image_size"])
+    return {**{field: data_config[field] for field in IMAGE_FIELDS}, "pixels": stored}
+
+
+def check_classes(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError where a split numbers other classes than `train` beside it."""
+    training = folder.parent / "train" / MANIFEST
+    if training.exists():
+        names = read_manifest(training, ENCODE)["label_names"]
+        if names != manifest["label_names"]:
+            raise ValueError(
+                "the splits of a latent cache have training's classes; got "
+                f"{len(manifest['label_names'])} in {folder} and {len(names)} in training, which "
+                "differ; encode again into an empty folder"
+            )
 
 
 class LatentSource:
@@ -91,14 +115,16 @@ def open_latents(data_config: Mapping[str, Any], split: str) -> LatentSource:
     folder = pathlib.Path(data_config["latents"]).expanduser() / split
     manifest = read_manifest(folder / MANIFEST, ENCODE)
     recipe = manifest.get("images", {})
-    for field in IMAGE_FIELDS:
-        ours, theirs = data_config[field], recipe.get(field)
+    for field, ours in image_recipe(data_config).items():
+        theirs = recipe.get(field)
         if ours != theirs:
+            flag = f"pass --config.data.{field}={theirs}, or " if field in IMAGE_FIELDS else ""
             raise ValueError(
-                f"A latent cache must be of the images that the flow is to learn; {folder} was "
-                f"made with data.{field}={theirs!r}, this config says {ours!r}: pass "
-                f"--config.data.{field}={theirs}, or encode again."
+                "a latent cache must be of the images that the flow is to learn; got "
+                f"{folder} with data.{field}={theirs!r}, where this config says {ours!r}; {flag}"
+                "encode again"
             )
+    check_classes(folder, manifest)
     if split == "train" and data_config["flip"] and not manifest["flipped"]:
         raise ValueError(
             f"data.flip=True needs a cache with flipped images; {folder} has none: pass "
