@@ -7,6 +7,7 @@ An autoencoder gets rFID against the same validation images, PSNR, SSIM and (wit
 LPIPS. A flow's workdir is sampled first, 50 images a class; `--config.samples=FILE.npz` measures
 images that are there. Both get gFID, sFID, Inception Score, Precision/Recall and KID against
 `reference`, for ImageNet `VIRTUAL_imagenet256_labeled.npz`, or against the training images.
+That file is known by its sha256; of other moments `reference_moments` says how they were made.
 Without weights.inception Frechet and kernel distance are measured in another feature space, whose
 name they bear: in that of weights.efficientnet (FD EfficientNet-Lite0, KID EfficientNet-Lite0),
 a network pretrained on ImageNet-1k, or in the encoder's own (FD encoder, KID encoder). Writes
@@ -56,6 +57,8 @@ def get_config(argument=None):
             samples="",  # an .npz of images; given instead of init_from
             encoder="",  # weights whose encoder gives features; those of init_from where empty
             reference="",  # .npz of images or of moments; the data set itself where empty
+            # Of an .npz with mu and sigma that does not say how they were made.
+            reference_moments=dict(resize="", count=0),  # resize as below; number of images
             metrics=(),  # empty: all that are possible (see jobs/evaluate.py)
             images=50_000,  # of the data set, reconstructed; fewer where it has fewer
             reference_images=0,  # of the data set as a reference; 0: all

@@ -342,6 +342,15 @@ def _validate_measurement(config: ml_collections.ConfigDict) -> None:
             "uint8_conversion", config.uint8_conversion, get_args(names.Uint8Conversion)
         )
         _require_member("resize", config.resize, get_args(names.InceptionResize))
+        moments = config.reference_moments
+        if moments.resize or moments.count:
+            known = get_args(names.InceptionResize)
+            _require_member("reference_moments.resize", moments.resize, known)
+            if moments.count < 2:
+                raise ValueError(
+                    "reference_moments.count must be at least 2, the number of images that the "
+                    f"moments are of; got {moments.count}; set it with reference_moments.resize"
+                )
         for field, least in (("images", 0), ("reference_images", 0), ("kernel_subset_size", 2)):
             if config[field] < least:
                 raise ValueError(

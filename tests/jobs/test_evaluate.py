@@ -195,6 +195,14 @@ def test_a_published_reference_brings_its_own_moments(with_inception, tmp_path):
     counts = {name: found[name]["reference_count"] for name in ("gFID", "precision", "gKID")}
     assert counts == {"gFID": 50, "precision": 14, "gKID": 14}
     assert found["IS"]["value"] >= 1.0
+    unknown = {name: value for name, value in np.load(reference).items() if name != "recipe"}
+    np.savez(reference, **unknown)
+    with pytest.raises(ValueError, match="does not say and is none of ADM's ImageNet files"):
+        evaluate.run(wanted, tmp_path / "unknown")
+    wanted.reference_moments.update({"resize": "tf1_bilinear", "count": 50})
+    rules.validate(wanted)
+    evaluate.run(wanted, tmp_path / "answered")
+    assert read(tmp_path / "answered")[1]["gFID"]["value"] == found["gFID"]["value"]
     wanted.resize = "half_pixel_bilinear"
     with pytest.raises(ValueError, match="resize 'half_pixel_bilinear' and 'tf1_bilinear'"):
         evaluate.run(wanted, tmp_path / "other")

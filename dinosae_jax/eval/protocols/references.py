@@ -119,9 +119,9 @@ def _archive_reference(
         "images": path.name,
     }
     stored: dict[str, frechet.Statistics] = {}
-    if network.name == adm_moments.ADM_RECIPE.network:
+    if network.name == adm_moments.NETWORK:
         for tap in set(taps) & set(adm_moments.MOMENTS):
-            moments = adm_moments.read_moments(path, tap)
+            moments = adm_moments.read_moments(path, tap, moments_answer(config, path))
             stored |= {tap: moments} if moments else {}
 
     def recipe(tap: str) -> Recipe:
@@ -135,6 +135,21 @@ def _archive_reference(
         return distances.Reference(with_stored, path.name, files.file_sha256(path))
 
     return OpenedReference(recipe, archive.shape[0], load)
+
+
+def moments_answer(config: ml_collections.ConfigDict, path: pathlib.Path) -> Recipe | None:
+    """What `reference_moments` says of moments that do not say how they were made."""
+    about = config.reference_moments
+    if not about.count:
+        return None
+    return Recipe(
+        network=adm_moments.NETWORK,
+        tap="pool3",
+        resize=about.resize,
+        uint8_conversion="stored",
+        count=about.count,
+        images=path.name,
+    )
 
 
 def _moments_reference(
