@@ -1,6 +1,6 @@
 """Decoding, resizing and cropping of uint8 images, with Pillow's arithmetic where exactness counts.
 
-Every function takes and returns uint8 `[h, w, 3]` arrays. Pillow resizes in 8-bit fixed point and
+Every function takes and returns uint8 [h, w, 3] arrays. Pillow resizes in 8-bit fixed point and
 antialiases when it shrinks. `torch.nn.functional.interpolate` and `jax.image.resize` do not give
 the same pixels, so nothing here is done on the device.
 
@@ -36,7 +36,7 @@ TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262  # tags
 
 
 def decode_rgb(encoded: bytes) -> np.ndarray:
-    """Returns the image of a file's bytes as uint8 RGB `[h, w, 3]`.
+    """Returns the image of a file's bytes as uint8 RGB [h, w, 3].
 
     JPEG goes through simplejpeg where that is installed: the same libjpeg-turbo arithmetic as
     Pillow's, bit for bit, with fewer copies. What it refuses or warns about, Pillow decides on.
@@ -96,7 +96,7 @@ def resize_short_side(image: np.ndarray, size: int) -> np.ndarray:
     An image that has the size already is returned as it is.
 
     Args:
-      image: uint8 `[h, w, 3]`.
+      image: uint8 [h, w, 3].
       size: pixels; `short_side_shape` has the rule for the long side.
     """
     if min(image.shape[:2]) == size:
@@ -113,11 +113,11 @@ def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
     central square is cut. Bit-equal to the original, which works through Pillow as well.
 
     Args:
-      image: uint8 `[h, w, 3]`.
+      image: uint8 [h, w, 3].
       size: side of the square in pixels.
 
     Returns:
-      uint8 `[size, size, 3]`.
+      uint8 [size, size, 3].
     """
     height, width = image.shape[:2]
     if height == width == size:
@@ -134,10 +134,10 @@ def adm_center_crop(image: np.ndarray, size: int) -> np.ndarray:
 def random_crop(
     image: np.ndarray, size: int, rng: np.random.Generator, short_side: int = 0
 ) -> np.ndarray:
-    """Cuts a square of `size` pixels at a uniformly drawn place; uint8 `[size, size, 3]`.
+    """Cuts a square of `size` pixels at a uniformly drawn place; uint8 [size, size, 3].
 
     Args:
-      image: uint8 `[h, w, 3]`.
+      image: uint8 [h, w, 3].
       size: side of the square in pixels; an image whose short side is below it is first enlarged
         to it (bicubic).
       rng: where the draws come from.
@@ -183,12 +183,12 @@ def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator) 
     these ratios is taken.
 
     Args:
-      image: uint8 `[h, w, 3]`.
+      image: uint8 [h, w, 3].
       size: side of the square in pixels.
       rng: where the draws come from.
 
     Returns:
-      uint8 `[size, size, 3]`.
+      uint8 [size, size, 3].
     """
     height, width = image.shape[:2]
     for _ in range(10):
@@ -208,5 +208,5 @@ def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator) 
 
 
 def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors the image left to right with probability one half; uint8 `[h, w, 3]`, a view."""
+    """Mirrors the image left to right with probability one half; uint8 [h, w, 3], a view."""
     return image[:, ::-1] if draw_flip(rng) else image

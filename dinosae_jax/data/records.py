@@ -164,12 +164,12 @@ class Subset:
 
 
 def pack_record(label: int, name: str, encoded: bytes) -> bytes:
-    """One archive record: int32 label, uint32 length of the name, the name, the image file."""
+    """Returns an archive record: int32 label, uint32 length of the name, name, image file."""
     name_bytes = name.encode()
     return struct.pack("<iI", label, len(name_bytes)) + name_bytes + encoded
 
 
 def unpack_record(record: bytes) -> tuple[int, str, bytes]:
-    """Label, name and image bytes of an archive record."""
+    """Returns label, name and image bytes of an archive record."""
     label, length = struct.unpack_from("<iI", record)
     return label, record[8 : 8 + length].decode(), record[8 + length :]

@@ -273,28 +273,31 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords
     """A prepared tensorflow-datasets set, read from its ArrayRecord files without TensorFlow."""
     import tensorflow_datasets as tfds
 
-    refusal = (
-        "A tensorflow-datasets set must be prepared with file_format='array_record'; "
-        f"{name} in {data_dir or 'the default folder'} "
-    )
+    def refusal(reason: str) -> ValueError:
+        return ValueError(
+            "a tensorflow-datasets set must be prepared with file_format='array_record'; got "
+            f"{name} in {data_dir or 'the default folder'}, which {reason}; prepare it, or name "
+            "its folder in data.data_dir"
+        )
+
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # tensorflow-datasets has no common class for these
-        raise ValueError(refusal + f"is not known ({_first_line(error)}).") from error
+        raise refusal(f"is not known ({_first_line(error)})") from error
     info = builder.info
     if not {"image", "label"} <= set(info.features):
         raise ValueError(
-            f"A tensorflow-datasets set needs the features image and label; {name} has "
-            f"{', '.join(info.features)}."
+            "a tensorflow-datasets set needs the features image and label; got "
+            f"{name} with {', '.join(info.features)}; take another set"
         )
     labels = getattr(info.features["label"], "names", None)
     if labels is None:
         raise ValueError(
-            f"The label of a tensorflow-datasets set must be a class; that of {name} is "
-            f"{type(info.features['label']).__name__}: take another set, or a folder tree."
+            "the label of a tensorflow-datasets set must be a class; got "
+            f"{type(info.features['label']).__name__} in {name}; take another set, or a folder tree"
         )
     if not info.splits:
-        raise ValueError(refusal + "is not prepared.")
+        raise refusal("is not prepared")
     own = {key: [n for n in names if n in info.splits] for key, names in SPLIT_NAMES.items()}
     has_splits = all(own.values())
     chosen = own[split][0] if has_splits else next(iter(own["train"] or info.splits))
@@ -302,7 +305,7 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords
         decoders = {"image": tfds.decode.SkipDecoding()}
         source = builder.as_data_source(split=chosen, decoders=decoders)
     except Exception as error:
-        raise ValueError(refusal + f"cannot be read ({_first_line(error)}).") from error
+        raise refusal(f"cannot be read ({_first_line(error)})") from error
     title = f"{info.full_name}:{chosen}"
     parts = [title, len(source), info.splits[chosen].num_bytes, *labels]
     return TfdsRecords(source, tuple(labels), fingerprint_of(parts), title), has_splits

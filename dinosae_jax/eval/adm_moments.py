@@ -86,7 +86,7 @@ def is_published(path: pathlib.Path) -> bool:
 
 
 def check_covariance(path: pathlib.Path, covariance: NDArray[np.float64]) -> None:
-    """Checks that a matrix `[d, d]` of a file is symmetric and has no negative eigenvalue.
+    """Checks that a matrix [d, d] of a file is symmetric and has no negative eigenvalue.
 
     Raises:
       ValueError: it is no covariance.

@@ -195,7 +195,7 @@ def test_too_many_unreadable_images_stop_the_reading(folder):
         (folder / name).write_bytes(b"damaged")
     config = folder_config(folder)
     source = images.open_images(config, "train")
-    with pytest.raises(ValueError, match=r"2 of 12 are, the last one 0[56]\.png"):
+    with pytest.raises(ValueError, match=r"got 2 of 12, the last one 0[56]\.png"):
         list(images.eval_batches(source, config, batch_size=4))
 
 

@@ -214,7 +214,9 @@ def test_missing_and_damaged_shards_are_refused_at_the_start(cache, tmp_path, mo
         latent_reader.open_latents(cache, "train")
     assert shard.name in str(error.value) and "\n" not in str(error.value)
     monkeypatch.setattr(latent_reader, "HASHED_BYTES", 0)  # a large cache: found when it is read
-    with pytest.raises(ValueError, match=r"cannot be read .* configs/encode\.py") as error:
+    with pytest.raises(
+        ValueError, match=r"must be readable; got number .* configs/encode\.py"
+    ) as error:
         source = latent_reader.open_latents(cache, "train")
         take(20, source, cache, batch_size=8)
     assert "\n" not in str(error.value)

@@ -403,7 +403,7 @@ def test_a_tfds_set_whose_label_is_a_number_is_refused(tmp_path, monkeypatch):
     features = {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.int64)}
     builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
     monkeypatch.setattr(tfds, "builder", lambda *_, **__: builder)
-    with pytest.raises(ValueError, match="must be a class; that of ages is Scalar"):
+    with pytest.raises(ValueError, match="must be a class; got Scalar in ages"):
         sources.open_records("tfds:ages", "train", data_dir=str(tmp_path))
 
 
