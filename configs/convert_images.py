@@ -10,8 +10,9 @@ writes what is missing. ImageNet as it is published, for the stages of the autoe
 
 `source` is 'folder:PATH', 'tar:PATTERN', 'tfds:NAME' or 'photos/112'. `eval_synsets` labels a
 validation split without class folders: a text file with the synset of one image in each line, in
-the order of the images' names. Without it such a split serves an autoencoder, and is refused where
-labels are needed.
+the order of the images' names (tensorflow-datasets installs ImageNet's as
+datasets/imagenet2012/validation_labels.txt). Without it such a split serves an autoencoder, and is
+refused where labels are needed.
 
 By default the image files are kept as they are, which suits every config. `short_side` reduces
 training images whose short side is longer, for data.crop='resize_random' and data.resize of the

@@ -259,9 +259,8 @@ def _split_tars(pattern: str, split: str) -> tree.Node | None:
             start = os.path.basename(pattern).partition("*")[0]
             shared = start.replace("{split}", name) if "{split}" in start else ""
             root = tree.unwrap(tar_tree.open_tars(tars, shared))
-            folders = root.contents.folders
-            only = next(iter(folders)) if len(folders) == 1 and not root.contents.images else ""
-            return folders[only] if only in SPLIT_NAMES[split] else root
+            alone = len(root.contents.folders) == 1 and not root.contents.images
+            return (tree.split_folder(root, split) if alone else None) or root
     return None
 
 

@@ -2,8 +2,8 @@
 
 1. A root that holds one folder alone is a wrapper where that folder holds `train`, or several
    folders and no images: what is inside counts as the root.
-2. `train` beside one of eval, val, validation and test makes two splits. `train` alone is all
-   there is.
+2. `train` beside one of eval, val, valid, validation and test makes two splits, in upper or lower
+   case. `train` alone is the whole set.
 3. In a split each folder at the top that holds images, at any depth, is a class of its name. Images
    without any folder are one class. Both beside each other are refused.
 4. Classes and their numbers are those of training. Another split takes them by name. Where it
@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-SPLIT_NAMES = {"train": ("train",), "eval": ("eval", "val", "validation", "test")}
+SPLIT_NAMES = {"train": ("train",), "eval": ("eval", "val", "valid", "validation", "test")}
 EVERY_SPLIT = {name for names in SPLIT_NAMES.values() for name in names}
 EXTENSIONS = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -159,12 +159,22 @@ def unwrap(root: Node) -> Node:
     node = root
     while len(node.contents.folders) == 1 and not node.contents.images:
         name, inner = next(iter(node.contents.folders.items()))
-        if name in EVERY_SPLIT or inner.contents.images:
+        if name.lower() in EVERY_SPLIT or inner.contents.images:
             return root
-        if "train" in inner.contents.folders or len(inner.contents.folders) > 1:
+        if split_folder(inner, "train") or len(inner.contents.folders) > 1:
             return inner
         node = inner
     return root
+
+
+def split_folder(node: Node, split: str) -> Node | None:
+    """Returns the folder of a split that a node holds, the first of `SPLIT_NAMES`."""
+    folders = node.contents.folders
+    for wanted in SPLIT_NAMES[split]:
+        for name in (wanted, *folders):
+            if name.lower() == wanted and name in folders:
+                return folders[name]
+    return None
 
 
 def find_split(root: Node, split: str) -> Part:
@@ -178,24 +188,23 @@ def find_split(root: Node, split: str) -> Part:
       ValueError: the folder `train` is missing, or may be a split or a class.
     """
     images, folders, left_out = root.contents
-    train = folders.get("train")
-    held_out = next((folders[name] for name in SPLIT_NAMES["eval"] if name in folders), None)
+    train, held_out = (split_folder(root, name) for name in ("train", "eval"))
     if train and held_out:
         beside = LeftOut(left_out)
-        for name in (*images, *(folders.keys() - EVERY_SPLIT)):
-            beside.add(OUTSIDE, name)
+        for name in (*images, *(each for each in folders if each.lower() not in EVERY_SPLIT)):
+            beside.add(OUTSIDE, printable(name))
         return Part(train if split == "train" else held_out, train, True, beside)
     if train:
-        others = [*images, *(each for each in folders if each != "train")]
-        others = [each for each in others if each in images or holds_images(folders[each])]
-        if others:
+        others = [each for each in folders.values() if each is not train and holds_images(each)]
+        if others or images:
             raise ValueError(
                 "a folder train is a split where a folder val stands beside it, else all there is; "
-                f"got {root.place} with train, without val, and with {others[0]}; name the folder "
-                "train itself as the source, or put all classes into it"
+                f"got {root.place} with train, without val, and with "
+                f"{others[0].place if others else min(images)}; name the folder train itself as "
+                "the source, or put all classes into it"
             )
         return Part(train, train, False, left_out)
-    if held_out and not images and folders.keys() <= EVERY_SPLIT:
+    if held_out and not images and {each.lower() for each in folders} <= EVERY_SPLIT:
         if split == "train":
             raise ValueError(
                 f"a set with splits has a folder train; got {root.place} with "

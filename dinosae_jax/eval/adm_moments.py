@@ -94,10 +94,10 @@ def check_covariance(path: pathlib.Path, covariance: NDArray[np.float64]) -> Non
     largest = float(np.abs(covariance).max(initial=0.0))
     asymmetry = float(np.abs(covariance - covariance.T).max(initial=0.0))
     smallest = float(np.linalg.eigvalsh(covariance).min(initial=0.0))
-    for found, what in ((asymmetry, "an asymmetric one"), (-smallest, "negative eigenvalues")):
+    for found, what in ((asymmetry, "an asymmetric matrix"), (-smallest, "negative eigenvalues")):
         if found > ROUNDING * largest:
             raise ValueError(
-                f"sigma is a covariance, symmetric and without negative eigenvalues; got {what} in "
+                f"moments are symmetric and without negative eigenvalues; got {what} in "
                 f"{path}, off by {found:.3g}; the file is damaged or holds something else"
             )
 

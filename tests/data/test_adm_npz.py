@@ -92,7 +92,7 @@ def test_other_moments_are_what_the_config_says_or_unknown(tmp_path):
     [
         ({"sigma": None}, "with mu alone"),
         ({"mu": None}, "with sigma alone"),
-        ({"sigma": np.eye(3) + np.eye(3, k=1)}, "an asymmetric one .* off by 1"),
+        ({"sigma": np.eye(3) + np.eye(3, k=1)}, "an asymmetric matrix .* off by 1"),
         ({"sigma": np.diag([1.0, 1.0, -0.5])}, "negative eigenvalues .* off by 0.5"),
         ({"sigma": np.eye(3) + 2 * (1 - np.eye(3))}, "negative eigenvalues .* off by 1"),
     ],

@@ -160,6 +160,7 @@ def _moments_reference(
 ) -> OpenedReference:
     """Moments of one tap, as an earlier evaluation left them."""
     moments = frechet.read_statistics(path)
+    adm_moments.check_covariance(path, moments.scatter)
     others = [tap for tap in taps if tap != moments.recipe.tap]
     if others:
         raise ValueError(
