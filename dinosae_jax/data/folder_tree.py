@@ -41,26 +41,20 @@ def _read(path: str, above: frozenset[tuple[int, int]]) -> Contents:
     left_out = LeftOut()
     above |= {_identity(path)}
     for entry in _entries(path):
-        name, shown = entry.name, printable(os.path.join(os.path.basename(path), entry.name))
+        name = entry.name
         if is_hidden(name):
-            left_out.add(HIDDEN, shown)
-        elif _is_dangling(entry):
-            if not is_image(name):
-                raise ValueError(
-                    f"a link in an image folder leads somewhere; got {printable(entry.path)} -> "
-                    f"{printable(os.readlink(entry.path))}, which does not exist; restore that, or "
-                    "remove the link"
-                )
-            left_out.add(DANGLING, shown)
-        elif entry.is_dir():
-            if entry.is_symlink() and _identity(entry.path) in above:
-                left_out.add(LOOP, shown)
-            else:
-                folders[name] = _node(entry.path, above)
+            left_out.add(HIDDEN, _shown(entry))
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            left_out.add(_dangling(entry), _shown(entry))
         elif entry.is_file() and is_image(name):
             images[name] = Image(entry.path)
+        elif entry.is_dir():
+            if entry.is_symlink() and _identity(entry.path) in above:
+                left_out.add(LOOP, _shown(entry))
+            else:
+                folders[name] = _node(entry.path, above)
         else:
-            left_out.add(NO_IMAGE, shown)
+            left_out.add(NO_IMAGE, _shown(entry))
     return Contents(images, folders, left_out)
 
 
@@ -81,9 +75,19 @@ def _identity(path: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _is_dangling(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a link that leads to nothing, or to itself."""
-    return entry.is_symlink() and not os.path.exists(entry.path)
+def _dangling(entry: os.DirEntry[str]) -> str:
+    """Why a link to nothing is left out, where it is one of an image."""
+    if is_image(entry.name):
+        return DANGLING
+    raise ValueError(
+        f"a link in an image folder leads somewhere; got {printable(entry.path)} -> "
+        f"{printable(os.readlink(entry.path))}, which cannot be reached; restore that, or remove "
+        "the link"
+    )
+
+
+def _shown(entry: os.DirEntry[str]) -> str:
+    return printable(os.path.join(os.path.basename(os.path.dirname(entry.path)), entry.name))
 
 
 def _unreadable(path: str, error: OSError) -> ValueError:
