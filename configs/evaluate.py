@@ -7,7 +7,6 @@ An autoencoder gets rFID against the same validation images, PSNR, SSIM and (wit
 LPIPS. A flow's workdir is sampled first, 50 images a class; `--config.samples=FILE.npz` measures
 images that are there. Both get gFID, sFID, Inception Score, Precision/Recall and KID against
 `reference`, for ImageNet `VIRTUAL_imagenet256_labeled.npz`, or against the training images.
-That file is known by its sha256; of other moments `reference_moments` says how they were made.
 Without weights.inception Frechet and kernel distance are measured in another feature space, whose
 name they bear: in that of weights.efficientnet (FD EfficientNet-Lite0, KID EfficientNet-Lite0),
 a network pretrained on ImageNet-1k, or in the encoder's own (FD encoder, KID encoder). Writes
@@ -21,6 +20,9 @@ format of torch before 1.6, so that torch saves it once more before it is conver
         F.get_model_file_path(), weights_only=True), "efficientnet-lite0.pth")'
     python -m weights_conversion.convert --kind=efficientnet_lite0 \
         --input=efficientnet-lite0.pth --output=weights/efficientnet
+
+The published references of ImageNet are known by their sha256. Of other moments
+`reference_moments` says how they were made.
 
 `metrics` chooses some: psnr, ssim, lpips, frechet, kernel and interpolated_frechet of an
 autoencoder; frechet, spatial_frechet, inception_score, precision_recall and kernel of samples.

@@ -342,15 +342,6 @@ def _validate_measurement(config: ml_collections.ConfigDict) -> None:
             "uint8_conversion", config.uint8_conversion, get_args(names.Uint8Conversion)
         )
         _require_member("resize", config.resize, get_args(names.InceptionResize))
-        moments = config.reference_moments
-        if moments.resize or moments.count:
-            known = get_args(names.InceptionResize)
-            _require_member("reference_moments.resize", moments.resize, known)
-            if moments.count < 2:
-                raise ValueError(
-                    "reference_moments.count must be at least 2, the number of images that the "
-                    f"moments are of; got {moments.count}; set it with reference_moments.resize"
-                )
         for field, least in (("images", 0), ("reference_images", 0), ("kernel_subset_size", 2)):
             if config[field] < least:
                 raise ValueError(
@@ -362,6 +353,20 @@ def _validate_measurement(config: ml_collections.ConfigDict) -> None:
             f"{config.job} needs trained weights; got an empty init_from; name a workdir, "
             "checkpoint, export or conversion with --config.init_from=..., or use the variant "
             ":tiny, which draws random ones"
+        )
+    if "reference_moments" in config:
+        _validate_moments(config.reference_moments)
+
+
+def _validate_moments(moments: ml_collections.ConfigDict) -> None:
+    """The rules of what is said of moments that do not say how they were made."""
+    if not moments.resize and not moments.count:
+        return
+    _require_member("reference_moments.resize", moments.resize, get_args(names.InceptionResize))
+    if moments.count < 2:
+        raise ValueError(
+            "reference_moments.count must be at least 2, the number of images that the moments are "
+            f"of; got {moments.count}; set it with reference_moments.resize"
         )
 
 

@@ -59,21 +59,23 @@ def open_archive(path: pathlib.Path) -> Archive:
     Raises:
       ValueError: not an .npz file with `arr_0` as uint8 [n, h, w, 3] in C order, or a damaged one.
     """
-    rule = f"images come as an .npz with arr_0 as uint8 [n, h, w, 3] in C order; got {path}"
+    rule = "images come as an .npz with arr_0 as uint8 [n, h, w, 3] in C order"
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{rule}, which is no .npz; write it with adm_npz.write_images")
+        raise ValueError(f"{rule}; got {path}, no .npz; write it with adm_npz.write_images")
     with as_one_line(path), zipfile.ZipFile(path) as archive:
         if "arr_0.npy" not in archive.namelist():
             names = sorted(name.removesuffix(".npy") for name in archive.namelist())
             way = "name the images arr_0"
             if "mu" in names:
                 way = "moments alone do not say which resize made them, so add the images"
-            raise ValueError(f"{rule} with members {names[:8]}; {way}")
+            raise ValueError(f"{rule}; got {path} with members {names[:8]}; {way}")
         with archive.open("arr_0.npy") as file:
             shape, fortran, dtype = _read_header(file)
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
         order = "Fortran" if fortran else "C"
-        raise ValueError(f"{rule} with {dtype} {list(shape)} in {order} order; convert it")
+        raise ValueError(
+            f"{rule}; got {path} with {dtype} {list(shape)} in {order} order; convert it"
+        )
     return Archive(path, (shape[0], shape[1], shape[2], shape[3]))
 
 

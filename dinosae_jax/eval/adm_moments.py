@@ -53,7 +53,8 @@ def read_moments(path: pathlib.Path, tap: str, answer: Recipe | None = None) -> 
     """
     if tap not in MOMENTS:
         raise ValueError(
-            f"a reference stores the taps {sorted(MOMENTS)}; got {tap!r}; take one of these"
+            f"a reference stores the taps {', '.join(sorted(MOMENTS))}; got {tap!r}; choose one of "
+            "these"
         )
     resolution = adm_npz.open_archive(path).shape[1]
     stored = _members(path, MOMENTS[tap])

@@ -12,7 +12,7 @@ from dinosae_jax.runtime import console
 
 
 def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Writes each split to workdir/SPLIT; shards that are whole already are kept.
+    """Writes each split to workdir/SPLIT; intact shards are kept.
 
     Args:
       config: source, data_dir, holdout, splits, crop_size, short_side, eval_synsets, num_shards,

@@ -210,7 +210,7 @@ def _resize(image: Image, short_side: int) -> Image:
 def _load(
     records: Records, indices: list[int], config: ml_collections.ConfigDict
 ) -> Iterator[tuple[list[int], NDArray[np.uint8]]]:
-    """Batches of a group: (indices, cropped images [b, h, w, 3])."""
+    """Batches of a group: (indices, cropped images [b,h,w,3])."""
     for start in range(0, len(indices), config.batch_size):
         batch = indices[start : start + config.batch_size]
         images = (crops.decode_rgb(records.read(index)[0]) for index in batch)
@@ -221,7 +221,7 @@ def _load(
 def _compiled_figures(with_lpips: bool) -> Callable[..., dict[str, jax.Array]]:
     @jax.jit
     def figures(variables: Any, pair: jax.Array) -> dict[str, jax.Array]:
-        """Figures [b] of pairs uint8 [b, 2, h, w, 3], reconstruction first."""
+        """Figures [b] of pairs uint8 [b,2,h,w,3], reconstruction first."""
         images = autoencoder_lib.unit_interval(pair)
         shown, original = images[:, 0], images[:, 1]
         found = {
