@@ -22,6 +22,9 @@ format of torch before 1.6, so that torch saves it once more before it is conver
     python -m weights_conversion.convert --kind=efficientnet_lite0 \
         --input=efficientnet-lite0.pth --output=weights/efficientnet
 
+The published references of ImageNet are known by their sha256. Of other moments
+`reference_moments` says how they were made.
+
 `metrics` chooses some: psnr, ssim, lpips, frechet, kernel and interpolated_frechet of an
 autoencoder; frechet, spatial_frechet, inception_score, precision_recall and kernel of samples.
 
@@ -60,6 +63,8 @@ def get_config(argument=None):
             samples="",  # an .npz of images; given instead of init_from
             encoder="",  # weights whose encoder gives features; those of init_from where empty
             reference="",  # .npz of images or of moments; the data set itself where empty
+            # Of an .npz with mu and sigma that does not say how they were made.
+            reference_moments=dict(resize="", count=0),  # resize as below; number of images
             metrics=(),  # empty: all that are possible (see jobs/evaluate.py)
             images=50_000,  # of the data set, reconstructed; fewer where it has fewer
             reference_images=0,  # of the data set as a reference; 0: all

@@ -441,9 +441,15 @@ def _validate_conversion(config: ml_collections.ConfigDict) -> None:
         _require_positive(config, field)
     for split in config.splits:
         _require_member("splits", split, ("train", "eval"))
-    if config.crop_size < 0:
+    for field in ("crop_size", "short_side"):
+        if config[field] < 0:
+            raise ValueError(
+                f"{field} must not be negative; got {config[field]}; 0 keeps the files as they are"
+            )
+    if config.eval_synsets and "eval" not in config.splits:
         raise ValueError(
-            f"crop_size must not be negative; got {config.crop_size}; 0 keeps the files as they are"
+            "eval_synsets labels the split eval; got splits without it; add eval, or leave "
+            "eval_synsets empty"
         )
     if not config.source:
         raise ValueError(
@@ -462,6 +468,20 @@ def _validate_measurement(config: ml_collections.ConfigDict) -> None:
             f"{config.job} needs trained weights; got an empty init_from; name a workdir, "
             "checkpoint, export or conversion with --config.init_from=..., or use the variant "
             ":tiny, which draws random ones"
+        )
+    if "reference_moments" in config:
+        _validate_moments(config.reference_moments)
+
+
+def _validate_moments(moments: ml_collections.ConfigDict) -> None:
+    """The rules of what is said of moments that do not say how they were made."""
+    if not moments.resize and not moments.count:
+        return
+    _require_member("reference_moments.resize", moments.resize, get_args(names.InceptionResize))
+    if moments.count < 2:
+        raise ValueError(
+            "reference_moments.count must be at least 2, the number of images that the moments are "
+            f"of; got {moments.count}; set it with reference_moments.resize"
         )
 
 

@@ -1,10 +1,12 @@
 """The .npz files of the ADM evaluation suite: batches of samples, and references with moments.
 
-A batch holds `arr_0`, uint8 [n,h,w,3]. A reference holds 10,000 images as `arr_0` and the moments
-of the whole training set: `mu`, `sigma` (pool3, 2048) and `mu_s`, `sigma_s` (spatial, 2023).
+A batch holds `arr_0`, uint8 [n, h, w, 3]. A reference holds 10,000 images as `arr_0` and the
+moments of the whole training set: `mu`, `sigma` (pool3, 2048), `mu_s`, `sigma_s` (spatial, 2023).
 Images are read and written as a stream, because 50,000 of them are 9.8 GB. A member `recipe`,
 which other programs ignore, says how the moments were made.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -18,7 +20,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-Images = NDArray[np.uint8]  # [n,h,w,3]
+Images = NDArray[np.uint8]  # [n, h, w, 3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Archive:
     shape: tuple[int, int, int, int]
 
     def batches(self, size: int) -> Iterator[Images]:
-        """Yields uint8 [b,h,w,3] in order, b = size but for the last batch.
+        """Yields uint8 [b, h, w, 3] in order, b = size but for the last batch.
 
         Raises:
           ValueError: the file is damaged, or ends before its images do.
@@ -44,31 +46,36 @@ class Archive:
                 shape = (min(size, self.shape[0] - start), *self.shape[1:])
                 data = file.read(int(np.prod(shape)))
                 if len(data) != np.prod(shape):
-                    raise ValueError(f"{self.path} ends inside image {start} of {self.shape[0]}")
+                    raise ValueError(
+                        f"an .npz holds as many images as its header says, {self.shape[0]}; got "
+                        f"{self.path}, which ends after {start}; copy or write it again"
+                    )
                 yield np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def open_archive(path: pathlib.Path) -> Archive:
-    """Opens the images of an .npz file and holds their layout; nothing is read yet.
+    """Opens the images of an .npz file and checks their layout; no image is read yet.
 
     Raises:
-      ValueError: not an .npz file with `arr_0` as uint8 [n,h,w,3] in C order, or a damaged one.
+      ValueError: not an .npz file with `arr_0` as uint8 [n, h, w, 3] in C order, or a damaged one.
     """
-    rule = f"{path} must be an .npz with arr_0 as uint8 [n,h,w,3] in C order"
+    rule = "images come as an .npz with arr_0 as uint8 [n, h, w, 3] in C order"
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{rule}, got something else: write it with adm_npz.write_images")
+        raise ValueError(f"{rule}; got {path}, no .npz; write it with adm_npz.write_images")
     with as_one_line(path), zipfile.ZipFile(path) as archive:
         if "arr_0.npy" not in archive.namelist():
             names = sorted(name.removesuffix(".npy") for name in archive.namelist())
             way = "name the images arr_0"
             if "mu" in names:
-                way = "moments alone do not say which resize made them, use the images"
-            raise ValueError(f"{rule}, got members {names[:8]}: {way}")
+                way = "moments alone do not say which resize made them, so add the images"
+            raise ValueError(f"{rule}; got {path} with members {names[:8]}; {way}")
         with archive.open("arr_0.npy") as file:
             shape, fortran, dtype = _read_header(file)
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
         order = "Fortran" if fortran else "C"
-        raise ValueError(f"{rule}, got {dtype} {list(shape)} in {order} order: convert it")
+        raise ValueError(
+            f"{rule}; got {path} with {dtype} {list(shape)} in {order} order; convert it"
+        )
     return Archive(path, (shape[0], shape[1], shape[2], shape[3]))
 
 
@@ -77,7 +84,7 @@ def write_images(path: pathlib.Path, batches: Iterable[Images], count: int) -> N
 
     Args:
       path: the file to write; it appears under this name when it is complete.
-      batches: uint8 [b,h,w,3] each; images beyond `count` are dropped, as a padded last batch is.
+      batches: uint8 [b, h, w, 3] each; images beyond `count`, of a padded last batch, are dropped.
       count: number of images.
 
     Raises:
@@ -102,8 +109,8 @@ def _write_batches(file: IO[bytes], batches: Iterable[Images], count: int) -> No
             or batch.shape[1:] != (shape or batch.shape[1:])
         ):
             raise ValueError(
-                "an .npz batch takes uint8 images [b,h,w,3] of one size, "
-                f"got {batch.dtype} {list(batch.shape)}: convert with to_uint8"
+                "an .npz batch takes uint8 images [b, h, w, 3] of one size; "
+                f"got {batch.dtype} {list(batch.shape)}; convert them with to_uint8"
             )
         if shape is None:
             shape = batch.shape[1:]
@@ -114,7 +121,9 @@ def _write_batches(file: IO[bytes], batches: Iterable[Images], count: int) -> No
         written += len(kept)
         if written == count:
             return
-    raise ValueError(f"an .npz batch of {count} images was asked for, got {written}: make more")
+    raise ValueError(
+        f"an .npz batch needs the {count} images that were asked for; got {written}; make more"
+    )
 
 
 @contextlib.contextmanager
@@ -123,7 +132,9 @@ def as_one_line(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy or write it again") from None
+        raise ValueError(
+            f"an .npz must be whole; got {path}, which is damaged ({error}); copy or write it again"
+        ) from None
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

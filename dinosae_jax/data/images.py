@@ -6,6 +6,8 @@ own rows of each global batch. So nothing about the position has to be saved, an
 are the same on any number of processes, threads and workers.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 import sys
@@ -17,13 +19,12 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from dinosae_jax import names
-from dinosae_jax.data import crops
+from dinosae_jax.data import crops, pixels
 from dinosae_jax.data.order import Share, crop_generator, share_of, training_index
-from dinosae_jax.data.records import Records
-from dinosae_jax.data.sources import open_records
+from dinosae_jax.data.records import LARGEST_BAD_PART, Records
+from dinosae_jax.data.sources import open_records, require_labels
 
 CACHE_BYTES = 512 * 2**20  # sets that seem to fit here by their first image are kept decoded
-LARGEST_BAD_PART = 0.01  # of the images may be unreadable, then reading stops
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +34,18 @@ class ImageSource:
 
     An image that cannot be read is replaced by the next readable one (in the order of the
     indices), named in the log and counted. Once more than 1% of the images (but at least one) have
-    turned out unreadable, reading raises ValueError.
+    turned out unreadable, reading raises ValueError. An image that is smaller than the crop is
+    enlarged wherever it stands, and the first of these is named in the log.
 
     Attributes:
-        label_names: the classes' names in the order of the labels.
-        num_classes: their number.
-        fingerprint: hash of what the set is made of (names and sizes of the files).
+      label_names: the classes' names in the order of the labels.
+      num_classes: their number.
+      fingerprint: hash of what the set is made of (names and sizes of the files).
     """
 
-    def __init__(self, records: Records):
+    def __init__(self, records: Records, crop_side: int = 0):
         self._records = records
+        self._crop_side = crop_side  # smaller images are named, the first of them
         self.label_names = records.label_names
         self.num_classes = len(records.label_names)
         self.fingerprint = records.fingerprint
@@ -56,13 +59,14 @@ class ImageSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The image uint8 [h,w,3], its label int32, and the index int64 that was really read."""
+        """The image uint8 [h, w, 3], its label int32, and the index int64 that was really read."""
         wanted = index
         while (found := self._load(index)) is None:
             index = (index + 1) % len(self)
             if index == wanted:
                 raise ValueError(
-                    f"No image of the source can be read, not even {self.name(index)}."
+                    f"an image source must hold readable images; got {len(self)} images of which "
+                    f"none can be read, not even {self.name(index)}; check the files"
                 )
         image, label = found
         return {"image": image, "label": np.int32(label), "index": np.int64(index)}
@@ -91,10 +95,20 @@ class ImageSource:
         except OSError as error:
             self._report_bad(index, error)
             return None
+        self._report_small(index, loaded[0])
         if loaded[0].nbytes <= self._room:
             self._room -= loaded[0].nbytes
             self._cache[index] = loaded
         return loaded
+
+    def _report_small(self, index: int, image: np.ndarray) -> None:
+        height, width = image.shape[:2]
+        if min(height, width) < self._crop_side:
+            log.warning(
+                "enlarges images that are smaller than the crop of %d pixels, as %s of %d x %d",
+                *(self._crop_side, self.name(index), width, height),
+            )
+            self._crop_side = 0
 
     def _report_bad(self, index: int, error: OSError) -> None:
         self._bad.add(index)
@@ -105,8 +119,8 @@ class ImageSource:
         )
         if len(self._bad) > allowed:
             raise ValueError(
-                f"At most 1% of the images may be unreadable; {len(self._bad)} of {len(self)} are, "
-                f"the last one {self.name(index)} ({error}): remove or replace them."
+                f"at most 1% of the images may be unreadable; got {len(self._bad)} of {len(self)}, "
+                f"the last one {self.name(index)} ({error}); remove or replace them"
             )
 
 
@@ -115,12 +129,12 @@ class CropRecipe:
     """How a decoded image becomes a square: the part of the data config that changes pixels.
 
     Attributes:
-        image_size: side of the square in pixels.
-        crop: 'random' cuts it from the image as it is, 'center' is ADM's centre crop,
-            'resize_random' brings the short side to `resize` first (RAE's augmentation),
-            'random_resized' cuts a random part and resizes it (the linear probe's).
-        resize: pixels, used by 'resize_random' alone.
-        flip: mirror half of the training images.
+      image_size: side of the square in pixels.
+      crop: 'random' cuts it from the image as it is, 'center' is ADM's centre crop,
+        'resize_random' brings the short side to `resize` first (RAE's augmentation),
+        'random_resized' cuts a random part and resizes it (the linear probe's).
+      resize: pixels, used by 'resize_random' alone.
+      flip: mirror half of the training images.
     """
 
     image_size: int
@@ -129,20 +143,27 @@ class CropRecipe:
     flip: bool
 
     def train(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A training crop, uint8 [s,s,3]."""
+        """A training crop, uint8 [s, s, 3]."""
         if self.crop == "center":
             image = crops.adm_center_crop(image, self.image_size)
         elif self.crop == "random_resized":
             image = crops.random_resized_crop(image, self.image_size, rng)
         else:
-            if self.crop == "resize_random":
-                image = crops.resize_short_side(image, self.resize)
-            image = crops.random_crop(image, self.image_size, rng)
+            short_side = self.resize if self.crop == "resize_random" else 0
+            image = crops.random_crop(image, self.image_size, rng, short_side)
         return crops.flip(image, rng) if self.flip else image
 
     def evaluate(self, image: np.ndarray) -> np.ndarray:
-        """The evaluation crop, uint8 [s,s,3]: ADM's, whatever the training crop is."""
+        """The evaluation crop, uint8 [s, s, 3]: ADM's, whatever the training crop is."""
         return crops.adm_center_crop(image, self.image_size)
+
+    def pixels(self, split: str) -> dict[str, Any]:
+        """What stored images must be for a crop of them to be this recipe's (`pixels.record`)."""
+        if split == "eval" or self.crop == "center":
+            return pixels.record("adm_center", self.image_size)
+        if self.crop == "resize_random":
+            return pixels.record("short_side", self.resize)
+        return pixels.record("none", 0)
 
 
 def recipe_of(data_config: Mapping[str, Any]) -> CropRecipe:
@@ -155,28 +176,33 @@ def recipe_of(data_config: Mapping[str, Any]) -> CropRecipe:
     )
     if recipe.crop not in get_args(names.Crop):
         raise ValueError(
-            f"data.crop is one of {', '.join(get_args(names.Crop))}; got {recipe.crop!r}."
+            f"data.crop is one of {', '.join(get_args(names.Crop))}; got {recipe.crop!r}; take one "
+            "of these"
         )
     if recipe.image_size < 1:
-        raise ValueError(f"data.image_size must be positive; got {recipe.image_size}.")
+        raise ValueError(f"data.image_size must be positive; got {recipe.image_size}; raise it")
     if recipe.crop == "resize_random" and recipe.resize < recipe.image_size:
         raise ValueError(
-            f"data.crop='resize_random' needs data.resize >= data.image_size; got resize "
-            f"{recipe.resize} and image_size {recipe.image_size}."
+            "data.crop='resize_random' needs data.resize >= data.image_size; got resize "
+            f"{recipe.resize} and image_size {recipe.image_size}; change one of them"
         )
     return recipe
 
 
-def open_images(data_config: Mapping[str, Any], split: str) -> ImageSource:
-    """Open one split of the config's image source and decode its first image.
+def open_images(
+    data_config: Mapping[str, Any], split: str, *, labelled: bool = False
+) -> ImageSource:
+    """Opens one split of the config's image source and decodes its first image.
 
     Args:
-        data_config: `source` (see `sources.open_records`), `data_dir` (or None), the crop fields
-            of `Recipe`, and `holdout` (optional, see `sources.open_records`).
-        split: 'train' or 'eval'.
+      data_config: `source` (see `sources.open_records`), `data_dir` (or None), the crop fields of
+        `CropRecipe`, and `holdout` (optional, see `sources.open_records`).
+      split: 'train' or 'eval'.
+      labelled: whether the labels are used.
 
     Raises:
-        ValueError: the source cannot be opened, or its images are smaller than a random crop.
+      ValueError: the source cannot be opened, holds other pixels than the crops are cut from, or
+        lacks the labels.
     """
     recipe = recipe_of(data_config)
     records = open_records(
@@ -185,14 +211,12 @@ def open_images(data_config: Mapping[str, Any], split: str) -> ImageSource:
         data_dir=data_config.get("data_dir") or None,
         holdout=data_config.get("holdout") or 0,
     )
-    source = ImageSource(records)
-    height, width = source[0]["image"].shape[:2]
-    if split == "train" and recipe.crop == "random" and min(height, width) < recipe.image_size:
-        raise ValueError(
-            f"data.crop='random' cuts {recipe.image_size} pixels from the image as it is; "
-            f"{source.name(0)} has {width}x{height}: use crop 'center' or 'resize_random'."
-        )
-    return source
+    if labelled:
+        require_labels(records, f"{data_config['source']} ({split})")
+    crop = f"data.crop={recipe.crop!r}" if split == "train" else "evaluation"
+    title = f"{data_config['source']} ({split})"
+    pixels.check(records.pixels, recipe.pixels(split), title, crop)
+    return ImageSource(records, recipe.image_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,20 +262,20 @@ def train_batches(
     """Endless training batches, from the one that step `start_step` uses.
 
     Args:
-        source: what `open_source` returned.
-        data_config: the crop fields of `Recipe`, `threads` (reading threads, 0 for none) and
-            `workers` (processes, 0 for none; absl flags must be parsed).
-        batch_size: of all processes together.
-        seed: 0 <= seed < 2^32.
-        start_step: the number of batches that come before.
-        rows: int64 [b], ascending: which of a batch's rows this process reads; None for all.
+      source: what `open_images` returned.
+      data_config: the crop fields of `CropRecipe`, `threads` (reading threads, 0 for none) and
+        `workers` (processes, 0 for none; absl flags must be parsed).
+      batch_size: of all processes together.
+      seed: 0 <= seed < 2^32.
+      start_step: the number of batches that come before.
+      rows: int64 [b], ascending: which of a batch's rows this process reads; None for all.
 
     Returns:
-        An iterator over {'image': uint8 [b,s,s,3], 'label': int32 [b], 'index': int64 [b]}, b the
-        batch of this process.
+      An iterator over {'image': uint8 [b, s, s, 3], 'label': int32 [b], 'index': int64 [b]}, b the
+      batch of this process.
 
     Raises:
-        ValueError: no rows, or (while iterating) too many unreadable images.
+      ValueError: no rows, or (while iterating) too many unreadable images.
     """
     share = share_of(batch_size, rows)
     example = _TrainExample(source, recipe_of(data_config), share, seed)
@@ -272,7 +296,7 @@ def eval_batches(
     index -1; these, and stand-ins for unreadable images, have mask False.
 
     Returns:
-        An iterator like that of `train_batches`, with 'mask': bool [b] besides.
+      An iterator like that of `train_batches`, with 'mask': bool [b] besides.
     """
     share = share_of(batch_size, rows)
     example = _EvalExample(source, recipe_of(data_config), share)
@@ -289,7 +313,7 @@ def range_batches(
     A stand-in takes the place of an unreadable image, as in training.
 
     Returns:
-        An iterator over {'image': uint8 [b,s,s,3], 'label': int32 [b], 'index': int64 [b]}.
+      An iterator over {'image': uint8 [b, s, s, 3], 'label': int32 [b], 'index': int64 [b]}.
     """
     recipe = recipe_of(data_config)
 
@@ -307,7 +331,7 @@ def _batches(
     batch_size: int,
     drop_remainder: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Read examples by threads (and worker processes), batch them in order, stay one ahead."""
+    """Reads examples by threads (and worker processes), in order, and stays one batch ahead."""
     threads, workers = int(data_config.get("threads", 2)), int(data_config.get("workers", 0))
     ahead = 2 * batch_size if threads else 0
     dataset = examples.to_iter_dataset(

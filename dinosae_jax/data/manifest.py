@@ -1,5 +1,7 @@
 """The manifest of an archive: what its shards hold, their sizes and sha256."""
 
+from __future__ import annotations
+
 import json
 import pathlib
 from typing import Any
@@ -10,18 +12,18 @@ MANIFEST = "manifest.json"
 
 
 def read_manifest(path: pathlib.Path, again: str = "the conversion") -> dict[str, Any]:
-    """Read a manifest file; ValueError, which says to run `again`, where it is not readable."""
+    """Returns a manifest; ValueError, which says to run `again`, where it is not readable."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"An archive needs a readable {MANIFEST}, which is written at the very end; "
-            f"{path} is not ({error}): run {again} again, it goes on where it was."
+            f"an archive needs a readable {MANIFEST}, which is written at the very end; got "
+            f"{path} ({error}); run {again} again, which writes what is missing"
         ) from error
 
 
 def is_whole(folder: pathlib.Path, shard: dict[str, Any]) -> bool:
-    """Whether a shard is there and has the size that its manifest entry states."""
+    """Whether a shard exists and has the size that its manifest entry states."""
     path = folder / shard["name"]
     return path.is_file() and path.stat().st_size == shard["bytes"]
 
@@ -33,20 +35,20 @@ def check_shards(
     sha256: bool = False,
     again: str = "the conversion",
 ) -> None:
-    """Compare an archive's shards with its manifest, by size, and by content on request.
+    """Compares an archive's shards with its manifest, by size, and by content on request.
 
     Raises:
-        ValueError: a shard is missing or differs; the message names it.
+      ValueError: a shard is missing or differs; the message names it.
     """
     for shard in manifest["shards"]:
         path = folder / shard["name"]
         if not is_whole(folder, shard):
             raise ValueError(
-                f"An archive's shards must be as its manifest says; {path} is missing or has not "
-                f"its {shard['bytes']} bytes: run {again} again, it repairs that shard."
+                f"an archive's shards must be as its manifest says; got {path}, which is missing "
+                f"or has not its {shard['bytes']} bytes; run {again} again, which repairs it"
             )
         if sha256 and files.file_sha256(path) != shard["sha256"]:
             raise ValueError(
-                f"An archive's shards must be as its manifest says; the content of {path} has "
-                f"changed: remove that file and run {again} again."
+                f"an archive's shards must be as its manifest says; got {path}, whose content has "
+                f"changed; remove that file and run {again} again"
             )

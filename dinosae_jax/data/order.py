@@ -4,6 +4,8 @@ The order of each epoch is a permutation drawn from the seed, draws for one exam
 place in the global order, and a process reads the rows of each global batch that are its own.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 
@@ -17,8 +19,8 @@ class Share:
     """The rows of each global batch that one process reads.
 
     Attributes:
-        batch_size: of all processes together.
-        rows: int64 [b], ascending.
+      batch_size: of all processes together.
+      rows: int64 [b], ascending.
     """
 
     batch_size: int
@@ -39,13 +41,13 @@ def share_of(batch_size: int, rows: np.ndarray | None) -> Share:
     """The share of a process that reads some rows of each batch, or all of them (None).
 
     Raises:
-        ValueError: there are no rows, or they are not rows of the batch.
+      ValueError: there are no rows, or they are not rows of the batch.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if not len(rows) or rows[0] < 0 or rows[-1] >= batch_size:
         raise ValueError(
-            f"A process reads at least one of the {batch_size} rows of a batch; got "
-            f"{rows[:8].tolist()}: give a larger batch."
+            f"a process reads at least one of the {batch_size} rows of a batch; got "
+            f"{rows[:8].tolist()}; give a larger batch"
         )
     return Share(batch_size, rows)
 

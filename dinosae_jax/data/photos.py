@@ -9,6 +9,8 @@ any resizing. Split 'train' holds the ten remaining parts, their short side resi
 in the config's name; split 'eval' holds square tiles cut from the strips alone.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import io
@@ -45,14 +47,14 @@ def photo_path(name: str) -> pathlib.Path:
     spec = importlib.util.find_spec(package)  # finds the folder without importing the package
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"The embedded photos need the package {package}, which is not installed: "
-            "pip install scikit-image scikit-learn."
+            f"the embedded photos need the package {package}; got no such package; run "
+            "pip install scikit-image scikit-learn"
         )
     path = pathlib.Path(spec.submodule_search_locations[0]) / relative
     if not path.is_file():
         raise ValueError(
-            f"The embedded photo {name} is expected at {path}, which this release of {package} "
-            "does not install: use scikit-image 0.25-0.26 and scikit-learn 1.6-1.9."
+            f"the embedded photo {name} must be installed; got nothing at {path} in this release "
+            f"of {package}; use scikit-image 0.25-0.26 and scikit-learn 1.6-1.9"
         )
     return path
 
@@ -73,7 +75,7 @@ def split_boxes(height: int, width: int) -> dict[str, tuple[slice, slice]]:
 
 
 def cut_tiles(strip: np.ndarray, side: int) -> list[np.ndarray]:
-    """Resize the strip's short side to `side` and cut the tiles uint8 [side,side,3] that fit."""
+    """Resizes the strip's short side to `side`, cuts the tiles uint8 [side, side, 3] that fit."""
     strip = crops.resize_short_side(strip, side)
     return [
         strip[top : top + side, left : left + side]
@@ -128,26 +130,26 @@ class Photos(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | os.PathLike | None = None, config: str = "112") -> str:
-    """Write the ArrayRecord files of one config unless they are there, and return the folder.
+    """Writes the ArrayRecord files of one config where they are missing; returns the folder.
 
     The files are built in a folder of their own and renamed when complete, so a killed build
     leaves nothing that could be read, and of two processes at once the first to finish wins.
 
     Args:
-        data_dir: tensorflow-datasets folder; None takes $TFDS_DATA_DIR or ~/tensorflow_datasets.
-        config: the short side in pixels, a key of `TILES`.
+      data_dir: tensorflow-datasets folder; None takes $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      config: the short side in pixels, a key of `TILES`.
 
     Returns:
-        The tensorflow-datasets folder that holds photos/<config>.
+      The tensorflow-datasets folder that holds photos/<config>.
 
     Raises:
-        ValueError: there is no such config, a package that brings photos is not installed, or the
-            folder cannot be written.
+      ValueError: there is no such config, a package that brings photos is not installed, or the
+        folder cannot be written.
     """
     if config not in {str(side) for side in TILES}:
         raise ValueError(
-            f"The photo set comes at short side {sorted(TILES)}; got photos/{config}: "
-            "take one of these."
+            f"the photo set comes at short side {sorted(TILES)}; got photos/{config}; "
+            "take one of these"
         )
     root = pathlib.Path(data_dir or default_data_dir()).expanduser()
     final = root / "photos" / config / str(Photos.VERSION)
@@ -157,8 +159,8 @@ def prepare(data_dir: str | os.PathLike | None = None, config: str = "112") -> s
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"The photo set is written to {final.parent}, which fails here ({error.strerror}): "
-            "name another folder in data.data_dir or TFDS_DATA_DIR."
+            f"the photo set needs a folder to be written to; got {final.parent} "
+            f"({error.strerror}); name another in data.data_dir or TFDS_DATA_DIR"
         ) from error
     tfds.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix=".building-", dir=root) as building:

@@ -1,17 +1,24 @@
 """Encoded images by index: of files, tar files, tensorflow-datasets and our own archives.
 
 Each kind is an object with `len`, `read(index) -> (bytes of the image file, label)`,
-`name(index)` for messages, `label_names`, and `fingerprint`, a hash of what the set is made of.
-Reading is random access and safe from several threads.
+`name(index)` for messages, `label_names`, `unlabelled`, and `fingerprint`, a hash of what the set
+is made of. Where labels are not known they are -1, and `unlabelled` says why. Reading is random
+access and safe from several threads.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+
+from dinosae_jax.data.pixels import AS_THEY_ARE
+
+LARGEST_BAD_PART = 0.01  # of the images may be unreadable, then reading stops
 
 
 class Records(Protocol):
@@ -24,6 +31,14 @@ class Records(Protocol):
     @property
     def fingerprint(self) -> str:
         """A hash of what the set is made of."""
+
+    @property
+    def unlabelled(self) -> str:
+        """Why the labels are not known; empty where they are."""
+
+    @property
+    def pixels(self) -> Mapping[str, Any]:
+        """What was done to the images before they were stored, a record of `pixels`."""
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -55,6 +70,8 @@ class FileRecords:
     labels: np.ndarray  # int32
     label_names: tuple[str, ...]
     fingerprint: str
+    unlabelled: str = ""
+    pixels: Mapping[str, Any] = dataclasses.field(default_factory=lambda: AS_THEY_ARE)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -76,6 +93,8 @@ class TfdsRecords:
     label_names: tuple[str, ...]
     fingerprint: str
     title: str
+    unlabelled: str = ""
+    pixels: Mapping[str, Any] = dataclasses.field(default_factory=lambda: AS_THEY_ARE)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -96,13 +115,16 @@ class ArchiveRecords:
     label_names: tuple[str, ...]
     fingerprint: str
     title: str
+    unlabelled: str
+    pixels: Mapping[str, Any]
+    numbers: np.ndarray | None  # int64, training's number of each label of the shards
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, index: int) -> tuple[bytes, int]:
         label, _, encoded = unpack_record(self.source[index])
-        return encoded, label
+        return encoded, -1 if self.numbers is None else int(self.numbers[label])
 
     def name(self, index: int) -> str:
         return f"{self.title}:{unpack_record(self.source[index])[1]}"
@@ -114,8 +136,22 @@ class Subset:
 
     parent: Records
     indices: np.ndarray
-    label_names: tuple[str, ...]
     fingerprint: str
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Those of the whole set."""
+        return self.parent.label_names
+
+    @property
+    def unlabelled(self) -> str:
+        """As in the whole set."""
+        return self.parent.unlabelled
+
+    @property
+    def pixels(self) -> Mapping[str, Any]:
+        """As in the whole set."""
+        return self.parent.pixels
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -128,12 +164,12 @@ class Subset:
 
 
 def pack_record(label: int, name: str, encoded: bytes) -> bytes:
-    """One archive record: int32 label, uint32 length of the name, the name, the image file."""
+    """Returns an archive record: int32 label, uint32 length of the name, name, image file."""
     name_bytes = name.encode()
     return struct.pack("<iI", label, len(name_bytes)) + name_bytes + encoded
 
 
 def unpack_record(record: bytes) -> tuple[int, str, bytes]:
-    """Label, name and image bytes of an archive record."""
+    """Returns label, name and image bytes of an archive record."""
     label, length = struct.unpack_from("<iI", record)
     return label, record[8 : 8 + length].decode(), record[8 + length :]

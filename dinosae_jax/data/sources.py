@@ -1,15 +1,20 @@
 """Opening an image set by its name: which files it has, their labels, and its splits."""
 
+from __future__ import annotations
+
+import dataclasses
 import glob
 import os
 import pathlib
-import tarfile
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from dinosae_jax import rules
+from dinosae_jax.data import folder_tree, tar_tree, tree
 from dinosae_jax.data.manifest import MANIFEST, check_shards, read_manifest
 from dinosae_jax.data.records import (
+    LARGEST_BAD_PART,
     ArchiveRecords,
     FileRecords,
     Records,
@@ -17,42 +22,130 @@ from dinosae_jax.data.records import (
     TfdsRecords,
     fingerprint_of,
 )
+from dinosae_jax.data.tree import EXTENSIONS, SPLIT_NAMES
+from dinosae_jax.runtime import console
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-SPLIT_NAMES = {"train": ("train",), "eval": ("eval", "val", "validation", "test")}
+SYNSETS = (
+    "put each image into a folder of its class, or convert the set with configs/convert_images.py "
+    "and --config.eval_synsets=FILE, a list of the classes of its images"
+)
 
 
 def open_records(
     source: str, split: str, *, data_dir: str | None = None, holdout: int = 0
 ) -> Records:
-    """Open one split of an image set.
+    """Opens one split of an image set.
 
     Args:
-        source: 'photos/<side>', 'tfds:<name>', 'folder:<path>', 'tar:<pattern>' or
-            'array_record:<path>'.
-        split: 'train' or 'eval'. A tensorflow-datasets set answers 'eval' with its split eval,
-            val, validation or test; a folder or an archive with its subfolder of such a name; a
-            tar pattern with {split} in it has it replaced by such a name.
-        data_dir: tensorflow-datasets folder, None for its default.
-        holdout: where the set has no splits of its own, every holdout-th image (by sorted name)
-            is 'eval' and the others are 'train'. With 0, 'train' is everything and there is no
-            'eval'.
+      source: 'photos/<side>', 'tfds:<name>', 'folder:<path>', 'tar:<pattern>' or
+        'array_record:<path>'.
+      split: 'train' or 'eval'. A tensorflow-datasets set answers 'eval' with its split eval, val,
+        validation or test. A folder, a tar or an archive answers with its folder of such a name, a
+        tar pattern with {split} in it by replacing that with such a name. `tree` has the rules.
+      data_dir: tensorflow-datasets folder, None for its default.
+      holdout: where the set has no splits of its own, every holdout-th image (by sorted name) is
+        'eval' and the others are 'train'. With 0, 'train' is everything and there is no 'eval'.
 
     Raises:
-        ValueError: the set cannot be found, read, or has no such split or no images.
+      ValueError: the set cannot be found, read, or has no such split or no images.
     """
     if split not in SPLIT_NAMES:
-        raise ValueError(f"A split is 'train' or 'eval'; got {split!r}.")
-    records, has_splits = _open(source, split, data_dir)
+        raise ValueError(f"a split is 'train' or 'eval'; got {split!r}; take one of these")
+    records, has_splits, left_out = _open(source, split, data_dir)
     if len(records) == 0:
+        found = f"; left out: {left_out}" if left_out else ""
         raise ValueError(
-            f"An image source must hold images; {source} ({split}) holds none that end in "
-            f"{' '.join(sorted(EXTENSIONS))}: check the path."
+            f"an image source must hold images that end in {' '.join(sorted(EXTENSIONS))}; got "
+            f"{source} ({split}) with none{found}; check the path"
         )
+    _report(f"{source} ({split})", records, left_out)
     return records if has_splits else _held_out(records, source, split, holdout)
 
 
-def _open(source: str, split: str, data_dir: str | None) -> tuple[Records, bool]:
+def open_folder(path: str | os.PathLike) -> Records:
+    """Opens every image of a folder, at any depth: no classes, no splits.
+
+    Raises:
+      ValueError: a folder cannot be read, or there are no images.
+    """
+    root = folder_tree.open_folder(os.path.expanduser(path))
+    left_out = tree.LeftOut()
+    found = [(0, name, image) for name, image in tree.images_below(root, "", left_out)]
+    if not found:
+        raise ValueError(
+            f"a folder of images must hold images that end in {' '.join(sorted(EXTENSIONS))}; got "
+            f"{root.place} with none{f'; left out: {left_out}' if left_out else ''}; check the path"
+        )
+    records = _file_records(found, (pathlib.Path(path).resolve().name,), (), "")
+    _report(root.place, records, left_out)
+    return records
+
+
+def require_labels(records: Records, split: str) -> None:
+    """Raises ValueError where the labels of a split are not known."""
+    if records.unlabelled:
+        raise ValueError(
+            "labels are needed, and every split takes the classes of training by their names; got "
+            f"{split} without labels, because {records.unlabelled}; {SYNSETS}"
+        )
+
+
+def with_synsets(records: Records, path: str | os.PathLike) -> Records:
+    """Returns a split without class folders, labelled by a list of its images' classes.
+
+    Args:
+      records: the split, its images in the order of their names.
+      path: a text file with the class of one image in each line, a name among training's classes:
+        for ImageNet's ILSVRC2012_img_val.tar the 50,000 synsets of its images.
+
+    Raises:
+      ValueError: labels are known already, the classes of training are not, or a line of the list
+        is none of them.
+    """
+    if not isinstance(records, FileRecords) or not records.unlabelled or not records.label_names:
+        reason = records.unlabelled or "its images lie in class folders"
+        raise ValueError(
+            "a list of synsets labels a split without class folders beside a training split with "
+            f"them; got another one, because {reason}; leave eval_synsets empty, or give both "
+            "splits"
+        )
+    names = pathlib.Path(path).expanduser().read_text().split()
+    if len(names) != len(records):
+        raise ValueError(
+            f"a list of synsets names the class of each image in a line; got {len(names)} names "
+            f"in {path} for {len(records)} images; take the list of this split"
+        )
+    label_of = {name: label for label, name in enumerate(records.label_names)}
+    unknown = next((place for place, name in enumerate(names) if name not in label_of), None)
+    if unknown is not None:
+        numbers = ", a number, whose order is not that of the synsets"
+        raise ValueError(
+            "a list of synsets names classes of training, such as "
+            f"{records.label_names[0]}; got {names[unknown]!r} as number {unknown + 1} in {path}"
+            f"{numbers if names[unknown].isdecimal() else ''}; take a list of synsets"
+        )
+    labels = np.asarray([label_of[name] for name in names], np.int32)
+    fingerprint = fingerprint_of([records.fingerprint, *names])
+    return dataclasses.replace(records, labels=labels, unlabelled="", fingerprint=fingerprint)
+
+
+def _report(title: str, records: Records, left_out: tree.LeftOut) -> None:
+    """Says in one line what a listing left out, and that labels are not known."""
+    bad, _ = left_out.get(tree.DANGLING, (0, ""))
+    if bad > max(1, LARGEST_BAD_PART * len(records)):
+        raise ValueError(
+            f"at most 1% of the images may be links to nothing; got {bad} beside {len(records)} "
+            f"images in {title}, the first {left_out[tree.DANGLING][1]}; restore what they link to"
+        )
+    notes = [f"left out: {left_out}"] if left_out else []
+    if records.unlabelled:
+        notes.append(f"labels are not known, because {records.unlabelled}")
+    if notes:
+        classes = len(records.label_names)
+        console.report(f"{title}: {len(records):,} images, {classes:,} classes; {'; '.join(notes)}")
+
+
+def _open(source: str, split: str, data_dir: str | None) -> tuple[Records, bool, tree.LeftOut]:
     """The records of a split and True, or of a whole set that has no splits and False."""
     rules.require_local("an image source", source)
     kind, _, place = source.partition(":")
@@ -60,17 +153,19 @@ def _open(source: str, split: str, data_dir: str | None) -> tuple[Records, bool]
         from dinosae_jax.data import photos
 
         data_dir = photos.prepare(data_dir, source.removeprefix("photos/"))
-        return _open_tfds(source, split, data_dir)
+        return *_open_tfds(source, split, data_dir), tree.LeftOut()
     if kind == "tfds" and place:
-        return _open_tfds(place, split, data_dir)
+        return *_open_tfds(place, split, data_dir), tree.LeftOut()
     if kind == "tar" and place:
-        return _open_tar(place, split)
-    if kind in ("folder", "array_record") and place:
-        folder, has_splits = _split_folder(pathlib.Path(place).expanduser(), split)
-        return (_open_folder if kind == "folder" else _open_archive)(folder), has_splits
+        return _open_tree(_tar_part(os.path.expanduser(place), split))
+    if kind == "folder" and place:
+        root = tree.unwrap(folder_tree.open_folder(os.path.expanduser(place)))
+        return _open_tree(tree.find_split(root, split))
+    if kind == "array_record" and place:
+        return *_open_archive(pathlib.Path(place).expanduser(), split), tree.LeftOut()
     raise ValueError(
-        "An image source is 'photos/112', 'tfds:NAME', 'folder:PATH', 'tar:PATTERN' or "
-        f"'array_record:PATH'; got {source!r}."
+        "an image source is 'photos/112', 'tfds:NAME', 'folder:PATH', 'tar:PATTERN' or "
+        f"'array_record:PATH'; got {source!r}; name one of these"
     )
 
 
@@ -79,167 +174,131 @@ def _held_out(records: Records, source: str, split: str, holdout: int) -> Record
     if not holdout:
         if split == "eval":
             raise ValueError(
-                f"{source} has no images kept for evaluation: set data.holdout=10 to keep every "
-                "tenth image out of training, or make subfolders train and val."
+                "evaluation needs images that are kept out of training; got "
+                f"{source}, which has none of {', '.join(SPLIT_NAMES['eval'])}; set data.holdout=10"
+                " to keep every tenth image out of training, or make folders train and val"
             )
         return records
     if not 2 <= holdout <= len(records):
         raise ValueError(
-            f"data.holdout keeps every n-th image out of training, 2 <= n <= {len(records)} here; "
-            f"got {holdout}."
+            "data.holdout keeps every n-th image out of training, 2 <= n <= "
+            f"{len(records)} here; got {holdout}; change it"
         )
     held = np.arange(len(records)) % holdout == 0
     indices = np.flatnonzero(held if split == "eval" else ~held)
     fingerprint = fingerprint_of([records.fingerprint, split, holdout])
-    return Subset(records, indices, records.label_names, fingerprint)
+    return Subset(records, indices, fingerprint)
 
 
-def _split_folder(root: pathlib.Path, split: str) -> tuple[pathlib.Path, bool]:
-    """The subfolder of a split and True, or the folder itself and False where it has none."""
-    try:
-        folders = {entry.name for entry in os.scandir(root) if entry.is_dir()}
-    except OSError as error:
-        raise ValueError(
-            f"An image folder must be readable; got {root} ({error.strerror})."
-        ) from error
-    if SPLIT_NAMES["train"][0] not in folders:
-        return root, False
-    for name in SPLIT_NAMES[split]:
-        if name in folders:
-            return root / name, True
-    raise ValueError(
-        f"{root} has a folder train but none of {', '.join(SPLIT_NAMES[split])}: add one, or name "
-        "the folder train itself as the source."
-    )
+def _open_tree(part: tree.Part) -> tuple[FileRecords, bool, tree.LeftOut]:
+    """The images of a split of a folder or of tars, with training's numbers of their classes."""
+    own = tree.class_folders(part.node)
+    names, unlabelled = tree.label_names(part, own)
+    label_of = {} if unlabelled else {name: label for label, name in enumerate(names)}
+    left_out = tree.LeftOut(part.left_out)
+    found = []
+    for path, image in tree.images_below(part.node, "", left_out):
+        label = label_of.get(path.partition("/")[0], -1) if own else -1 if unlabelled else 0
+        found.append((label, path, image))
+    for name in sorted(part.node.contents.folders.keys() - own.keys()):
+        left_out.add(tree.EMPTY, tree.printable(name))
+    return _file_records(found, names, own, unlabelled), part.has_splits, left_out
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _open_folder(root: pathlib.Path) -> FileRecords:
-    """Images in the folder itself (one class), or below its subfolders (a class each)."""
-    with os.scandir(root) as found:
-        entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
-    flat = [e.path for e in entries if e.is_file() and _is_image(e.name)]
-    folders = {e.name: sorted(_images_below(root / e.name)) for e in entries if e.is_dir()}
-    classes, inside = list(folders), list(folders.values())
-    if flat and any(inside):
-        name = next(name for name, images in folders.items() if images)
-        raise ValueError(
-            f"An image folder holds images or class folders; {root} holds both, "
-            f"{os.path.basename(flat[0])} and those in {name}: move one kind elsewhere."
-        )
-    if flat:
-        classes, inside = [root.name], [flat]
-    paths = [path for images in inside for path in images]
-    labels = [label for label, images in enumerate(inside) for _ in images]
-    sizes = [os.path.getsize(path) for path in paths]
-    names = [os.path.relpath(path, root) for path in paths]
+def _file_records(
+    found: list[tuple[int, str, tree.Image]],
+    names: Sequence[str],
+    classes: Iterable[str],
+    unlabelled: str,
+) -> FileRecords:
+    """Records of (label, path below the split, image); `classes` are those of the folders."""
+    found.sort(key=lambda each: each[2].key or (each[1].partition("/")[0], each[1]))
+    labels, paths, images = zip(*found, strict=True) if found else ((), (), ())
+    files = list(dict.fromkeys(image.file for image in images))
+    number_of = {file: number for number, file in enumerate(files)}
+    sizes = [os.path.getsize(image.file) if image.size < 0 else image.size for image in images]
+    shown = [image.name or tree.printable(path) for path, image in zip(paths, images, strict=True)]
     return FileRecords(
-        names=names,
-        files=paths,
-        file_of=np.arange(len(paths), dtype=np.int32),
-        offsets=np.zeros(len(paths), np.int64),
+        names=shown,
+        files=files,
+        file_of=np.asarray([number_of[image.file] for image in images], np.int32),
+        offsets=np.asarray([image.offset for image in images], np.int64),
         sizes=np.asarray(sizes, np.int64),
         labels=np.asarray(labels, np.int32),
-        label_names=tuple(classes),
-        fingerprint=fingerprint_of([*classes, *zip(names, sizes, strict=True)]),
+        label_names=tuple(tree.printable(name) for name in names),
+        fingerprint=fingerprint_of(
+            [*map(tree.printable, classes), *zip(shown, sizes, strict=True)]
+        ),
+        unlabelled=unlabelled,
     )
 
 
-def _images_below(root: pathlib.Path) -> list[str]:
-    found = ((folder, file) for folder, _, files in os.walk(root) for file in files)
-    return [os.path.join(folder, file) for folder, file in found if _is_image(file)]
-
-
-def _open_tar(pattern: str, split: str) -> tuple[FileRecords, bool]:
-    """Tar files: the class is an image's folder inside the tar, or else the tar's own name."""
-    candidates = [pattern]
-    if "{split}" in pattern:
-        candidates = [pattern.replace("{split}", name) for name in SPLIT_NAMES[split]]
-    expanded = (sorted(glob.glob(os.path.expanduser(each))) for each in candidates)
-    tars = next((found for found in expanded if found), [])
-    if not tars:
-        raise ValueError(f"A tar source must name tar files; nothing matches {candidates[0]}.")
-    members = [member for number, path in enumerate(tars) for member in _tar_members(number, path)]
-    classes = sorted({member[1] for member in members})
-    label_of = {name: label for label, name in enumerate(classes)}
-    names = [f"{os.path.basename(tars[number])}/{name}" for number, _, name, _, _ in members]
-    sizes = [member[4] for member in members]
-    records = FileRecords(
-        names=names,
-        files=tars,
-        file_of=np.asarray([member[0] for member in members], np.int32),
-        offsets=np.asarray([member[3] for member in members], np.int64),
-        sizes=np.asarray(sizes, np.int64),
-        labels=np.asarray([label_of[member[1]] for member in members], np.int32),
-        label_names=tuple(classes),
-        fingerprint=fingerprint_of([*classes, *zip(names, sizes, strict=True)]),
-    )
-    return records, "{split}" in pattern
-
-
-def _tar_members(number: int, path: str) -> list[tuple[int, str, str, int, int]]:
-    """(number of the tar, class, name, offset, size) of each image, sorted by name."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            headers = [member for member in tar if member.isfile()]
-    except (OSError, tarfile.TarError) as error:
+def _tar_part(pattern: str, split: str) -> tree.Part:
+    """The split of some tar files, which {split} in their pattern or folders in them tell."""
+    if "{split}" not in pattern:
+        tars = _matching(pattern)
+        if not tars:
+            raise ValueError(
+                f"a tar source must name tar files; got {pattern}, which matches nothing; check "
+                "the path"
+            )
+        return tree.find_split(tree.unwrap(tar_tree.open_tars(tars)), split)
+    node = _split_tars(pattern, split)
+    if node is None:
         raise ValueError(
-            f"A tar source must be an uncompressed tar file, which alone allows random access; "
-            f"{path} is not ({error}): unpack it, or pack it again without compression."
-        ) from error
-    images = [m for m in headers if _is_image(os.path.basename(m.name))]
-    if not images and any(m.name.endswith(".tar") for m in headers):
-        raise ValueError(
-            f"A tar source must hold images; {path} holds further tar files: unpack it once "
-            "(tar -xf) and name those."
+            f"a tar source must name tar files; got {pattern}, which matches nothing with {{split}}"
+            f" as {' or '.join(SPLIT_NAMES[split])}; check the path"
         )
-    own_name = os.path.basename(path).removesuffix(".tar")
-    return [
-        (
-            number,
-            _parent_name(m.name) or own_name,
-            m.name,
-            m.offset_data,
-            m.size,
-        )
-        for m in sorted(images, key=lambda m: m.name)
-    ]
+    training = node if split == "train" else _split_tars(pattern, "train")
+    return tree.Part(node, training, True, tree.LeftOut())
 
 
-def _parent_name(member: str) -> str:
-    """The folder of a tar's member; empty for './1.png', which `tar -C FOLDER .` writes."""
-    return os.path.basename(os.path.dirname(os.path.normpath(member)))
+def _split_tars(pattern: str, split: str) -> tree.Node | None:
+    """The tree of the tars of a split, below a folder of the split's name where they have one."""
+    for name in SPLIT_NAMES[split]:
+        tars = _matching(pattern.replace("{split}", name))
+        if tars:
+            start = os.path.basename(pattern).partition("*")[0]
+            shared = start.replace("{split}", name) if "{split}" in start else ""
+            root = tree.unwrap(tar_tree.open_tars(tars, shared))
+            alone = len(root.contents.folders) == 1 and not root.contents.images
+            return (tree.split_folder(root, split) if alone else None) or root
+    return None
+
+
+def _matching(pattern: str) -> list[str]:
+    return [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
 
 
 def _open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords, bool]:
     """A prepared tensorflow-datasets set, read from its ArrayRecord files without TensorFlow."""
     import tensorflow_datasets as tfds
 
-    refusal = (
-        "A tensorflow-datasets set must be prepared with file_format='array_record'; "
-        f"{name} in {data_dir or 'the default folder'} "
-    )
+    def refusal(reason: str) -> ValueError:
+        return ValueError(
+            "a tensorflow-datasets set must be prepared with file_format='array_record'; got "
+            f"{name} in {data_dir or 'the default folder'}, which {reason}; prepare it, or name "
+            "its folder in data.data_dir"
+        )
+
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # tensorflow-datasets has no common class for these
-        raise ValueError(refusal + f"is not known ({_first_line(error)}).") from error
+        raise refusal(f"is not known ({_first_line(error)})") from error
     info = builder.info
     if not {"image", "label"} <= set(info.features):
         raise ValueError(
-            f"A tensorflow-datasets set needs the features image and label; {name} has "
-            f"{', '.join(info.features)}."
+            "a tensorflow-datasets set needs the features image and label; got "
+            f"{name} with {', '.join(info.features)}; take another set"
         )
     labels = getattr(info.features["label"], "names", None)
     if labels is None:
         raise ValueError(
-            f"The label of a tensorflow-datasets set must be a class; that of {name} is "
-            f"{type(info.features['label']).__name__}: take another set, or a folder tree."
+            "the label of a tensorflow-datasets set must be a class; got "
+            f"{type(info.features['label']).__name__} in {name}; take another set, or a folder tree"
         )
     if not info.splits:
-        raise ValueError(refusal + "is not prepared.")
+        raise refusal("is not prepared")
     own = {key: [n for n in names if n in info.splits] for key, names in SPLIT_NAMES.items()}
     has_splits = all(own.values())
     chosen = own[split][0] if has_splits else next(iter(own["train"] or info.splits))
@@ -247,7 +306,7 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords
         decoders = {"image": tfds.decode.SkipDecoding()}
         source = builder.as_data_source(split=chosen, decoders=decoders)
     except Exception as error:
-        raise ValueError(refusal + f"cannot be read ({_first_line(error)}).") from error
+        raise refusal(f"cannot be read ({_first_line(error)})") from error
     title = f"{info.full_name}:{chosen}"
     parts = [title, len(source), info.splits[chosen].num_bytes, *labels]
     return TfdsRecords(source, tuple(labels), fingerprint_of(parts), title), has_splits
@@ -257,15 +316,50 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _open_archive(folder: pathlib.Path) -> ArchiveRecords:
+def _open_archive(root: pathlib.Path, split: str) -> tuple[ArchiveRecords, bool]:
     """An archive whose shards all have the sizes that its manifest states."""
     import grain
 
+    folder, has_splits = _archive_folder(root, split)
     manifest = read_manifest(folder / MANIFEST)
     check_shards(folder, manifest)
+    names, unlabelled = tuple(manifest["label_names"]), manifest.get("unlabelled", "")
+    training, numbers = names, np.arange(len(names))
+    if has_splits and split != "train" and (root / "train" / MANIFEST).exists():
+        training = tuple(read_manifest(root / "train" / MANIFEST)["label_names"])
+        unknown = sorted(set(names) - set(training))
+        if unknown:
+            unlabelled = f"{folder} has classes that training has not, the first {unknown[0]}"
+        else:
+            numbers = np.asarray([training.index(name) for name in names], np.int64)
     paths = [str(folder / shard["name"]) for shard in manifest["shards"]]
-    source = grain.sources.ArrayRecordDataSource(paths)
     parts = [(shard["name"], shard["sha256"]) for shard in manifest["shards"]]
-    return ArchiveRecords(
-        source, tuple(manifest["label_names"]), fingerprint_of(parts), folder.name
+    records = ArchiveRecords(
+        source=grain.sources.ArrayRecordDataSource(paths),
+        label_names=training,
+        fingerprint=fingerprint_of(parts),
+        title=folder.name,
+        unlabelled=unlabelled,
+        pixels=manifest.get("pixels", {"crop": manifest.get("crop", "unknown")}),
+        numbers=None if unlabelled else numbers,
+    )
+    return records, has_splits
+
+
+def _archive_folder(root: pathlib.Path, split: str) -> tuple[pathlib.Path, bool]:
+    """The folder of a split of an archive and True, or the archive itself and False."""
+    try:
+        folders = {entry.name for entry in os.scandir(root) if entry.is_dir()}
+    except OSError as error:
+        raise ValueError(
+            f"an archive must be readable; got {root} ({error.strerror}); check the path"
+        ) from error
+    if (root / MANIFEST).exists() or not folders & tree.EVERY_SPLIT:
+        return root, False
+    for name in SPLIT_NAMES[split]:
+        if name in folders:
+            return root / name, True
+    raise ValueError(
+        f"an archive with splits needs one of {', '.join(SPLIT_NAMES[split])} for {split}; got "
+        f"{root} with {', '.join(sorted(folders))}; convert that split, or name one of these"
     )

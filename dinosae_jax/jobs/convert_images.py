@@ -15,8 +15,8 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """Writes each split to workdir/SPLIT; intact shards are kept.
 
     Args:
-      config: source, data_dir, holdout, splits, crop_size, num_shards, threads
-        (configs/convert_images.py).
+      config: source, data_dir, holdout, splits, crop_size, short_side, eval_synsets, num_shards,
+        threads (configs/convert_images.py).
       folder: folder of the archive.
 
     Raises:
@@ -26,11 +26,14 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     if jax.process_index() != 0:
         return
     for split in config.splits:
+        short_side = config.short_side if split == "train" else 0
         manifest = archive.convert_images(
             config.source,
             folder,
             split=split,
-            crop_size=config.crop_size,
+            crop_size=0 if short_side else config.crop_size,
+            short_side=short_side,
+            synsets=config.eval_synsets if split == "eval" else "",
             num_shards=config.num_shards,
             threads=config.threads,
             data_dir=config.data_dir or None,

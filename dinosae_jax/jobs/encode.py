@@ -46,7 +46,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """
     mesh = sharding.make_mesh(devices=jax.local_devices())
     autoencoder = Autoencoder(inputs.open_weights(config), config.dtype, mesh=mesh)
-    sources = {split: images.open_images(config.data, split) for split in SPLITS}
+    sources = {split: images.open_images(config.data, split, labelled=True) for split in SPLITS}
     plans = {split: make_plan(config, autoencoder, sources[split], split) for split in SPLITS}
     for split in SPLITS:
         latent_writer.claim(folder / split, plans[split])
@@ -71,7 +71,7 @@ def make_plan(
     shape = (flipped, config.format, tokens, convention.width)
     return {
         "split": split,
-        "images": {field: data[field] for field in latent_reader.IMAGE_FIELDS},
+        "images": latent_reader.image_recipe(data),
         "images_fingerprint": source.fingerprint,
         "flipped": flipped,
         "encoder": {

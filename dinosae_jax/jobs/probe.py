@@ -44,7 +44,9 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     autoencoder = inputs.open_autoencoder(config, source)
     inputs.require_teacher(autoencoder)
     sharding.check_batch(config.batch_size, 1, autoencoder.mesh)
-    train, held_out = (images.open_images(config.data, split) for split in ("train", "eval"))
+    train, held_out = (
+        images.open_images(config.data, split, labelled=True) for split in ("train", "eval")
+    )
     check_classes(train, held_out)
     provenance.prepare_workdir(config, folder)
     rows = []

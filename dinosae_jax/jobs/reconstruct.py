@@ -91,7 +91,7 @@ def open_images(images: str, data_dir: str = "") -> Records:
       ValueError: where there are no images, or they cannot be read.
     """
     if pathlib.Path(images).expanduser().is_dir():
-        return sources.open_records(f"folder:{images}", "train")
+        return sources.open_folder(images)
     if images.startswith(SOURCE_KINDS):
         return sources.open_records(images, "eval", data_dir=data_dir or None)
     raise ValueError(

@@ -159,7 +159,7 @@ def open_flow_data(config: ml_collections.ConfigDict, split: str) -> loading.Sou
       ValueError: for unreadable data, or a cache of other images or of other latents.
     """
     if not config.data.latents:
-        return images.open_images(config.data, split)
+        return images.open_images(config.data, split, labelled=True)
     source = latent_reader.open_latents(config.data, split)
     convention = LatentConvention.of(config)
     for name in ("tokens", "width", "norm"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinosae_jax.data import archive, crops, manifest, sources
+from dinosae_jax.data import archive, crops, images, manifest, sources
 
 
 @pytest.fixture
@@ -70,10 +70,122 @@ def test_conversion_goes_on_where_it_was(tree, tmp_path, monkeypatch):
 
 def test_another_conversion_in_the_folder_is_refused(tree, tmp_path):
     archive.convert_images(f"folder:{tree}", tmp_path / "out")
-    with pytest.raises(ValueError, match="holds one with crop 'none' instead of 'adm_center_32"):
+    with pytest.raises(ValueError, match=r"one with pixels .*none.* instead of .*adm_center"):
         archive.convert_images(f"folder:{tree}", tmp_path / "out", crop_size=32)
-    with pytest.raises(ValueError, match="1 <= num_shards <= 9"):
-        archive.convert_images(f"folder:{tree}", tmp_path / "more", num_shards=10)
+    with pytest.raises(ValueError, match="got 32 and 40; set one of them to 0"):
+        archive.convert_images(f"folder:{tree}", tmp_path / "more", crop_size=32, short_side=40)
+
+
+def test_there_are_no_more_shards_than_images(tree, tmp_path):
+    written = archive.convert_images(f"folder:{tree}", tmp_path / "more", num_shards=64)
+    assert [shard["count"] for shard in written["shards"]] == [1] * 9
+
+
+def config_of(source, **changes):
+    fields = {"crop": "center", "image_size": 32, "threads": 0, "workers": 0, "flip": False}
+    return {"source": source, "data_dir": None, "resize": 0, **fields, **changes}
+
+
+CROPS = {  # of data configs
+    "center": {"crop": "center", "image_size": 32},
+    "half": {"crop": "center", "image_size": 16},
+    "resize_random": {"crop": "resize_random", "image_size": 32, "resize": 36},
+    "enlarged": {"crop": "resize_random", "image_size": 32, "resize": 48},
+    "random": {"crop": "random", "image_size": 32},
+    "random_resized": {"crop": "random_resized", "image_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("stored", "suitable"),
+    [
+        ({}, set(CROPS)),
+        ({"crop_size": 32}, {"center"}),
+        ({"short_side": 36}, {"resize_random"}),
+    ],
+)
+def test_an_archive_of_other_pixels_is_refused(tree, tmp_path, stored, suitable):
+    """What is not refused has the pixels that the images themselves give."""
+    source = f"array_record:{tmp_path / 'out'}"
+    archive.convert_images(f"folder:{tree}", tmp_path / "out", **stored)
+    for name, crop in CROPS.items():
+        if name in suitable:
+            both = [
+                next(images.train_batches(images.open_images(c, "train"), c, batch_size=9, seed=1))
+                for c in (config_of(source, **crop), config_of(f"folder:{tree}", **crop))
+            ]
+            np.testing.assert_array_equal(both[0]["image"], both[1]["image"])
+            continue
+        with pytest.raises(ValueError, match="cuts its images from; got") as caught:
+            images.open_images(config_of(source, **crop), "train")
+        assert "--config.crop_size=0 --config.short_side=0" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_evaluation_wants_the_files_or_its_own_crop(tree, tmp_path):
+    for name, stored in {
+        "files": {},
+        "crops": {"crop_size": 32},
+        "short": {"short_side": 36},
+    }.items():
+        output = tmp_path / name
+        archive.convert_images(f"folder:{tree}", output, split="train", holdout=3, **stored)
+        archive.convert_images(f"folder:{tree}", output, split="eval", holdout=3, **stored)
+        config = config_of(f"array_record:{output}", image_size=32)
+        if name == "short":
+            with pytest.raises(
+                ValueError, match=r"evaluation wants ADM's .* of 32 pixels; convert"
+            ):
+                images.open_images(config, "eval")
+            continue
+        assert len(images.open_images(config, "eval")) == 3
+        if name == "crops":
+            with pytest.raises(ValueError, match=r"--config\.crop_size=16 \(or"):
+                images.open_images({**config, "image_size": 16}, "eval")
+
+
+def test_other_colours_and_unknown_crops_are_refused(tree, tmp_path, monkeypatch):
+    archive.convert_images(f"folder:{tree}", tmp_path / "out", crop_size=32)
+    config = config_of(f"array_record:{tmp_path / 'out'}")
+    monkeypatch.setattr(crops, "COLOUR", "another rule")
+    with pytest.raises(ValueError, match="wants ADM's centre crops of 32 pixels, colour 'another"):
+        images.open_images(config, "train")
+    monkeypatch.undo()
+    path = tmp_path / "out/train/manifest.json"
+    content = json.loads(path.read_text())
+    del content["pixels"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="with 'unknown', where"):
+        images.open_images(config, "train")
+
+
+def test_short_sides_are_reduced_and_never_enlarged(tree, tmp_path):
+    archive.convert_images(f"folder:{tree}", tmp_path / "out", short_side=39)
+    large = tree / "class0" / "0.jpg"
+    Image.fromarray(np.zeros((30, 50, 3), np.uint8)).save(large)
+    archive.convert_images(f"folder:{tree}", tmp_path / "mixed", short_side=39)
+    copies, _ = read_all(f"array_record:{tmp_path / 'mixed'}")
+    originals, _ = read_all(f"folder:{tree}")
+    assert copies[0][0] == originals[0][0]  # smaller: the file as it is
+    for copy, original in zip(copies[1:], originals[1:], strict=True):
+        wanted = crops.resize_short_side(crops.decode_rgb(original[0]), 39)
+        np.testing.assert_array_equal(crops.decode_rgb(copy[0]), wanted)
+
+
+def test_splits_of_an_archive_have_trainings_numbers(tree, tmp_path):
+    """Also where each split was converted as a set of its own, with its own numbers."""
+    (tmp_path / "part").mkdir()
+    (tree / "class1").rename(tmp_path / "part" / "class1")
+    archive.convert_images(f"folder:{tmp_path / 'part'}", tmp_path / "one")
+    (tmp_path / "part" / "class1").rename(tree / "class1")
+    archive.convert_images(f"folder:{tree}", tmp_path / "out")
+    (tmp_path / "one" / "train").rename(tmp_path / "out" / "eval")
+    held_out = sources.open_records(f"array_record:{tmp_path / 'out'}", "eval")
+    assert held_out.label_names == ("class0", "class1") and held_out.read(0)[1] == 1
+    path = tmp_path / "out" / "eval" / "manifest.json"
+    path.write_text(path.read_text().replace('"class1"', '"class9"'))
+    held_out = sources.open_records(f"array_record:{tmp_path / 'out'}", "eval")
+    assert held_out.read(0)[1] == -1 and "the first class9" in held_out.unlabelled
 
 
 def test_damaged_shards_are_named_and_repaired(tree, tmp_path):
@@ -84,10 +196,10 @@ def test_damaged_shards_are_named_and_repaired(tree, tmp_path):
     manifest.check_shards(folder, written, sha256=True)
     intact = shard.read_bytes()
     shard.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
-    with pytest.raises(ValueError, match=f"content of .*{shard.name} has changed"):
+    with pytest.raises(ValueError, match=f"{shard.name}.* content has changed"):
         manifest.check_shards(folder, written, sha256=True)
     shard.write_bytes(intact[:100])
-    with pytest.raises(ValueError, match=f"{shard.name} is missing or has not"):
+    with pytest.raises(ValueError, match=f"{shard.name}, which is missing or has not"):
         sources.open_records(f"array_record:{output}", "train")
     archive.convert_images(source, output, num_shards=2)
     assert shard.read_bytes() == intact
@@ -101,5 +213,5 @@ def test_unreadable_images_are_left_out_and_limited(tree, tmp_path):
     written = archive.convert_images(f"folder:{tree}", tmp_path / "out")
     assert written["count"] == 8 and written["shards"][0]["skipped"] == ["class0/2.jpg"]
     (tree / "class1" / "1.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"2 of 9 are, the last one class1/1\.jpg"):
+    with pytest.raises(ValueError, match=r"got 2 of 9, the last one class1/1\.jpg"):
         archive.convert_images(f"folder:{tree}", tmp_path / "again")

@@ -1,5 +1,6 @@
 import io
 import itertools
+import struct
 
 import numpy as np
 import pytest
@@ -101,6 +102,77 @@ def test_other_modes_become_rgb(rng):
     np.testing.assert_array_equal(
         crops.decode_rgb(encode(palette, "PNG")), np.asarray(palette.convert("RGB"))
     )
+
+
+RAMP = np.linspace(0, 65535, 16 * 256).reshape(16, 256).astype(np.uint16)
+
+
+def pnm(values, largest):
+    return b"P5\n256 16\n%d\n" % largest + values.astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        encode(Image.fromarray(RAMP), "TIFF"),
+        encode(Image.fromarray(RAMP), "PNG"),
+        pnm(RAMP, 65535),
+        pnm(RAMP >> 4, 4095),
+        encode(Image.fromarray(65535 - RAMP), "TIFF", tiffinfo={262: 0}),
+    ],
+    ids=["tiff16", "png16", "pnm16", "pnm12", "tiff16 white is zero"],
+)
+def test_wide_grey_is_scaled_to_eight_bits(encoded):
+    decoded = crops.decode_rgb(encoded)
+    np.testing.assert_allclose(decoded[..., 0], RAMP >> 8, atol=1)
+    np.testing.assert_array_equal(decoded[..., 0], decoded[..., 2])
+
+
+def test_tiff_of_twelve_bits_is_scaled():
+    """Pillow reads such files and writes none: a header, then two values in three bytes."""
+    values = np.arange(0, 4096, 16)
+    pairs = values.reshape(-1, 2)
+    packed = [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255]
+    strip = np.stack(packed, axis=1).astype(np.uint8).tobytes()
+    tags = {256: 256, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(strip))
+    file = header + strip + struct.pack("<H", len(tags)) + entries + bytes(4)
+    np.testing.assert_array_equal(crops.decode_rgb(file)[0, :, 0], values >> 4)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_without_a_stated_range_are_no_image(kind):
+    with pytest.raises(OSError, match="does not state which of them is white"):
+        crops.decode_rgb(encode(Image.fromarray(RAMP.astype(kind)), "TIFF"))
+
+
+@pytest.mark.parametrize("shape", [(4, 20_000), (20_000, 4), (3, 7_001)])
+def test_strips_are_cut_before_they_are_enlarged(rng, shape, monkeypatch):
+    strip = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    monkeypatch.setattr(crops, "LARGEST_RESIZED", 2**16)
+    small = strip[:400, :400]
+    cut = {
+        "centre": lambda image: crops.adm_center_crop(image, 64),
+        "random": lambda image: crops.random_crop(image, 64, np.random.default_rng(3)),
+        "resized": lambda image: crops.random_crop(image, 64, np.random.default_rng(3), 96),
+    }
+    for crop in cut.values():
+        found = crop(small).astype(int)
+        with monkeypatch.context() as whole:
+            whole.setattr(crops, "LARGEST_RESIZED", 2**40)
+            difference = np.abs(found - crop(small))
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+        resized, largest = [], Image.Image.resize
+
+        def resize(picture, size, *options, resized=resized, largest=largest):
+            resized.append(size[0] * size[1])
+            return largest(picture, size, *options)
+
+        with monkeypatch.context() as watched:
+            watched.setattr(Image.Image, "resize", resize)
+            assert crop(strip).shape == (64, 64, 3)
+        assert resized == [64 * 64]
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])

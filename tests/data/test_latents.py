@@ -28,7 +28,7 @@ def tokens_of(index):
 
 def make_plan(stored="bfloat16", **changes):
     plan = {
-        "images": {field: CONFIG[field] for field in latent_reader.IMAGE_FIELDS},
+        "images": latent_reader.image_recipe(CONFIG),
         "flipped": True,
         "format": stored,
         "tokens": TOKENS,
@@ -214,7 +214,9 @@ def test_missing_and_damaged_shards_are_refused_at_the_start(cache, tmp_path, mo
         latent_reader.open_latents(cache, "train")
     assert shard.name in str(error.value) and "\n" not in str(error.value)
     monkeypatch.setattr(latent_reader, "HASHED_BYTES", 0)  # a large cache: found when it is read
-    with pytest.raises(ValueError, match=r"cannot be read .* configs/encode\.py") as error:
+    with pytest.raises(
+        ValueError, match=r"must be readable; got number .* configs/encode\.py"
+    ) as error:
         source = latent_reader.open_latents(cache, "train")
         take(20, source, cache, batch_size=8)
     assert "\n" not in str(error.value)
@@ -240,6 +242,26 @@ def test_a_cache_of_other_images_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         latent_reader.open_latents({**CONFIG, "latents": str(tmp_path), **changes}, "train")
     assert "\n" not in str(error.value)
+
+
+def test_a_cache_of_other_pixels_is_refused(tmp_path, monkeypatch):
+    write(tmp_path, make_plan())
+    latent_writer.finish(tmp_path / "train", make_plan())
+    monkeypatch.setattr(latent_reader.pixels.crops, "FILTER", "another one")
+    with pytest.raises(ValueError, match=r"data\.pixels=.*'another one'.*; encode again"):
+        latent_reader.open_latents({**CONFIG, "latents": str(tmp_path)}, "train")
+
+
+def test_the_splits_of_a_cache_have_the_same_classes(tmp_path):
+    for split, names in (("train", ["a", "b"]), ("eval", ["b"])):
+        plan = make_plan(label_names=names)
+        write(tmp_path / split, plan)
+        latent_writer.finish(tmp_path / split / "train", plan)
+    (tmp_path / "eval" / "train").rename(tmp_path / "train" / "eval")
+    config = {**CONFIG, "latents": str(tmp_path / "train"), "flip": False}
+    latent_reader.open_latents(config, "train")
+    with pytest.raises(ValueError, match=r"got 1 in .*eval and 2 in training"):
+        latent_reader.open_latents(config, "eval")
 
 
 def test_flips_need_a_cache_with_flips(tmp_path):

@@ -109,7 +109,7 @@ def test_preparing_again_keeps_the_files(tfds_dir):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"name another folder in data\.data_dir"):
+    with pytest.raises(ValueError, match=r"name another in data\.data_dir"):
         photos.prepare(tmp_path / "file", "112")
 
 
@@ -120,5 +120,5 @@ def test_unknown_side_and_missing_package_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install scikit-image scikit-learn"):
         photos.photo_path("china")
     monkeypatch.setitem(photos.FILES, "china", ("sklearn", "china.jpg"))
-    with pytest.raises(ValueError, match="photo china is expected"):
+    with pytest.raises(ValueError, match="photo china must be installed"):
         photos.photo_path("china")

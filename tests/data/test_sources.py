@@ -57,7 +57,7 @@ def test_flat_folder_is_one_class(tmp_path):
 
 
 def test_train_and_val_folders_are_the_splits(tmp_path):
-    write_tree(tmp_path, {"train/x/1.png": 1, "val/x/2.png": 2})
+    write_tree(tmp_path, {"train/x/1.png": 1, "val/x/2.png": 2, "misc/3.png": 3, "stray.png": 4})
     assert contents(sources.open_records(f"folder:{tmp_path}", "train")) == {"x/1.png": (1, 0)}
     assert contents(sources.open_records(f"folder:{tmp_path}", "eval")) == {"x/2.png": (2, 0)}
 
@@ -106,6 +106,198 @@ def test_tars_of_a_folder_packed_as_a_dot_are_classes_by_their_names(tmp_path):
     assert list(contents(records).values()) == [(1, 0), (2, 1), (3, 1)]
 
 
+def write_both(folder, tree):
+    """The same tree as a folder and as a tar of it; yields their sources."""
+    write_tree(folder / "tree", tree)
+    write_tar(folder / "tree.tar", tree)
+    return f"folder:{folder}/tree", f"tar:{folder}/tree.tar"
+
+
+@pytest.mark.parametrize(
+    ("tree", "train", "evaluation"),
+    [
+        (("train/a/1.png", "train/b/2.png", "val/b/3.png"), {"a": 0, "b": 1}, {"b": 1}),
+        (("x/train/a/1.png", "x/val/a/3.png"), {"a": 0}, {"a": 0}),
+        (("train/a/images/1.png", "train/b/images/2.png"), {"a": 0, "b": 1}, None),
+        (("x/a/1.png", "x/b/deep/er/2.png"), {"a": 0, "b": 1}, None),
+        (("a/images/1.png",), {"a": 0}, None),
+        (("test/1.png", "zoo/2.png"), {"test": 0, "zoo": 1}, None),
+        (("Train/a/1.png", "Train/b/2.png", "Valid/b/3.png"), {"a": 0, "b": 1}, {"b": 1}),
+        (("train/a/1.png", "valid/a/2.png", "test/3.png"), {"a": 0}, {"a": 0}),
+        (("a/1.png", "__MACOSX/a/2.png", "a/@eaDir/1.png/3.png", ".x/4.png"), {"a": 0}, None),
+    ],
+)
+def test_a_tree_has_the_same_classes_and_splits_as_folder_and_as_tar(
+    tmp_path, tree, train, evaluation
+):
+    tree = {name: number for number, name in enumerate(tree)}
+    for source in write_both(tmp_path, tree):
+        for split, wanted in (("train", train), ("eval", evaluation)):
+            if wanted is None:
+                with pytest.raises(ValueError, match=r"data\.holdout=10"):
+                    sources.open_records(source, split)
+                continue
+            records = sources.open_records(source, split)
+            assert records.label_names == tuple(train) and not records.unlabelled
+            assert {
+                next(name for name in train if f"{name}/" in image): label
+                for image, (_, label) in contents(records).items()
+            } == wanted
+
+
+@pytest.mark.parametrize(
+    ("tree", "reason", "classes"),
+    [
+        (("train/a/1.png", "train/b/2.png", "val/3.png"), "val has no class folders", ("a", "b")),
+        (("train/a/1.png", "val/a/2.png", "val/c/3.png"), "not, the first c", ("a",)),
+        (("train/1.png", "val/a/2.png"), "1 classes that training has not", ()),
+        (("val/a/2.png",), "val has no folder train beside it", ()),
+    ],
+)
+def test_labels_that_training_does_not_number_are_not_known(
+    tmp_path, capsys, tree, reason, classes
+):
+    tree = {name: number for number, name in enumerate(tree)}
+    for source in write_both(tmp_path, tree):
+        records = sources.open_records(source, "eval")
+        assert {label for _, label in contents(records).values()} == {-1}
+        assert reason in records.unlabelled and reason in capsys.readouterr().out
+        assert records.label_names == classes
+        with pytest.raises(ValueError, match=r"--config\.eval_synsets=FILE") as caught:
+            sources.require_labels(records, "eval")
+        assert "\n" not in str(caught.value)
+
+
+def test_flat_splits_are_one_class(tmp_path):
+    write_tree(tmp_path, {"train/1.png": 1, "val/2.png": 2})
+    for split in ("train", "eval"):
+        records = sources.open_records(f"folder:{tmp_path}", split)
+        assert records.label_names == ("train",)
+        assert [label for _, label in contents(records).values()] == [0]
+        sources.require_labels(records, split)
+
+
+def test_a_folder_train_that_may_be_a_class_is_refused(tmp_path):
+    write_tree(tmp_path, {"bus/1.png": 1, "train/2.png": 2})
+    with pytest.raises(ValueError, match=r"without val, and with .*bus"):
+        sources.open_records(f"folder:{tmp_path}", "train")
+    (tmp_path / "other").mkdir()
+    write_tree(tmp_path / "other", {"val/a/1.png": 1})
+    with pytest.raises(ValueError, match=r"got .*other with val; add train"):
+        sources.open_records(f"folder:{tmp_path}/other", "train")
+
+
+def test_what_is_left_out_is_said_in_one_line(tmp_path, capsys):
+    write_tree(tmp_path, {"a/1.png": 1, "a/.2.png": 2, "b/.ipynb_checkpoints/3.png": 3})
+    (tmp_path / "a" / "notes.txt").touch()
+    (tmp_path / "b" / "notes.txt").touch()
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "lost.png").symlink_to(tmp_path / "nowhere")
+    records = sources.open_records(f"folder:{tmp_path}", "train")
+    assert records.label_names == ("a",) and list(contents(records)) == ["a/1.png"]
+    (line,) = capsys.readouterr().out.splitlines()
+    for part in (
+        "1 images, 1 classes; left out: ",
+        "folders without images: 1 (b)",
+        "tool's: 2 (a/.2.png, ...)",
+        "files that are not named as images are: 2 (a/notes.txt, ...)",
+        "links to a folder above them: 1 (a/up)",
+        "links to nothing: 1 (a/lost.png)",
+    ):
+        assert part in line
+    (tmp_path / "a" / "itself.png").symlink_to("itself.png")
+    with pytest.raises(ValueError, match=r"1% of .* links to nothing; got 2 beside 1 images"):
+        sources.open_records(f"folder:{tmp_path}", "train")
+
+
+def test_links_are_followed_and_lost_folders_are_refused(tmp_path):
+    write_tree(tmp_path, {"else/z.png": 1, "set/a/1.png": 2, "set/b/2.png": 3})
+    (tmp_path / "set" / "a" / "more").symlink_to(tmp_path / "else")
+    source = f"folder:{tmp_path}/set"
+    assert list(contents(sources.open_records(source, "train"))) == [
+        "a/1.png",
+        "a/more/z.png",
+        "b/2.png",
+    ]
+    (tmp_path / "set" / "c").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"got .*set/c -> .*nowhere, which cannot be reached"):
+        sources.open_records(source, "train")
+
+
+def test_names_that_are_not_utf8_are_read_and_shown(tmp_path, capsys):
+    place = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(place)
+    for name in (b"\xff.png", b"two\nlines.png"):
+        with open(place + b"/" + name, "wb") as file:
+            file.write(png(7))
+    with tarfile.open(tmp_path / "all.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(place.decode("utf-8", "surrogateescape"), "caf\udce9")
+    for source in (f"folder:{tmp_path}", f"tar:{tmp_path}/all.tar"):
+        records = sources.open_records(source, "train")
+        names = [name.removeprefix("all.tar/") for name in contents(records)]
+        assert sorted(names) == [r"caf\xe9/\xff.png", r"caf\xe9/two\nlines.png"]
+        assert records.label_names == (r"caf\xe9",)
+        print(*names)
+
+
+def test_a_whole_folder_has_no_splits(tmp_path):
+    write_tree(tmp_path, {"train/a.png": 1, "holiday/b.png": 2, "c.png": 3, ".d/e.png": 4})
+    assert contents(sources.open_folder(tmp_path)) == {
+        "c.png": (3, 0),
+        "holiday/b.png": (2, 0),
+        "train/a.png": (1, 0),
+    }
+
+
+def test_a_tar_of_tars_is_read_where_it_lies(tmp_path):
+    """As ImageNet's training set is published."""
+    for number, name in enumerate(("n02", "n01")):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}_1.JPEG": number, f"{name}_2.JPEG": number})
+    with tarfile.open(tmp_path / "img_train.tar", "w") as tar:
+        for name in ("n02", "n01"):
+            tar.add(tmp_path / f"{name}.tar", f"{name}.tar")
+    write_tar(tmp_path / "img_val.tar", {"val_1.JPEG": 1, "val_2.JPEG": 0})
+    records = sources.open_records(f"tar:{tmp_path}/img_{{split}}.tar", "train")
+    assert records.label_names == ("n01", "n02")
+    assert contents(records) == {
+        "img_train.tar/n01.tar/n01_1.JPEG": (1, 0),
+        "img_train.tar/n01.tar/n01_2.JPEG": (1, 0),
+        "img_train.tar/n02.tar/n02_1.JPEG": (0, 1),
+        "img_train.tar/n02.tar/n02_2.JPEG": (0, 1),
+    }
+    held_out = sources.open_records(f"tar:{tmp_path}/img_{{split}}.tar", "eval")
+    assert held_out.label_names == ("n01", "n02") and "no class folders" in held_out.unlabelled
+
+
+def test_names_of_tars_without_their_split_are_classes(tmp_path):
+    for name in ("train_n01", "train_n02", "val_n02"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.png": 1})
+    write_tar(tmp_path / "val_n01.tar", {"n01/x.png": 2})
+    for split, labels in (("train", [0, 1]), ("eval", [0, 1])):
+        records = sources.open_records(f"tar:{tmp_path}/{{split}}_*.tar", split)
+        assert records.label_names == ("n01", "n02")
+        assert [label for _, label in contents(records).values()] == labels
+
+
+def test_links_and_repeated_members_of_tars_are_counted(tmp_path, capsys):
+    write_tar(tmp_path / "all.tar", {"a/1.png": 1, "a/2.png": 2})
+    with tarfile.open(tmp_path / "all.tar", "a") as tar:
+        again, link = tarfile.TarInfo("a/1.png"), tarfile.TarInfo("a/3.png")
+        again.size, link.type, link.linkname = len(png(9)), tarfile.LNKTYPE, "a/2.png"
+        tar.addfile(again, io.BytesIO(png(9)))
+        tar.addfile(link)
+    records = sources.open_records(f"tar:{tmp_path}/all.tar", "train")
+    assert [value for value, _ in contents(records).values()] == [9, 2]
+    printed = capsys.readouterr().out
+    assert "sparse files in a tar: 1 (a/3.png)" in printed
+    assert "a later member of that name: 1 (a/1.png)" in printed
+
+
+def test_a_tar_whose_name_is_a_pattern_is_found(tmp_path):
+    write_tar(tmp_path / "set [1].tar", {"a/1.png": 1})
+    assert len(sources.open_records(f"tar:{tmp_path}/set [1].tar", "train")) == 1
+
+
 def test_tar_splits(tmp_path):
     write_tar(tmp_path / "train.tar", {"x/1.png": 1})
     write_tar(tmp_path / "val.tar", {"x/2.png": 2})
@@ -120,13 +312,23 @@ def test_wrong_tars_are_refused_in_one_line(tmp_path):
         tar.add(tmp_path / "packed.tar", "n01.tar")
     (tmp_path / "empty.tar").touch()
     write_tar(tmp_path / "noimages.tar", {"readme.txt": 1})
+    whole = tmp_path / "whole.tar"
+    write_tar(whole, {f"n0{i}/{i}.png": i for i in range(20)})
+    content = whole.read_bytes()
+    block = content.index(b"n013/13.png")  # the header of the fourteenth image
+    (tmp_path / "cut.tar").write_bytes(content[:block])
+    (tmp_path / "cutinside.tar").write_bytes(content[: block + 600])
+    (tmp_path / "damaged.tar").write_bytes(content[:block] + b"x" * 90 + content[block + 90 :])
     for name, message in {
-        "packed": "must be an uncompressed tar",
-        "text": "must be an uncompressed tar",
-        "empty": "must be an uncompressed tar|must hold images",
-        "outer": "holds further tar files",
-        "noimages": "holds none that end in",
-        "missing": "nothing matches",
+        "packed": "a whole, uncompressed tar file",
+        "text": "a whole, uncompressed tar file",
+        "empty": "a whole, uncompressed tar file",
+        "outer": "a whole, uncompressed tar file",
+        "cut": "damaged or ends too early",
+        "cutinside": "a whole, uncompressed tar file",
+        "damaged": "damaged or ends too early",
+        "noimages": r"with none; left out: files .* as images are: 1 \(readme\.txt\); check",
+        "missing": "matches nothing",
     }.items():
         with pytest.raises(ValueError, match=message) as caught:
             sources.open_records(f"tar:{tmp_path}/{name}.tar", "train")
@@ -136,14 +338,14 @@ def test_wrong_tars_are_refused_in_one_line(tmp_path):
 def test_wrong_sources_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    (tmp_path / "half" / "train").mkdir(parents=True)
+    write_tree(tmp_path / "half", {"train/a/1.png": 1})
     write_tree(tmp_path / "mixed", {"stray.png": 1, "cat/1.png": 2})
     for source, split, message in [
         (f"folder:{tmp_path}/nowhere", "train", "must be readable; got .*nowhere"),
         (f"folder:{tmp_path}/file", "train", "must be readable; got .*file"),
-        (f"folder:{tmp_path}/empty", "train", "holds none that end in"),
-        (f"folder:{tmp_path}/half", "eval", "none of eval, val, validation, test"),
-        (f"folder:{tmp_path}/mixed", "train", "mixed holds both, stray.png and those in cat"),
+        (f"folder:{tmp_path}/empty", "train", "must hold images that end in .* with none; check"),
+        (f"folder:{tmp_path}/half", "eval", "none of eval, val, valid, validation, test"),
+        (f"folder:{tmp_path}/mixed", "train", "mixed with both, stray.png and those in cat"),
         ("imagenet", "train", "'tfds:NAME'"),
         ("folder:", "train", "'tfds:NAME'"),
         ("photos/99", "train", "got photos/99"),
@@ -203,7 +405,7 @@ def test_a_tfds_set_whose_label_is_a_number_is_refused(tmp_path, monkeypatch):
     features = {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.int64)}
     builder = types.SimpleNamespace(info=types.SimpleNamespace(features=features))
     monkeypatch.setattr(tfds, "builder", lambda *_, **__: builder)
-    with pytest.raises(ValueError, match="must be a class; that of ages is Scalar"):
+    with pytest.raises(ValueError, match="must be a class; got Scalar in ages"):
         sources.open_records("tfds:ages", "train", data_dir=str(tmp_path))
 
 

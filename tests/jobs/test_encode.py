@@ -1,6 +1,7 @@
 """The encode job and training on its cache: what agrees with encoding on the fly, what does not."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -37,6 +38,20 @@ def config_of(root, **changes):
     config.update_from_flattened_dict(changes)
     rules.validate(config)
     return config
+
+
+def test_a_flat_validation_folder_is_refused_by_encode_and_by_the_flow(root, tmp_path):
+    shutil.copytree(root / "data" / "train", tmp_path / "train")
+    (tmp_path / "train" / "one").rename(tmp_path / "train" / "two")
+    shutil.copytree(root / "data" / "train" / "one", tmp_path / "train" / "one")
+    shutil.copytree(root / "data" / "val" / "one", tmp_path / "val")
+    source = {"data.source": f"folder:{tmp_path}"}
+    with pytest.raises(ValueError, match=r"labels are needed.* has no class folders"):
+        encode.run(config_of(root, **source), tmp_path / "cache")
+    flow = flow_of(root, **source, **{"data.latents": ""})
+    with pytest.raises(ValueError, match=r"labels are needed.* has no class folders"):
+        flow_task.open_flow_data(flow, "eval")
+    assert flow_task.open_flow_data(flow, "train").label_names == ("one", "two")
 
 
 def flow_of(root, **changes):

@@ -195,6 +195,14 @@ def test_a_published_reference_brings_its_own_moments(with_inception, tmp_path):
     counts = {name: found[name]["reference_count"] for name in ("gFID", "precision", "gKID")}
     assert counts == {"gFID": 50, "precision": 14, "gKID": 14}
     assert found["IS"]["value"] >= 1.0
+    unknown = {name: value for name, value in np.load(reference).items() if name != "recipe"}
+    np.savez(reference, **unknown)
+    with pytest.raises(ValueError, match="does not say and is none of ADM's ImageNet files"):
+        evaluate.run(wanted, tmp_path / "unknown")
+    wanted.reference_moments.update({"resize": "tf1_bilinear", "count": 50})
+    rules.validate(wanted)
+    evaluate.run(wanted, tmp_path / "answered")
+    assert read(tmp_path / "answered")[1]["gFID"]["value"] == found["gFID"]["value"]
     wanted.resize = "half_pixel_bilinear"
     with pytest.raises(ValueError, match="resize 'half_pixel_bilinear' and 'tf1_bilinear'"):
         evaluate.run(wanted, tmp_path / "other")
@@ -309,7 +317,7 @@ def test_archives_of_another_layout_or_size_are_refused(config, tmp_path, workdi
     wanted = config(encoder=workdir)
     np.savez(tmp_path / "named.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
     wanted.samples = str(tmp_path / "named.npz")
-    with pytest.raises(ValueError, match=r"got members \['images'\]: name the images arr_0"):
+    with pytest.raises(ValueError, match=r"with members \['images'\]; name the images arr_0"):
         evaluate.run(wanted, tmp_path / "out")
     wanted.samples = write_npz(tmp_path / "large.npz", np.zeros((20, 64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="got resolution 64 and 32"):
@@ -347,6 +355,8 @@ def test_an_empty_init_from_is_refused_before_anything_is_loaded():
         ({"kernel_subset_size": 1}, "kernel_subset_size must be at least 2; got 1"),
         ({"images": -1}, "images must be at least 0; got -1"),
         ({"reference_images": -1}, "reference_images must be at least 0; got -1"),
+        ({"reference_moments__count": 50}, "reference_moments.resize: '' is not known"),
+        ({"reference_moments__resize": "tf1_bilinear"}, r"reference_moments\.count must be at lea"),
     ],
 )
 def test_fields_out_of_range_are_refused_before_anything_is_loaded(config, changes, message):

@@ -1,6 +1,7 @@
 """The probe job: teacher and student, what it finds, what it refuses."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +44,15 @@ def test_bad_input_is_one_clear_line(make_measurement, tmp_path, squares):
     del autoencoder.variables["vit"]["params"]["patch_embed"]
     with pytest.raises(ValueError, match="official DINO-SAE file leaves it out"):
         inputs.require_teacher(autoencoder)
+
+
+def test_a_flat_validation_folder_has_no_labels_to_measure(make_measurement, squares, tmp_path):
+    shutil.copytree(squares / "train", tmp_path / "data" / "train")
+    shutil.copytree(squares / "val" / "dark", tmp_path / "data" / "val")
+    config = make_measurement(config_file, data__source=f"folder:{tmp_path / 'data'}")
+    with pytest.raises(ValueError, match=r"labels are needed.* has no class folders") as caught:
+        probe.run(config, tmp_path / "out")
+    assert "\n" not in str(caught.value)
 
 
 def test_features_that_are_not_finite_are_one_clear_line(make_measurement, tmp_path, monkeypatch):

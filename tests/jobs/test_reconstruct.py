@@ -174,6 +174,15 @@ def test_sides_are_cropped_centrally():
     assert reconstruct.crop_to_patches(image[:8]).shape == (0, 32, 3)
 
 
+def test_a_folder_is_read_whole_also_where_a_part_is_called_train(tmp_path):
+    for name in ("train/a.png", "holiday/b.png", "c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(tiny.images(1, 32, 32)[0]).save(tmp_path / name)
+    records = reconstruct.open_images(str(tmp_path))
+    found = [records.name(index) for index in range(len(records))]
+    assert found == ["c.png", "holiday/b.png", "train/a.png"]
+
+
 def test_the_embedded_photographs_are_a_source(tmp_path):
     records = reconstruct.open_images("photos/112", str(tmp_path))
     survey = reconstruct.survey_images(records, 0)
@@ -192,7 +201,7 @@ def test_mistakes_are_named_before_any_work(tmp_path):
             make(**changes)
     with pytest.raises(ValueError, match="which is not a folder"):
         reconstruct.open_images(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="holds none that end in"):
+    with pytest.raises(ValueError, match=r"must hold images that end in .* with none"):
         reconstruct.open_images(str(tmp_path))
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(ValueError, match="at least one usable image; got 1 unusable in"):

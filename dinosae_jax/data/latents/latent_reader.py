@@ -6,6 +6,8 @@ any number of processes. Only the record that is wanted is read, the plain or th
 copied once, into its row of the batch. ArrayRecord checks a hash of every record that it reads.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import dataclasses
 import pathlib
@@ -17,6 +19,7 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
+from dinosae_jax.data import pixels
 from dinosae_jax.data.latents import latent_record
 from dinosae_jax.data.manifest import MANIFEST, check_shards, read_manifest
 from dinosae_jax.data.order import Share, crop_generator, draw_flip, share_of, training_index
@@ -29,16 +32,39 @@ ENCODE = "configs/encode.py"
 IMAGE_FIELDS = ("source", "holdout", "crop", "image_size")
 
 
+def image_recipe(data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides which pixels are encoded; it travels with the cache.
+
+    Args:
+      data_config: `source`, `holdout`, `crop` and `image_size`.
+    """
+    stored = pixels.record("adm_center", data_config["image_size"])
+    return {**{field: data_config[field] for field in IMAGE_FIELDS}, "pixels": stored}
+
+
+def check_classes(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError where a split numbers other classes than `train` beside it."""
+    training = folder.parent / "train" / MANIFEST
+    if training.exists():
+        names = read_manifest(training, ENCODE)["label_names"]
+        if names != manifest["label_names"]:
+            raise ValueError(
+                "the splits of a latent cache have training's classes; got "
+                f"{len(manifest['label_names'])} in {folder} and {len(names)} in training, which "
+                "differ; encode again into an empty folder"
+            )
+
+
 class LatentSource:
     """Random access to the latents of one split.
 
     Attributes:
-        folder: of the split.
-        manifest: of the cache.
-        label_names: the classes' names in the order of the labels.
-        num_classes: their number.
-        fingerprint: hash of the shards' contents.
-        fields: the arrays of a record.
+      folder: of the split.
+      manifest: of the cache.
+      label_names: the classes' names in the order of the labels.
+      num_classes: their number.
+      fingerprint: hash of the shards' contents.
+      fields: the arrays of a record.
     """
 
     def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
@@ -60,7 +86,7 @@ class LatentSource:
         """Copies the latent of one image into a row of a batch.
 
         Raises:
-            ValueError: the record is damaged.
+          ValueError: the record is damaged.
         """
         number = index * (1 + self.manifest["flipped"]) + flip
         try:
@@ -68,8 +94,8 @@ class LatentSource:
         except Exception as error:  # array_record has no class of its own
             reason = str(error).splitlines()[0][:200]
             raise ValueError(
-                f"Record {number} of the latent cache cannot be read ({reason}): run {ENCODE} "
-                "again with the same --workdir, it finds and repairs the damaged shard."
+                f"the records of a latent cache must be readable; got number {number} ({reason}); "
+                f"run {ENCODE} again with the same --workdir, which repairs the damaged shard"
             ) from error
         latent_record.unpack_into(record, self.fields, batch, row)
 
@@ -81,28 +107,30 @@ def open_latents(data_config: Mapping[str, Any], split: str) -> LatentSource:
     are hashed by running configs/encode.py again; a damaged record is found when it is read.)
 
     Args:
-        data_config: `latents`, and what the flow would encode: source, holdout, crop, image_size
-            and flip.
-        split: 'train' or 'eval'.
+      data_config: `latents`, and what the flow would encode: source, holdout, crop, image_size
+        and flip.
+      split: 'train' or 'eval'.
 
     Raises:
-        ValueError: a missing or damaged cache, or one of other images.
+      ValueError: a missing or damaged cache, or one of other images.
     """
     folder = pathlib.Path(data_config["latents"]).expanduser() / split
     manifest = read_manifest(folder / MANIFEST, ENCODE)
     recipe = manifest.get("images", {})
-    for field in IMAGE_FIELDS:
-        ours, theirs = data_config[field], recipe.get(field)
+    for field, ours in image_recipe(data_config).items():
+        theirs = recipe.get(field)
         if ours != theirs:
+            flag = f"pass --config.data.{field}={theirs}, or " if field in IMAGE_FIELDS else ""
             raise ValueError(
-                f"A latent cache must be of the images that the flow is to learn; {folder} was "
-                f"made with data.{field}={theirs!r}, this config says {ours!r}: pass "
-                f"--config.data.{field}={theirs}, or encode again."
+                "a latent cache must be of the images that the flow is to learn; got "
+                f"{folder} with data.{field}={theirs!r}, where this config says {ours!r}; {flag}"
+                "encode again"
             )
+    check_classes(folder, manifest)
     if split == "train" and data_config["flip"] and not manifest["flipped"]:
         raise ValueError(
-            f"data.flip=True needs a cache with flipped images; {folder} has none: pass "
-            "--config.data.flip=False, or encode again with it."
+            f"data.flip=True needs a cache with flipped images; got {folder}, which has none; pass "
+            "--config.data.flip=False, or encode again with it"
         )
     total = sum(shard["bytes"] for shard in manifest["shards"])
     check_shards(folder, manifest, sha256=total <= HASHED_BYTES, again=ENCODE)
@@ -171,19 +199,19 @@ def train_batches(
     """Endless training batches, from the one that step `start_step` uses.
 
     Args:
-        source: what `open_source` returned.
-        data_config: `flip`, and `threads` (reading threads, 0 for none).
-        batch_size: of all processes together.
-        seed: 0 <= seed < 2^32.
-        start_step: the number of batches that come before.
-        rows: int64 [b], ascending: which of a batch's rows this process reads; None for all.
+      source: what `open_latents` returned.
+      data_config: `flip`, and `threads` (reading threads, 0 for none).
+      batch_size: of all processes together.
+      seed: 0 <= seed < 2^32.
+      start_step: the number of batches that come before.
+      rows: int64 [b], ascending: which of a batch's rows this process reads; None for all.
 
     Returns:
-        An iterator over {'label': int32 [b], 'index': int64 [b]} and the fields of the cache's
-        format: 'latent' bfloat16 [b,n,d], or 'direction' int8 [b,n,d] and 'norm' float16 [b,n].
+      An iterator over {'label': int32 [b], 'index': int64 [b]} and the fields of the cache's
+      format: 'latent' bfloat16 [b, n, d], or 'direction' int8 [b, n, d] and 'norm' float16 [b, n].
 
     Raises:
-        ValueError: no rows, or (while iterating) a damaged record.
+      ValueError: no rows, or (while iterating) a damaged record.
     """
     share = share_of(batch_size, rows)
     threads = int(data_config["threads"])
@@ -204,7 +232,7 @@ def eval_batches(
     mask False.
 
     Returns:
-        An iterator like that of `train_batches`, with 'mask': bool [b] besides.
+      An iterator like that of `train_batches`, with 'mask': bool [b] besides.
     """
     share = share_of(batch_size, rows)
     threads = int(data_config["threads"])

@@ -7,6 +7,8 @@ norm * q / |q|, which `dequantise` computes on the device. A random direction in
 turned by 0.1 degrees in bfloat16, by 0.4 in int8.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from typing import NamedTuple, get_args
@@ -40,12 +42,12 @@ def layout(stored: str, tokens: int, width: int) -> tuple[Field, ...]:
     """The fields of a record in their order.
 
     Args:
-        stored: a name in `FORMATS`.
-        tokens: n.
-        width: d.
+      stored: a name in `FORMATS`.
+      tokens: n.
+      width: d.
 
     Raises:
-        ValueError: unknown format.
+      ValueError: unknown format.
     """
     label = Field("label", np.dtype("<i4"), ())
     if stored == "bfloat16":
@@ -53,26 +55,26 @@ def layout(stored: str, tokens: int, width: int) -> tuple[Field, ...]:
     if stored == "int8":
         direction = Field("direction", np.dtype(np.int8), (tokens, width))
         return direction, Field("norm", np.dtype("<f2"), (tokens,)), label
-    raise ValueError(f"A latent format is one of {', '.join(FORMATS)}; got {stored!r}.")
+    raise ValueError(f"a latent format is one of {', '.join(FORMATS)}; got {stored!r}; take one")
 
 
 def norms_of(tokens: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The norms of tokens [...,n,d], float64 [...,n].
+    """The norms of tokens [..., n, d], float64 [..., n].
 
     Raises:
-        ValueError: a token is not finite, or longer than float16 can say.
+      ValueError: a token is not finite, or longer than float16 can say.
     """
     norms = np.sqrt(np.einsum("...d,...d->...", tokens, tokens, dtype=np.float64))
     if not (norms < LARGEST_NORM).all():
         raise ValueError(
-            f"Latents must be finite with norms below {LARGEST_NORM:.0f}; got {norms.max()}: check "
-            "the encoder's weights."
+            f"latents must be finite with norms below {LARGEST_NORM:.0f}; got {norms.max()}; check "
+            "the encoder's weights"
         )
     return norms
 
 
 def pack(tokens: NDArray[np.float32], label: int, stored: str) -> bytes:
-    """One record: tokens float32 [n,d] and label in a format of `FORMATS`."""
+    """One record: tokens float32 [n, d] and label in a format of `FORMATS`."""
     arrays: dict[str, NDArray] = {"label": np.array(label)}
     if stored == "int8":
         largest = np.abs(tokens).max(axis=-1, keepdims=True)
@@ -95,12 +97,12 @@ def unpack_into(
     """Copies a record's fields into a row of a batch: the only copy that is made of it.
 
     Raises:
-        ValueError: the record has another length.
+      ValueError: the record has another length.
     """
     if len(record) != sum(field.nbytes for field in fields):
         raise ValueError(
-            f"A latent record holds {sum(field.nbytes for field in fields)} bytes; got "
-            f"{len(record)}: encode again into an empty folder."
+            f"a latent record holds {sum(field.nbytes for field in fields)} bytes; got "
+            f"{len(record)}; encode again into an empty folder"
         )
     offset = 0
     for field in fields:

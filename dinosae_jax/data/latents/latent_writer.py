@@ -5,6 +5,8 @@ whose number is i modulo k. A shard gets its name when it is complete, and besid
 what it holds; when every shard is there, these become the manifest.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -23,7 +25,7 @@ from dinosae_jax.runtime.files import file_sha256, write_json
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read; noise does not compress
 SHARD_BYTES = 2**30
 PLAN = "plan.json"
-# tokens float32 [b,v,n,d] (v: plain, flipped) and labels int32 [b]
+# tokens float32 [b, v, n, d] (v: plain, flipped) and labels int32 [b]
 Encoded = tuple[NDArray[np.float32], NDArray[np.int32]]
 
 
@@ -45,14 +47,14 @@ def shard_range(plan: dict[str, Any], number: int) -> range:
 
 
 def claim(folder: pathlib.Path, plan: dict[str, Any]) -> None:
-    """Make the folder this cache's, or compare the cache that it holds with `plan`.
+    """Makes the folder this cache's, or compares the cache that it holds with `plan`.
 
     Args:
-        folder: of one split.
-        plan: everything about the cache that its shards have in common, JSON-like.
+      folder: of one split.
+      plan: everything about the cache that its shards have in common, JSON-like.
 
     Raises:
-        ValueError: it holds another cache.
+      ValueError: it holds another cache.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = next((folder / name for name in (MANIFEST, PLAN) if (folder / name).exists()), None)
@@ -63,16 +65,16 @@ def claim(folder: pathlib.Path, plan: dict[str, Any]) -> None:
     for key, value in plan.items():
         if there.get(key) != value:
             raise ValueError(
-                f"A folder holds one latent cache; {folder} holds one with {key} "
-                f"{str(there.get(key))[:80]} instead of {str(value)[:80]}: take another --workdir, "
-                "or remove that folder."
+                f"a folder holds one latent cache; got {folder}, which holds one with {key} "
+                f"{str(there.get(key))[:80]} instead of {str(value)[:80]}; take another --workdir, "
+                "or remove that folder"
             )
 
 
 def missing_shards(
     folder: pathlib.Path, plan: dict[str, Any], process_index: int = 0, process_count: int = 1
 ) -> list[int]:
-    """The shards of this process that are not there with the sha256 they had when written."""
+    """Returns the shards of this process that lack the sha256 that they had when written."""
     entries = _entries(folder, plan)
     mine = range(process_index, plan["num_shards"], process_count)
     return [number for number in mine if not _is_good(folder, entries.get(number))]
@@ -81,10 +83,10 @@ def missing_shards(
 def write_shard(
     folder: pathlib.Path, plan: dict[str, Any], number: int, encoded: Iterable[Encoded]
 ) -> None:
-    """Write one shard under a temporary name, rename it, and write beside it what it holds.
+    """Writes one shard under a temporary name, renames it, and writes beside it what it holds.
 
     Raises:
-        ValueError: tokens that are not finite.
+      ValueError: tokens that are not finite.
     """
     name = shard_name(plan, number)
     partial = folder / f".{name}"
@@ -108,21 +110,21 @@ def write_shard(
 
 
 def finish(folder: pathlib.Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a cache whose shards are all there.
+    """Writes the manifest of a cache whose shards are complete.
 
     Returns:
-        The manifest: the plan, `shards` (name, count, bytes, sha256, norm_moments) and `norms`
-        (mean, deviation and number of the tokens' norms: the decode radius is their mean).
+      The manifest: the plan, `shards` (name, count, bytes, sha256, norm_moments) and `norms`
+      (mean, deviation and number of the tokens' norms: the decode radius is their mean).
 
     Raises:
-        ValueError: a shard is not there.
+      ValueError: a shard is missing.
     """
     entries = _entries(folder, plan)
     absent = [number for number in range(plan["num_shards"]) if number not in entries]
     if absent:
         raise ValueError(
-            f"A latent cache is finished when every shard is written; {folder} lacks number "
-            f"{absent[0]}: run configs/encode.py again, and let every host see that folder."
+            f"a latent cache is finished when every shard is written; got {folder}, which lacks "
+            f"number {absent[0]}; run configs/encode.py again, and let every host see that folder"
         )
     shards = [entries[number] for number in range(plan["num_shards"])]
     count, total, squares = np.sum([shard["norm_moments"] for shard in shards], axis=0)

@@ -119,9 +119,9 @@ def _archive_reference(
         "images": path.name,
     }
     stored: dict[str, frechet.Statistics] = {}
-    if network.name == adm_moments.ADM_RECIPE.network:
+    if network.name == adm_moments.NETWORK:
         for tap in set(taps) & set(adm_moments.MOMENTS):
-            moments = adm_moments.read_moments(path, tap)
+            moments = adm_moments.read_moments(path, tap, moments_answer(config, path))
             stored |= {tap: moments} if moments else {}
 
     def recipe(tap: str) -> Recipe:
@@ -137,6 +137,21 @@ def _archive_reference(
     return OpenedReference(recipe, archive.shape[0], load)
 
 
+def moments_answer(config: ml_collections.ConfigDict, path: pathlib.Path) -> Recipe | None:
+    """What `reference_moments` says of moments that do not say how they were made."""
+    about = config.reference_moments
+    if not about.count:
+        return None
+    return Recipe(
+        network=adm_moments.NETWORK,
+        tap="pool3",
+        resize=about.resize,
+        uint8_conversion="stored",
+        count=about.count,
+        images=path.name,
+    )
+
+
 def _moments_reference(
     config: ml_collections.ConfigDict,
     network: features.FeatureNetwork,
@@ -145,6 +160,7 @@ def _moments_reference(
 ) -> OpenedReference:
     """A reference of the moments of one tap, as an earlier evaluation wrote them."""
     moments = frechet.read_statistics(path)
+    adm_moments.check_covariance(path, moments.scatter)
     others = [tap for tap in taps if tap != moments.recipe.tap]
     if others:
         raise ValueError(
