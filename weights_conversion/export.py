@@ -4,6 +4,8 @@ Writes the layout that the directory was converted from, every tensor bitwise as
 container's prefix included.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
@@ -16,7 +18,9 @@ import numpy as np
 from dinosae_jax.weights import conversion
 from weights_conversion import mapping
 from weights_conversion.convert import FILES_KINDS
+from weights_conversion.readers import inputs
 from weights_conversion.readers.safetensors_file import write_safetensors
+from weights_conversion.readers.stored import short
 
 
 def export_directory(kind: str, directory: str | Path, output: str | Path) -> list[str]:
@@ -33,21 +37,31 @@ def export_directory(kind: str, directory: str | Path, output: str | Path) -> li
     Raises:
       ValueError: The directory is of another kind, or the output is not a .safetensors file.
     """
+    directory = inputs.user_path(directory)
     metadata = conversion.read_metadata(directory)
     if metadata["kind"] != kind:
-        raise ValueError(f"{directory} is of kind {metadata['kind']}, got --kind={kind}: change it")
-    if Path(output).suffix != ".safetensors":
-        raise ValueError(f"--output must end in .safetensors, got {output}: rename it")
+        raise ValueError(
+            f"--kind must be what {directory} was converted as; got {kind}, it is of kind "
+            f"{short(metadata['kind'])}; change it"
+        )
+    output = inputs.user_path(output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"--output must end in .safetensors; got {output}; rename it")
     tree = conversion.restore(directory, metadata)
-    prefixes = [f["container"] for f in metadata["files"] for _ in range(f["keys"])]
+    files = [file for file in metadata["files"] for _ in range(file["keys"])]
     entries = [_entry(record) for record in metadata["tensors"]]
     tensors = [
-        (prefix + entry.key, entry.dtype, entry.shape, lambda e=entry: _restore(tree, e))
-        for prefix, entry in zip(prefixes, entries, strict=True)
+        (_stored_name(file, entry), entry.dtype, entry.shape, lambda e=entry: _restore(tree, e))
+        for file, entry in zip(files, entries, strict=True)
     ]
     notes = {"source": json.dumps(metadata["files"]), "format": "pt"}
     write_safetensors(output, tensors, notes)
     return [key for key, *_ in tensors]
+
+
+def _stored_name(file: dict[str, Any], entry: mapping.Entry) -> str:
+    """The tensor's whole name in its file; conversions without `renamed` were of plain keys."""
+    return file.get("renamed", {}).get(entry.key, file["container"] + entry.key)
 
 
 def _entry(record: dict[str, Any]) -> mapping.Entry:
