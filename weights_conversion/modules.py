@@ -1,5 +1,7 @@
 """The modules behind each role, and the shapes of their variables."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 
