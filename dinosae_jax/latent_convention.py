@@ -1,5 +1,7 @@
 """What encoder, cache, flow and decoder must agree on about latents: saved, compared at load."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any, get_args
@@ -9,7 +11,7 @@ from dinosae_jax import names
 
 @dataclasses.dataclass(frozen=True)
 class LatentConvention:
-    """The meaning of a latent [b,n,d].
+    """The meaning of a latent [b, n, d].
 
     Attributes:
         tokens: n, the patch tokens of an image.
@@ -35,9 +37,12 @@ class LatentConvention:
         """Check ranges and names."""
         for name in ("tokens", "width", "radius", "decode_radius"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is None and name == "decode_radius":
+                continue
+            if not number or not 0 < value < math.inf:
                 raise ValueError(
-                    f"latent convention: {name} must be positive, got {value}: "
+                    f"latent convention: {name} must be a positive number; got {value!r}; "
                     "take the encoder's value"
                 )
         for name, known in (
@@ -46,12 +51,12 @@ class LatentConvention:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"latent convention: unknown {name} {getattr(self, name)!r}: "
-                    f"choose one of {', '.join(known)}"
+                    f"latent convention: {name} is one of {', '.join(known)}; got unknown {name} "
+                    f"{getattr(self, name)!r}; choose one"
                 )
 
     @classmethod
-    def of(cls, config: Any, decode_radius: float | None = None) -> "LatentConvention":
+    def of(cls, config: Any, decode_radius: float | None = None) -> LatentConvention:
         """Make the convention of a training config, of an autoencoder's stage or of a flow.
 
         Args:
@@ -73,7 +78,7 @@ class LatentConvention:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "LatentConvention":
+    def from_dict(cls, fields: dict[str, Any]) -> LatentConvention:
         """Rebuild from `to_dict`.
 
         Raises:
@@ -82,13 +87,18 @@ class LatentConvention:
         known = {field.name for field in dataclasses.fields(cls)}
         if set(fields) != known:
             raise ValueError(
-                f"latent convention: missing {sorted(known - set(fields))}, "
-                f"unknown {sorted(set(fields) - known)}: another version wrote it, save it again"
+                f"latent convention: its fields are {', '.join(sorted(known))}; got missing "
+                f"{sorted(known - set(fields))}, unknown {sorted(set(fields) - known)}; another "
+                "version wrote it, save it again"
             )
         return cls(**fields)
 
     def check_equal(
-        self, other: "LatentConvention", here: str = "this", there: str = "other"
+        self,
+        other: LatentConvention,
+        here: str = "this",
+        there: str = "other",
+        leave_out: tuple[str, ...] = (),
     ) -> None:
         """Compare two conventions; a decode radius that is not measured yet agrees with any.
 
@@ -96,6 +106,8 @@ class LatentConvention:
             other: the convention to compare with.
             here: whose this one is, for the message ("flow").
             there: whose `other` is ("autoencoder").
+            leave_out: fields that may differ, such as the radius between a flow and its
+                autoencoder, of which nothing depends on it.
 
         Raises:
             ValueError: one line that names every differing field with both values.
@@ -104,13 +116,13 @@ class LatentConvention:
         differing = [
             f"{name} {mine[name]} != {theirs[name]}"
             for name in mine
-            if not _agree(mine[name], theirs[name])
+            if name not in leave_out and not _agree(mine[name], theirs[name])
         ]
         if None in (self.decode_radius, other.decode_radius):
             differing = [line for line in differing if not line.startswith("decode_radius ")]
         if differing:
             raise ValueError(
-                f"latent conventions differ ({here} != {there}): {', '.join(differing)}: "
+                f"latent conventions must agree; got {here} != {there} in {', '.join(differing)}; "
                 "load parts that were trained together"
             )
 

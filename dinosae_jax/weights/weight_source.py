@@ -7,13 +7,12 @@ For each role, in this order: `init_from` (the moving averages of another run), 
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
 from dinosae_jax import config as config_lib
 from dinosae_jax.latent_convention import LatentConvention
-from dinosae_jax.runtime import files
+from dinosae_jax.runtime import files, untrusted
 from dinosae_jax.weights import checkpoint, conversion, role_files
 
 Tree = Any
@@ -90,7 +89,8 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
     }
     frozen = step.parent.parent / FROZEN_FOLDER
     for role, file in record["frozen"].items():
-        variables.setdefault(role, role_files.read(frozen, role_files.RoleFile(*file)))
+        if role not in variables:
+            variables[role] = role_files.read(frozen, role_files.file_from(file, step))
     return WeightSource(
         variables,
         record["config"]["model"],
@@ -102,13 +102,13 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
 
 
 def export(source: WeightSource, output: pathlib.Path, wanted: tuple[str, ...]) -> None:
-    """Writes roles as one self-contained folder that `open_source` reads.
+    """Writes roles as one self-contained folder that `open_weights` reads.
 
     Raises:
       ValueError: where the folder already holds something.
     """
     if output.exists() and any(output.iterdir()):
-        raise ValueError(f"an export needs an empty folder; got {output}; name another one")
+        raise ValueError(f"an export needs an empty folder; got {output}; name another folder")
     written = {
         role: list(role_files.write(output, role, source.variables[role])) for role in wanted
     }
@@ -142,12 +142,15 @@ def check_agreement(
         lines += _differences(role, ours, theirs, shared=not source.convention)
     if lines:
         raise ValueError(
-            f"{source.path} holds another architecture: {'; '.join(lines)}; use the config that "
-            "made it or start from other weights"
+            f"weights and config must be of one architecture; got {source.path}, which holds another "
+            f"architecture: {'; '.join(lines)}; use the config that made it or start from other "
+            "weights"
         )
     if source.convention:
         stated = LatentConvention.from_dict(source.convention)
-        convention.check_equal(stated, here="this config", there=str(source.path))
+        # The radius is the flow's: nothing of an autoencoder depends on it.
+        free = () if "dit" in wanted else ("radius",)
+        convention.check_equal(stated, "this config", str(source.path), leave_out=free)
 
 
 def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:
@@ -166,10 +169,26 @@ def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:
         lines = _differences(role, model[role], converted.config[role], shared=True)
         if lines:
             raise ValueError(
-                f"{path} holds another architecture: {'; '.join(lines)}; set --config.model.{role} "
-                "to the file's or convert another file"
+                f"weights and config must be of one architecture; got {path}, which holds another "
+                f"architecture: {'; '.join(lines)}; set --config.model.{role} to the file's or "
+                "convert another file"
             )
     return converted.variables[role]
+
+
+def check_effective(role: str, path: str, used: Tree, init_from: str) -> None:
+    """Compares the network that `init_from` gives with the one that `weights.<role>` names.
+
+    Raises:
+      ValueError: where they differ, so that `weights.<role>` would have no effect.
+    """
+    named = conversion.load(path, (role,)).variables[role]
+    if role_files.sha256(named) != role_files.sha256(used):
+        raise ValueError(
+            f"init_from gives the {NETWORKS[role]} and comes first; got also weights.{role}={path}, "
+            f"which holds another than {init_from} and would have no effect; leave out "
+            f"--config.weights.{role}, or start from other weights"
+        )
 
 
 def require_frozen(role: str, random_ok: tuple[str, ...]) -> str:
@@ -197,25 +216,37 @@ def require_frozen(role: str, random_ok: tuple[str, ...]) -> str:
 
 
 def _open_export(folder: pathlib.Path) -> WeightSource:
-    record = json.loads((folder / EXPORT_FILE).read_text())
+    path = folder / EXPORT_FILE
+    again = "export it again, or take the folder from where it came once more"
+    untrusted.check_inside(folder, path, again)
+    record = untrusted.read_json(path, again)
+    fields = {"roles": dict, "model": dict, "convention": dict, "notes": list}
+    wrong = [name for name, kind in fields.items() if not isinstance(record.get(name), kind)]
+    wrong += [] if isinstance(record.get("flow", {}), dict) else ["flow"]
+    if wrong:
+        raise ValueError(
+            f"{path} is written by the job export; got another form of {', '.join(wrong)}; {again}"
+        )
     variables = {
-        role: role_files.read(folder, role_files.RoleFile(*file))
+        role: role_files.read(folder, role_files.file_from(file, path))
         for role, file in record["roles"].items()
     }
     return WeightSource(
         variables,
         record["model"],
         record["convention"],
-        record["notes"],
+        [untrusted.short(note, 1000) for note in record["notes"]],
         folder,
         record.get("flow", {}),
     )
 
 
 def _why_not(folder: pathlib.Path) -> str:
-    if (folder / "chain.json").exists():
-        stages = json.loads((folder / "chain.json").read_text())["stages"]
-        return f"holds a chain; give one of its stages ({', '.join(stages)}), as in {folder}/NAME"
+    chain = folder / "chain.json"
+    if chain.exists():
+        stages = untrusted.read_json(chain, "name one of its folders").get("stages", ())
+        names = untrusted.short(", ".join(map(str, stages)), 300)
+        return f"holds a chain; give one of its stages ({names}), as in {folder}/NAME"
     state = "holds none of these" if folder.exists() else "does not exist"
     return f"{state}; give another path"
 
@@ -231,9 +262,14 @@ def _differences(role: str, ours: Any, theirs: Any, shared: bool) -> list[str]:
 
 def _architecture(part: Any) -> dict[str, Any]:
     """What is computed: one word for all stages is the same as a list that repeats it."""
+    if not hasattr(part, "items"):
+        raise ValueError(
+            f"the architecture of a role is a set of fields; got {untrusted.short(repr(part))}; "
+            "export or convert the weights again"
+        )
     return {n: _one_word(value) for n, value in part.items() if n not in COMPUTE_FIELDS}
 
 
 def _one_word(value: Any) -> Any:
-    repeats = isinstance(value, list | tuple) and len(set(value)) == 1
-    return value[0] if repeats and isinstance(value[0], str) else value
+    words = isinstance(value, list | tuple) and value and isinstance(value[0], str)
+    return value[0] if words and all(word == value[0] for word in value) else value
