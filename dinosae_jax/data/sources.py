@@ -265,5 +265,5 @@ def _open_archive(folder: pathlib.Path) -> ArchiveRecords:
     source = grain.sources.ArrayRecordDataSource(paths)
     parts = [(shard["name"], shard["sha256"]) for shard in manifest["shards"]]
     return ArchiveRecords(
-        source, tuple(manifest["label_names"]), fingerprint_of(parts), folder.name
+        source, tuple(manifest.get("label_names", ())), fingerprint_of(parts), folder.name
     )

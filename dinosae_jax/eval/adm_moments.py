@@ -41,7 +41,7 @@ def read_moments(path: pathlib.Path, tap: str, recipe: Recipe = ADM_RECIPE) -> S
         raise ValueError(f"a reference stores the taps {sorted(MOMENTS)}, got {tap!r}")
     members = MOMENTS[tap]
     resolution = adm_npz.open_archive(path).shape[1]
-    with adm_npz.as_one_line(path), np.load(path) as archive:
+    with adm_npz.open_members(path) as archive:
         if members[0] not in archive.files:
             return None
         mean, covariance = (np.asarray(archive[name], np.float64) for name in members)

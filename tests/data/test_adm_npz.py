@@ -71,7 +71,7 @@ def test_an_archive_of_images_alone_has_no_moments(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, r"got members \['images'\]: name"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, r"got members images; name"),
         ({"mu": np.zeros(3), "sigma": np.eye(3)}, "alone do not say which resize made them"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, r"got float32 \[2, 8, 8, 3\]"),
         ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"got uint8 \[2, 3, 8, 8\]"),
@@ -111,6 +111,6 @@ def test_bytes_that_changed_are_one_clear_line(tmp_path, count):
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 255
     path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"samples\.npz is damaged \(Bad CRC-32") as error:
+    with pytest.raises(ValueError, match=r"samples\.npz must be .* damaged \(Bad CRC-32") as error:
         list(adm_npz.open_archive(path).batches(2))
     assert "\n" not in str(error.value)
