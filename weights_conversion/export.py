@@ -7,6 +7,7 @@ container's prefix included.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from dinosae_jax.weights import conversion
 from weights_conversion import mapping
 from weights_conversion.convert import FILES_KINDS
 from weights_conversion.readers import inputs
-from weights_conversion.readers.safetensors_file import write_safetensors
+from weights_conversion.readers.safetensors_file import DTYPES, write_safetensors
 from weights_conversion.readers.stored import short
 
 
@@ -47,12 +48,20 @@ def export_directory(kind: str, directory: str | Path, output: str | Path) -> li
     output = inputs.user_path(output)
     if output.suffix != ".safetensors":
         raise ValueError(f"--output must end in .safetensors; got {output}; rename it")
-    tree = conversion.restore(directory, metadata)
-    files = [file for file in metadata["files"] for _ in range(file["keys"])]
     entries = [_entry(record) for record in metadata["tensors"]]
+    if sum(file["keys"] for file in metadata["files"]) != len(entries):
+        raise _damaged("files whose keys are not the tensors")
+    files = [file for file in metadata["files"] for _ in range(file["keys"])]
+    names = [_stored_name(file, entry) for file, entry in zip(files, entries, strict=True)]
+    odd = next((n for n, k in collections.Counter(names).items() if k > 1 or not n.isprintable()), "")
+    if odd:
+        raise _damaged(f"a name that is no printable line, or twice there: {short(odd)}")
+    tree = conversion.restore(directory, metadata)
+    for entry in entries:  # before anything is written
+        _restore(tree, entry)
     tensors = [
-        (_stored_name(file, entry), entry.dtype, entry.shape, lambda e=entry: _restore(tree, e))
-        for file, entry in zip(files, entries, strict=True)
+        (name, entry.dtype, entry.shape, lambda e=entry: _restore(tree, e))
+        for name, entry in zip(names, entries, strict=True)
     ]
     notes = {"source": json.dumps(metadata["files"]), "format": "pt"}
     write_safetensors(output, tensors, notes)
@@ -64,19 +73,45 @@ def _stored_name(file: dict[str, Any], entry: mapping.Entry) -> str:
     return file.get("renamed", {}).get(entry.key, file["container"] + entry.key)
 
 
-def _entry(record: dict[str, Any]) -> mapping.Entry:
-    fields = {**record, "shape": tuple(record["shape"]), "part": tuple(record["part"])}
-    return mapping.Entry(**fields)
+def _entry(record: Any) -> mapping.Entry:
+    """An entry of `tensors`, which a stranger may have written."""
+    try:
+        fields = {**record, "shape": tuple(record["shape"]), "part": tuple(record["part"])}
+        entry = mapping.Entry(**fields)
+        which, count = entry.part
+        numbers = [which, count, 0 if entry.index is None else entry.index, *entry.shape]
+        good = all(type(n) is int and n >= 0 for n in numbers) and which < count
+        good = good and all(isinstance(t, str) for t in (entry.key, entry.target))
+        if good and np.dtype(entry.dtype) in DTYPES.values():
+            return entry
+    except (TypeError, KeyError, ValueError):
+        pass
+    raise _damaged(f"the tensor {short(repr(record), 200)}")
+
+
+def _damaged(what: str) -> ValueError:
+    return ValueError(
+        f"{conversion.METADATA_FILE} says where each tensor went; got {what}; {conversion.AGAIN}"
+    )
 
 
 def _restore(tree: dict[str, Any], entry: mapping.Entry) -> np.ndarray:
+    """The tensor of an entry, as it was stored.
+
+    Raises:
+      ValueError: The tree has no such array.
+    """
+    buffer = entry.target.startswith("buffers/")
     node: Any = tree
-    if entry.target.startswith("buffers/"):
-        node = tree["buffers"][entry.key]
-    else:
-        for part in entry.target.split("/"):
+    try:
+        for part in ("buffers", entry.key) if buffer else entry.target.split("/"):
             node = node[part]
-    return mapping.restore(entry, np.asarray(node))
+        if isinstance(node, dict):
+            raise KeyError(part)
+        return mapping.restore(entry, np.asarray(node))
+    except (KeyError, IndexError, TypeError, ValueError):
+        where = f"{short(entry.target)} for {short(entry.key)} {list(entry.shape)[:8]}"
+        raise _damaged(f"no fitting array {where}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

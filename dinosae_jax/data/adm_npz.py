@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import pathlib
 import struct
@@ -188,7 +189,10 @@ def as_one_line(path: pathlib.Path) -> Iterator[None]:
         OverflowError,
         KeyError,
         UnicodeDecodeError,
+        OSError,  # EINVAL, of an offset before the beginning
     ) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(
             f"{path} must be a whole .npz file; got one that is damaged "
             f"({untrusted.short(error)}); copy or write it again"

@@ -77,7 +77,7 @@ def read(folder: pathlib.Path, file: RoleFile) -> Tree:
         )
     try:
         return traverse_util.unflatten_dict(safetensors.load(data), sep="/")
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} must hold the arrays of a role; got {untrusted.short(error)}; {put_back}"
         ) from None

@@ -37,7 +37,6 @@ INSERTED = frozenset(
     }
 )
 MAX_KEY_LENGTH = 1000
-MAX_TENSORS = 65_536
 
 # sha256 prefixes of published files. torch hub puts them into the file's name.
 KNOWN_FILES = {
@@ -177,11 +176,6 @@ def _clean(names: Iterable[str], where: str) -> dict[str, str]:
 
 def _check_keys(path: Path, tensors: Mapping[Any, StoredTensor]) -> None:
     """Keys stand in messages and in conversion.json, so they must be printable lines."""
-    if len(tensors) > MAX_TENSORS:
-        raise RefusedFileError(
-            f"{short(path.name)}: a network has at most {MAX_TENSORS} tensors; got {len(tensors)}; "
-            "give another file"
-        )
     for key in tensors:
         if not isinstance(key, str) or not key.isprintable() or len(key) > MAX_KEY_LENGTH:
             raise RefusedFileError(

@@ -24,6 +24,7 @@ from weights_conversion.readers.stored import (
 )
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 65_536
 DTYPES = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype(np.uint8),
@@ -73,6 +74,8 @@ def _read(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             raise RefusedFileError("the header is not JSON") from None
     if not isinstance(header, dict):
         raise RefusedFileError("the header is not a dictionary")
+    if len(header) > MAX_TENSORS:
+        raise RefusedFileError(f"the header lists {len(header)} tensors, more than {MAX_TENSORS}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise RefusedFileError("the header's metadata is not a dictionary")
