@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -45,6 +46,16 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(_refuse(error))
 
 
+def _adopt_model(config: ml_collections.ConfigDict) -> list[str]:
+    """Gives a flow the model of its autoencoder; flags of the command line come first."""
+    if config.job != "train" or "flow" not in config or not config.init_from:
+        return []
+    from dinosae_jax.weights import weight_source
+
+    explicit = config_flags.get_override_values(flags.FLAGS["config"])
+    return weight_source.adopt_model(config, explicit)
+
+
 def _run(argv: Sequence[str]) -> None:
     from dinosae_jax import rules
 
@@ -60,6 +71,7 @@ def _run(argv: Sequence[str]) -> None:
     if config.job not in JOBS:
         hint = rules.nearest(config.job, JOBS)
         raise ValueError(f"config.job: {config.job!r} is not known{hint}")
+    adopted = _adopt_model(config)
     rules.validate(config)
 
     import jax
@@ -67,6 +79,8 @@ def _run(argv: Sequence[str]) -> None:
     from dinosae_jax.runtime import distributed, stopping
 
     distributed.start(config.compile_cache)
+    if adopted and jax.process_index() == 0:
+        print(f"From init_from={config.init_from}: {', '.join(adopted)}")
     job = importlib.import_module(f"dinosae_jax.jobs.{config.job}")
     try:
         job.run(config, workdir)

@@ -123,7 +123,9 @@ def _merge(states: Sequence[containers.StateDict]) -> dict[str, Any]:
 
 def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output must be a directory; got {output}, which is a file; name another")
+        raise ValueError(
+            f"--output must be a directory; got {output}, which is a file; name another"
+        )
     if output.is_dir() and any(output.iterdir()) and not (output / METADATA_FILE).exists():
         raise ValueError(
             f"--output must be new, empty or an earlier conversion; got {output}, which holds "
@@ -213,7 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="file, folder or index of shards; several joined by commas, or the flag repeated",
     )
     parser.add_argument("--output", required=True, help="directory to write")
-    parser.add_argument("--container", help="such as model or teacher.backbone; by default the one that fits the kind")
+    parser.add_argument(
+        "--container",
+        help="such as model or teacher.backbone; by default the one that fits the kind",
+    )
     parser.add_argument("--config", type=_overrides, help='JSON, such as {"vit": {"num_heads": 4}}')
     parser.add_argument("--round_periods_to_bf16", action="store_true")
     args = parser.parse_args(argv)

@@ -53,8 +53,9 @@ def export_directory(kind: str, directory: str | Path, output: str | Path) -> li
         raise _damaged("files whose keys are not the tensors")
     files = [file for file in metadata["files"] for _ in range(file["keys"])]
     names = [_stored_name(file, entry) for file, entry in zip(files, entries, strict=True)]
-    odd = next((n for n, k in collections.Counter(names).items() if k > 1 or not n.isprintable()), "")
-    if odd:
+    counts = collections.Counter(names)
+    odd = next((n for n in names if counts[n] > 1 or not n.isprintable()), None)
+    if odd is not None:
         raise _damaged(f"a name that is no printable line, or twice there: {short(odd)}")
     tree = conversion.restore(directory, metadata)
     for entry in entries:  # before anything is written

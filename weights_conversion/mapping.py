@@ -104,8 +104,8 @@ def source_names(layout: Layout, path: str) -> tuple[str | None, ...]:
             break
     else:
         raise MismatchError(
-            f"every leaf has a row in the layout {layout.name!r}; got none for {path!r}; check what "
-            "--config says"
+            f"every leaf has a row in the layout {layout.name!r}; got none for {path!r}; check "
+            "what --config says"
         )
     if isinstance(row, tuple):
         return row

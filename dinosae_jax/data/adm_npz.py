@@ -1,7 +1,7 @@
 """The .npz files of the ADM evaluation suite: batches of samples, and references with moments.
 
-A batch holds `arr_0`, uint8 [n, h, w, 3]. A reference holds 10,000 images as `arr_0` and the moments
-of the whole training set: `mu`, `sigma` (pool3, 2048) and `mu_s`, `sigma_s` (spatial, 2023).
+A batch holds `arr_0`, uint8 [n, h, w, 3]. A reference holds 10,000 images as `arr_0` and the
+moments of the whole training set: `mu`, `sigma` (pool3, 2048) and `mu_s`, `sigma_s` (spatial, 2023).
 Images are read and written as a stream, because 50,000 of them are 9.8 GB. A member `recipe`,
 which other programs ignore, says how the moments were made.
 
@@ -97,7 +97,7 @@ def write_images(path: pathlib.Path, batches: Iterable[Images], count: int) -> N
 
     Args:
       path: the file to write; it appears under this name when it is complete.
-      batches: uint8 [b, h, w, 3] each; images beyond `count` are dropped, as a padded last batch is.
+      batches: uint8 [b, h, w, 3] each; images beyond `count` are dropped, as padding is.
       count: number of images.
 
     Raises:

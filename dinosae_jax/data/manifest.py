@@ -26,7 +26,7 @@ def read_manifest(path: pathlib.Path, again: str = "the conversion") -> dict[str
 
 
 def check_form(folder: pathlib.Path, manifest: dict[str, Any], again: str) -> None:
-    """Raises ValueError where a manifest lists no shards, or shards elsewhere than in its folder."""
+    """Raises ValueError where a manifest lists no shards, or some outside its folder."""
     shards, names = manifest.get("shards"), manifest.get("label_names", [])
     way_out = f"run {again} again"
     if not isinstance(shards, list) or not all(map(_is_shard, shards)):

@@ -7,10 +7,13 @@ For each role, in this order: `init_from` (the moving averages of another run), 
 
 from __future__ import annotations
 
+import math
 import pathlib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from dinosae_jax import config as config_lib
+from dinosae_jax import names
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.runtime import files, untrusted
 from dinosae_jax.weights import checkpoint, conversion, role_files
@@ -70,8 +73,8 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
         return _open_export(folder)
     if conversion.is_conversion(folder):
         converted = conversion.load(folder)
-        names = ", ".join(file["name"] for file in converted.metadata["files"])
-        note = f"Starts from converted weights: {names}."
+        listed = ", ".join(file["name"] for file in converted.metadata["files"])
+        note = f"Starts from converted weights: {listed}."
         return WeightSource(converted.variables, converted.config, {}, [note], folder)
     step = folder if folder.name.isdigit() and (folder / "state").exists() else None
     step = step or checkpoint.newest(folder)
@@ -142,7 +145,7 @@ def check_agreement(
         lines += _differences(role, ours, theirs, shared=not source.convention)
     if lines:
         raise ValueError(
-            f"weights and config must be of one architecture; got {source.path}, which holds another "
+            f"weights and config are of one architecture; got {source.path}, which holds another "
             f"architecture: {'; '.join(lines)}; use the config that made it or start from other "
             "weights"
         )
@@ -151,6 +154,69 @@ def check_agreement(
         # The radius is the flow's: nothing of an autoencoder depends on it.
         free = () if "dit" in wanted else ("radius",)
         convention.check_equal(stated, "this config", str(source.path), leave_out=free)
+
+
+def adopt_model(config: Any, explicit: Collection[str]) -> list[str]:
+    """Gives a flow's config the autoencoder that `init_from` records, in place.
+
+    Taken over are the fields of model.stem, model.vit and model.decoder, model.pixel_range,
+    data.image_size where it is recorded, and of model.dit the input size and channels that follow.
+    What was set by hand stays, and is compared when the weights are opened.
+
+    Args:
+      config: of a flow: it has `flow` and `init_from`.
+      explicit: fields set by hand, such as 'model.vit.depth'.
+
+    Returns:
+      Lines `field: old -> new`.
+
+    Raises:
+      ValueError: where nothing of the kind is at `init_from`, or its record is damaged.
+    """
+    model, image_size = _stated_model(config.init_from)
+    width = model.get("vit", {}).get("embed_dim", config.model.vit.embed_dim)
+    side = (image_size or config.data.image_size) // names.PATCH_SIZE
+    wanted = {
+        f"model.{role}.{field}": value
+        for role in names.AUTOENCODER_ROLES
+        for field, value in model.get(role, {}).items()
+        if field in config.model[role] and field not in COMPUTE_FIELDS
+    }
+    wanted |= {"model.pixel_range": model.get("pixel_range"), "data.image_size": image_size}
+    wanted |= {"model.dit.in_channels": width, "model.dit.input_size": side}
+    lines = []
+    for path, value in wanted.items():
+        *parents, field = path.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        by_hand = any(f"{path}.".startswith(f"{given}.") for given in explicit)
+        if value is None or by_hand or _one_word(node[field]) == _one_word(value):
+            continue
+        lines.append(f"{path}: {node[field]} -> {value}")
+        with node.ignore_type():
+            node[field] = tuple(value) if isinstance(value, list) else value
+    return lines
+
+
+def _stated_model(path: str | pathlib.Path) -> tuple[dict[str, Any], int | None]:
+    """The model config that a workdir, checkpoint, export or conversion records; image size."""
+    folder = pathlib.Path(path).expanduser()
+    again = "take the folder from where it came once more"
+    if (folder / EXPORT_FILE).exists():
+        record = untrusted.read_json(folder / EXPORT_FILE, again)
+        tokens = record.get("convention", {}).get("tokens")
+        return record["model"], names.PATCH_SIZE * math.isqrt(tokens) if tokens else None
+    if conversion.is_conversion(folder):
+        return conversion.read_metadata(folder)["config"], None
+    step = folder.parent.parent if folder.name.isdigit() else folder
+    if (step / "config.json").exists():
+        record = untrusted.read_json(step / "config.json", again)
+        return record["model"], record["data"]["image_size"]
+    raise ValueError(
+        "weights come from a stage's workdir, a checkpoint, an export or a conversion; got "
+        f"{str(path)!r}, which {_why_not(folder)}"
+    )
 
 
 def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:
@@ -185,7 +251,7 @@ def check_effective(role: str, path: str, used: Tree, init_from: str) -> None:
     named = conversion.load(path, (role,)).variables[role]
     if role_files.sha256(named) != role_files.sha256(used):
         raise ValueError(
-            f"init_from gives the {NETWORKS[role]} and comes first; got also weights.{role}={path}, "
+            f"init_from gives the {NETWORKS[role]} and comes first; got weights.{role}={path} too, "
             f"which holds another than {init_from} and would have no effect; leave out "
             f"--config.weights.{role}, or start from other weights"
         )
@@ -245,8 +311,8 @@ def _why_not(folder: pathlib.Path) -> str:
     chain = folder / "chain.json"
     if chain.exists():
         stages = untrusted.read_json(chain, "name one of its folders").get("stages", ())
-        names = untrusted.short(", ".join(map(str, stages)), 300)
-        return f"holds a chain; give one of its stages ({names}), as in {folder}/NAME"
+        listed = untrusted.short(", ".join(map(str, stages)), 300)
+        return f"holds a chain; give one of its stages ({listed}), as in {folder}/NAME"
     state = "holds none of these" if folder.exists() else "does not exist"
     return f"{state}; give another path"
 

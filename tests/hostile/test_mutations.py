@@ -134,7 +134,9 @@ def read_weights(path, size):
 @checked
 @given(edits=EDITS, in_pickle=st.booleans())
 def test_torch_files(place, edits, in_pickle):
-    path = write_torch(place / "a.pth", {"model": collections.OrderedDict(STATE), "epoch": (1, [2])})
+    path = write_torch(
+        place / "a.pth", {"model": collections.OrderedDict(STATE), "epoch": (1, [2])}
+    )
     data = path.read_bytes()
     if in_pickle:  # of the same length and with its checksum, so that the machine sees the change
         start = data.find(b"\x80\x02")
@@ -329,9 +331,10 @@ def test_exports(good, tmp_path, where, value, edits):
 @checked
 @given(edits=EDITS, deflated=st.booleans())
 def test_image_archives(place, edits, deflated):
-    members = {"arr_0.npy": test_artefacts.IMAGES, **{
-        f"{name}.npy": data for name, data in test_artefacts.MOMENTS.items()
-    }}
+    members = {
+        "arr_0.npy": test_artefacts.IMAGES,
+        **{f"{name}.npy": data for name, data in test_artefacts.MOMENTS.items()},
+    }
     path = test_artefacts.npz(place / "a.npz", members, 8 if deflated else 0)
     path.write_bytes(edited(path.read_bytes(), edits))
 

@@ -32,7 +32,9 @@ def test_roles_and_configuration(tmp_path, state):
     source = state["TEACHER_ONLY.patch_embed.proj.weight"]
     np.testing.assert_array_equal(kernel, source.transpose(2, 3, 1, 0))
     assert set(conversion.load(directory, ["stem"]).variables) == {"stem"}
-    with pytest.raises(ValueError, match=r"the roles dit are wanted; got .* holds the roles stem, vit, decoder;"):
+    with pytest.raises(
+        ValueError, match=r"the roles dit are wanted; got .* holds the roles stem, vit, decoder;"
+    ):
         conversion.load(directory, ["dit"])
 
 

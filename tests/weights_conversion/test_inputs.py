@@ -141,7 +141,11 @@ def below(prefix, state=None):
             "state_dict.net.vit.",
             ["net.* (3 tensors)", "critic.* (3 tensors)"],
         ),
-        ({**below("dinov3_vit."), **heads("classifier")}, "dinov3_vit.", ["classifier.* (3 tensors)"]),
+        (
+            {**below("dinov3_vit."), **heads("classifier")},
+            "dinov3_vit.",
+            ["classifier.* (3 tensors)"],
+        ),
         ({"model": below("model.")}, "model.model.", []),
     ],
 )
@@ -157,7 +161,9 @@ def test_of_several_networks_one_is_named(tmp_path):
         tmp_path / "a.safetensors",
         {**below("module.student.backbone.", other), **below("module.teacher.backbone.")},
     )
-    with pytest.raises(RefusedFileError, match=r"below student\.backbone, teacher\.backbone") as error:
+    with pytest.raises(
+        RefusedFileError, match=r"below student\.backbone, teacher\.backbone"
+    ) as error:
         converted(tmp_path, flat)
     assert "--container=student.backbone" in str(error.value)
     assert_plain(tmp_path, flat, container="teacher.backbone")
@@ -233,10 +239,14 @@ def test_shards_convert_like_the_whole_file(tmp_path, order, prefix, newer):
 
 def test_parts_of_a_sharded_model_are_refused(tmp_path):
     files, index = shards(tmp_path / "sharded")
-    with pytest.raises(RefusedFileError, match=r"all of its 3 shards; got 1 of model; give the fol"):
+    with pytest.raises(
+        RefusedFileError, match=r"all of its 3 shards; got 1 of model; give the fol"
+    ):
         converted(tmp_path, files[1])
     files[1].unlink()
-    with pytest.raises(RefusedFileError, match=r"got none called model-00002-of-00003\.safetensors"):
+    with pytest.raises(
+        RefusedFileError, match=r"got none called model-00002-of-00003\.safetensors"
+    ):
         converted(tmp_path, index)
     index.unlink()
     with pytest.raises(RefusedFileError, match="got 2 of model"):
@@ -288,7 +298,9 @@ def test_a_folder_with_one_model_is_enough(tmp_path, name):
     assert_plain(tmp_path, path.parent)
 
 
-@pytest.mark.parametrize("name", ["A.SAFETENSORS", "blob", "a.pth", "a.PT", "a.index.json", "a.tar"])
+@pytest.mark.parametrize(
+    "name", ["A.SAFETENSORS", "blob", "a.pth", "a.PT", "a.index.json", "a.tar"]
+)
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
 def test_the_format_is_told_by_the_content(tmp_path, name, kind):
     path = tmp_path / name
@@ -342,7 +354,13 @@ def test_every_published_format_is_recognised(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["dinov3_ft-20260115.pth", "ckpt-00050000.pt", "a-20260115", "a-8AA4CBDD.pth", "a_8aa4cbdd.pth"],
+    [
+        "dinov3_ft-20260115.pth",
+        "ckpt-00050000.pt",
+        "a-20260115",
+        "a-8AA4CBDD.pth",
+        "a_8aa4cbdd.pth",
+    ],
 )
 def test_a_date_or_a_step_in_a_name_is_no_hash(tmp_path, name):
     assert_plain(tmp_path, write_torch(tmp_path / name, collections.OrderedDict(FACEBOOK)))

@@ -167,8 +167,8 @@ def _clean(names: Iterable[str], where: str) -> dict[str, str]:
         key = _key(name)
         if key in clean:
             raise RefusedFileError(
-                f"{where}: each tensor has its own name; got {short(clean[key])} and {short(name)}, "
-                "which differ by a word that torch inserts; remove one of them"
+                f"{where}: each tensor has its own name; got {short(clean[key])} and "
+                f"{short(name)}, which differ by a word that torch inserts; remove one of them"
             )
         clean[key] = name
     return clean

@@ -130,9 +130,9 @@ def _inside(folder: Path, name: str) -> Path:
     """
     path = folder / name
     cache = folder.resolve().parent
-    if path.is_symlink() and cache.name == "snapshots" and "/" not in name:
-        if path.resolve().parent == cache.parent / "blobs":
-            return path
+    is_cache = cache.name == "snapshots" and "/" not in name
+    if is_cache and path.is_symlink() and path.resolve().parent == cache.parent / "blobs":
+        return path
     try:
         return untrusted.inside(folder, name, "give the file itself as --input")
     except ValueError as error:

@@ -160,7 +160,7 @@ def _mlp_ratio(shapes: Shapes, width: int, swiglu: bool, block: str) -> float:
     fitting = [r for r in candidates if int(2 / 3 * int(r * width)) == hidden]
     if not fitting:
         raise UnknownLayoutError(
-            f"a SwiGLU has int(2/3 * mlp_ratio * width) units; got {hidden} units at width {width}; "
+            f"a SwiGLU has int(2/3 * mlp_ratio * width) units; got {hidden} at width {width}; "
             "check --kind and --container"
         )
     return fitting[0]

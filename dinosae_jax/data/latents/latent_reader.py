@@ -21,6 +21,7 @@ from dinosae_jax.data.latents import latent_record
 from dinosae_jax.data.manifest import MANIFEST, check_form, check_shards, read_manifest
 from dinosae_jax.data.order import Share, crop_generator, draw_flip, share_of, training_index
 from dinosae_jax.data.records import fingerprint_of
+from dinosae_jax.runtime import untrusted
 
 HASHED_BYTES = 4 * 2**30  # caches up to this size are hashed whole when they are opened
 AHEAD = 2  # batches
@@ -96,10 +97,11 @@ def open_latents(data_config: Mapping[str, Any], split: str) -> LatentSource:
     for field in IMAGE_FIELDS:
         ours, theirs = data_config[field], recipe.get(field)
         if ours != theirs:
+            shown = untrusted.short(theirs if isinstance(theirs, str) else repr(theirs))
             raise ValueError(
                 f"A latent cache must be of the images that the flow is to learn; {folder} was "
-                f"made with data.{field}={theirs!r}, this config says {ours!r}: pass "
-                f"--config.data.{field}={theirs}, or encode again."
+                f"made with data.{field}={shown}, this config says {ours!r}: pass "
+                f"--config.data.{field}={shown}, or encode again."
             )
     if split == "train" and data_config["flip"] and not manifest.get("flipped"):
         raise ValueError(
@@ -119,12 +121,10 @@ def _check_sizes(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
     whole = all(type(size) is int and 0 < size < 1 << 40 for size in sizes)
     if not whole or type(manifest.get("flipped")) is not bool:
         raise ValueError(
-            f"a latent cache says its count, tokens, width and flipped; got another form of them in "
+            f"a latent cache says its count, tokens, width and flipped; got others in "
             f"{folder}; run {ENCODE} again"
         )
-    fields = latent_record.layout(
-        manifest.get("format", ""), manifest["tokens"], manifest["width"]
-    )
+    fields = latent_record.layout(manifest.get("format", ""), manifest["tokens"], manifest["width"])
     needed = manifest["count"] * sum(field.nbytes for field in fields)
     stored = sum(shard["bytes"] for shard in manifest["shards"])
     if needed > MAX_EXPANSION * stored:
