@@ -38,7 +38,7 @@ def shapes(config: dict[str, Config]) -> dict[str, tuple[int, ...]]:
             tree = jax.eval_shape(variables)
         except (ArithmeticError, TypeError, LookupError, MemoryError) as error:
             raise ValueError(
-                f"a {role} has sizes that fit together; got {short(kwargs, 400)}, and no {role} can "
+                f"a {role} has sizes that fit together; got {short(kwargs, 400)}, no {role} can "
                 f"be built from it: {short(error)}; check --config"
             ) from None
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

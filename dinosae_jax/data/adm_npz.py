@@ -1,9 +1,9 @@
 """The .npz files of the ADM evaluation suite: batches of samples, and references with moments.
 
 A batch holds `arr_0`, uint8 [n, h, w, 3]. A reference holds 10,000 images as `arr_0` and the
-moments of the whole training set: `mu`, `sigma` (pool3, 2048) and `mu_s`, `sigma_s` (spatial, 2023).
-Images are read and written as a stream, because 50,000 of them are 9.8 GB. A member `recipe`,
-which other programs ignore, says how the moments were made.
+moments of the whole training set: `mu`, `sigma` (pool3, 2048) and `mu_s`, `sigma_s` (spatial,
+2023). Images are read and written as a stream, because 50,000 of them are 9.8 GB. A
+member `recipe`, which other programs ignore, says how the moments were made.
 
 The files may come from strangers: members are arrays of numbers or text (never pickles), their
 headers must tell their sizes, and a file unpacks to at most `MAX_EXPANSION` times its size.

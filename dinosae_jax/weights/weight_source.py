@@ -191,7 +191,8 @@ def adopt_model(config: Any, explicit: Collection[str]) -> list[str]:
         for parent in parents:
             node = node[parent]
         by_hand = any(f"{path}.".startswith(f"{given}.") for given in explicit)
-        if value is None or by_hand or _one_word(node[field]) == _one_word(value):
+        differing = config_lib.differences(_one_word(node[field]), _one_word(value))
+        if value is None or by_hand or not differing:
             continue
         lines.append(f"{path}: {node[field]} -> {value}")
         with node.ignore_type():
