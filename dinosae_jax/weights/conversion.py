@@ -197,43 +197,64 @@ def read_arrays(directory: Path, name: str) -> Tree:
     import orbax.checkpoint as ocp
 
     folder = directory.absolute() / name
-    untrusted.check_inside(directory, folder, AGAIN)
-    size = untrusted.check_tree_inside(folder, AGAIN)
-    _check_names(folder)
+    check_stored(directory, folder, MAX_EXPANSION, AGAIN)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            declared = checkpointer.metadata(folder).item_metadata.tree
-            _check_sizes(folder, declared, size)
             return checkpointer.restore(folder)
     except (MemoryError, PermissionError):
         raise
     except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        raise ValueError(
-            f"{folder} must be a whole checkpoint; got {untrusted.short(reason, 200)}; {AGAIN}"
-        ) from None
+        raise not_whole(folder, error, AGAIN) from None
 
 
-def _check_names(folder: Path) -> None:
+def check_stored(directory: Path, folder: Path, expansion: int, way_out: str) -> None:
+    """Looks at an Orbax checkpoint from a stranger before its arrays are read.
+
+    Args:
+      directory: what was sent; everything lies in it, links followed.
+      folder: the checkpoint, in it.
+      expansion: how many times their bytes on disk the arrays may take.
+      way_out: what the message tells the reader to do.
+
+    Raises:
+      ValueError: one line, where it leaves the directory, is damaged, or would take more.
+    """
+    import orbax.checkpoint as ocp
+
+    untrusted.check_inside(directory, folder, way_out)
+    size = untrusted.check_tree_inside(folder, way_out)
+    _check_names(folder, way_out)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            declared = checkpointer.metadata(folder)
+        declared = getattr(declared, "item_metadata", declared)
+        total = sum(_bytes_of(array) for array in _leaves(getattr(declared, "tree", declared)))
+        if total > expansion * size:
+            raise ValueError(
+                f"arrays of {total} bytes in {size}, more than {expansion} times as many"
+            )
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        raise not_whole(folder, error, way_out) from None
+
+
+def not_whole(folder: Path, error: Exception, way_out: str) -> ValueError:
+    """The refusal, in one line, of a checkpoint whose reading raised `error`."""
+    reason = untrusted.short(str(error).strip() or type(error).__name__, 200)
+    return ValueError(f"{folder} must be a whole checkpoint; got {reason}; {way_out}")
+
+
+def _check_names(folder: Path, way_out: str) -> None:
     """Raises ValueError where an array's name could be read as a path out of the folder."""
-    record = untrusted.read_json(folder / "_METADATA", AGAIN)
+    record = untrusted.read_json(folder / "_METADATA", way_out)
     tree = record.get("tree_metadata")
     known = record.get("use_ocdbt", True) is True and isinstance(tree, dict)
     odd = [key for key in tree or () if not known or {"/", "\\", "\0"} & set(key) or ".." in key]
     if odd or not known:
         raise ValueError(
             f"{untrusted.short(folder, 300)} must be a checkpoint of one database; got "
-            f"{untrusted.short(odd[0]) if odd else 'separate files'}; {AGAIN}"
-        )
-
-
-def _check_sizes(folder: Path, declared: Any, size: int) -> None:
-    """Raises ValueError where arrays are of an unknown type, or far larger than the folder."""
-    total = sum(_bytes_of(array) for array in _leaves(declared))
-    if total > MAX_EXPANSION * size:
-        raise ValueError(
-            f"arrays take at most {MAX_EXPANSION} times the {size} bytes of {folder.name}, "
-            f"these would take {total}"
+            f"{untrusted.short(odd[0]) if odd else 'separate files'}; {way_out}"
         )
 
 

@@ -22,6 +22,7 @@ Tree = Any
 Variables = dict[str, dict[str, Tree]]
 FROZEN_FOLDER = "frozen"
 EXPORT_FILE = "export.json"
+MAX_EXPANSION = 100  # of a checkpoint, whose zeros are compressed
 # Fields of the model config that change how it is computed, not what.
 COMPUTE_FIELDS = ("scan_layers", "remat")
 CONVERSION_COMMANDS = {
@@ -83,25 +84,33 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
             "weights come from a stage's workdir, a checkpoint, an export or a conversion; got "
             f"{str(path)!r}, which {_why_not(folder)}"
         )
+    again = "take it from where it came once more, or an earlier one"
+    conversion.check_stored(step, step / "state", MAX_EXPANSION, again)
     # The discriminator's heads have no moving average; they are carried on as they are.
-    tree, record = checkpoint.load_fields(step, ("ema", "extra", "params/disc_heads"))
-    extra = tree.get("extra", {})
-    params = {**tree["ema"], **tree.get("params", {})}
-    variables: Variables = {
-        role: {"params": params[role], **extra.get(role, {})} for role in params
-    }
+    try:
+        tree, record = checkpoint.load_fields(step, ("ema", "extra", "params/disc_heads"))
+    except (OSError, MemoryError, RuntimeError):
+        raise
+    except Exception as error:  # Orbax has no class of its own
+        raise conversion.not_whole(step, error, again) from None
+    try:
+        extra = tree.get("extra", {})
+        params = {**tree["ema"], **tree.get("params", {})}
+        variables: Variables = {
+            role: {"params": params[role], **extra.get(role, {})} for role in params
+        }
+        frozen_files = dict(record["frozen"])
+        stated = record["config"]["model"], record["convention"], record["notes"]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{step} must be a checkpoint of this project; got one whose record lacks "
+            f"{untrusted.short(error)}; {again}"
+        ) from None
     frozen = step.parent.parent / FROZEN_FOLDER
-    for role, file in record["frozen"].items():
+    for role, file in frozen_files.items():
         if role not in variables:
             variables[role] = role_files.read(frozen, role_files.file_from(file, step))
-    return WeightSource(
-        variables,
-        record["config"]["model"],
-        record["convention"],
-        record["notes"],
-        step,
-        record.get("flow", {}),
-    )
+    return WeightSource(variables, *stated, step, record.get("flow", {}))
 
 
 def export(source: WeightSource, output: pathlib.Path, wanted: tuple[str, ...]) -> None:

@@ -491,6 +491,47 @@ def test_exports_of_runs(tmp_path, canary, name, good_export):
     refused(lambda: weight_source.open_weights(folder), canary)
 
 
+# Checkpoints of a run.
+
+
+def newest(folder):
+    return next((folder / "checkpoints").iterdir())
+
+
+def state_link(folder, canary):
+    path = largest(newest(folder) / "state")
+    shutil.move(path, folder.parent / "elsewhere")
+    path.symlink_to(folder.parent / "elsewhere")
+
+
+def frozen_link(folder, canary):
+    path = next((folder / "frozen").iterdir())
+    shutil.move(path, folder.parent / "elsewhere")
+    path.symlink_to(folder.parent / "elsewhere")
+
+
+def state_name(folder, canary):
+    path = newest(folder) / "state" / "_METADATA"
+    path.write_text(path.read_text().replace("'ema'", "'../../canary/secret.txt'"))
+
+
+CHECKPOINTS = {
+    "a_file_of_the_state_is_a_link": state_link,
+    "a_frozen_network_is_a_link": frozen_link,
+    "a_frozen_network_is_missing": lambda f, c: shutil.rmtree(f / "frozen"),
+    "an_array_named_by_a_path": state_name,
+    "the_state_is_truncated": lambda f, c: largest(newest(f) / "state").write_bytes(b"x"),
+    "the_state_is_missing": lambda f, c: shutil.rmtree(newest(f) / "state"),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints(tmp_path, canary, name, flow_workdir):
+    folder = shutil.copytree(flow_workdir, tmp_path / "sent")
+    CHECKPOINTS[name](folder, canary)
+    refused(lambda: weight_source.open_weights(folder), canary)
+
+
 # Images, moments, archives and caches.
 
 
@@ -652,7 +693,7 @@ def test_tars(tmp_path, canary, name):
 
 
 def test_there_are_sixty_artefacts():
-    groups = (WEIGHTS, CONVERSIONS, EXPORTS, RUN_EXPORTS, NPZ, MANIFESTS, TARS)
+    groups = (WEIGHTS, CONVERSIONS, EXPORTS, RUN_EXPORTS, CHECKPOINTS, NPZ, MANIFESTS, TARS)
     assert sum(map(len, groups)) >= 60
 
 
