@@ -37,9 +37,12 @@ class LatentConvention:
         """Checks ranges and names."""
         for name in ("tokens", "width", "radius", "decode_radius"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is None and name == "decode_radius":
+                continue
+            if not number or not 0 < value < math.inf:
                 raise ValueError(
-                    f"latent convention: {name} must be positive; got {value}; "
+                    f"latent convention: {name} must be a positive number; got {value!r}; "
                     "take the encoder's value"
                 )
         for name, known in (
@@ -84,14 +87,18 @@ class LatentConvention:
         known = {field.name for field in dataclasses.fields(cls)}
         if set(fields) != known:
             raise ValueError(
-                f"latent convention: its fields are fixed; got missing "
+                f"latent convention: its fields are {', '.join(sorted(known))}; got missing "
                 f"{sorted(known - set(fields))}, unknown {sorted(set(fields) - known)}; another "
                 "version wrote it, save it again"
             )
         return cls(**fields)
 
     def check_equal(
-        self, other: LatentConvention, here: str = "this", there: str = "other"
+        self,
+        other: LatentConvention,
+        here: str = "this",
+        there: str = "other",
+        leave_out: tuple[str, ...] = (),
     ) -> None:
         """Compares two conventions; a decode radius that is not measured yet agrees with any.
 
@@ -99,6 +106,8 @@ class LatentConvention:
           other: the convention to compare with.
           here: name of this part for the message, such as "flow".
           there: name of the other part, such as "autoencoder".
+          leave_out: fields that may differ, such as the radius between a flow and its
+            autoencoder, of which nothing depends on it.
 
         Raises:
           ValueError: one line that names every differing field with both values.
@@ -107,7 +116,7 @@ class LatentConvention:
         differing = [
             f"{name} {mine[name]} != {theirs[name]}"
             for name in mine
-            if not _agree(mine[name], theirs[name])
+            if name not in leave_out and not _agree(mine[name], theirs[name])
         ]
         if None in (self.decode_radius, other.decode_radius):
             differing = [line for line in differing if not line.startswith("decode_radius ")]

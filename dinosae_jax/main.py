@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -48,6 +49,16 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(_refuse(error))
 
 
+def _adopt_model(config: ml_collections.ConfigDict) -> list[str]:
+    """Gives a flow the model of its autoencoder; flags of the command line come first."""
+    if config.job != "train" or "flow" not in config or not config.init_from:
+        return []
+    from dinosae_jax.weights import weight_source
+
+    explicit = config_flags.get_override_values(flags.FLAGS["config"])
+    return weight_source.adopt_model(config, explicit)
+
+
 def _run(argv: Sequence[str]) -> None:
     from dinosae_jax import config as config_lib
     from dinosae_jax import config_files, preflight, rules
@@ -57,8 +68,9 @@ def _run(argv: Sequence[str]) -> None:
     if not _CONFIG.value:
         raise ValueError("--config is needed; got none; as in --config=configs/quickstart.py")
     config = _CONFIG.value
-    rules.validate(config)
     config_lib.expand_home(config)
+    adopted = _adopt_model(config)
+    rules.validate(config)
     named = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
     given = _WORKDIR.value or config_files.default_workdir(named)
     rules.require_local("--workdir", given)
@@ -76,6 +88,8 @@ def _run(argv: Sequence[str]) -> None:
         distributed.require_devices()
         if not _WORKDIR.value:
             console.report(f"This run's folder is {workdir} (--workdir names another)")
+    if adopted:
+        console.report(f"From init_from={config.init_from}: {', '.join(adopted)}")
     job = importlib.import_module(f"dinosae_jax.jobs.{config.job}")
     try:
         job.run(config, workdir)

@@ -41,9 +41,14 @@ def test_every_differing_field_is_named_in_one_line():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"radius": 0.0}, "radius must be positive; got 0.0"),
-        ({"decode_radius": -1.0}, "decode_radius must be positive"),
-        ({"tokens": 0}, "tokens must be positive"),
+        ({"radius": 0.0}, "radius must be a positive number; got 0.0"),
+        ({"decode_radius": -1.0}, "decode_radius must be a positive"),
+        ({"tokens": 0}, "tokens must be a positive"),
+        ({"tokens": "many"}, "tokens must be a positive number; got 'many'"),
+        ({"tokens": None}, "tokens must be a positive number; got None"),
+        ({"width": True}, "width must be a positive number"),
+        ({"radius": float("inf")}, "radius must be a positive number; got inf"),
+        ({"radius": float("nan")}, "radius must be a positive number; got nan"),
         ({"norm": "batch"}, "norm is one of .*; got 'batch'"),
         ({"pixels": "bytes"}, "pixels is one of .*; got 'bytes'"),
     ],
@@ -58,3 +63,10 @@ def test_missing_and_unknown_fields_are_named():
     fields["raduis"] = fields.pop("radius")
     with pytest.raises(ValueError, match=r"missing \['radius'\], unknown \['raduis'\]"):
         LatentConvention.from_dict(fields)
+
+
+def test_fields_may_be_left_out_of_the_comparison():
+    other = dataclasses.replace(OURS, radius=1.0)
+    OURS.check_equal(other, leave_out=("radius",))
+    with pytest.raises(ValueError, match=r"this != other in radius 32\.0 != 1\.0; load"):
+        OURS.check_equal(other)

@@ -4,6 +4,8 @@ Reads .safetensors and .pth (without torch, executing nothing). Every tensor is 
 record beside the checkpoint is what `weights_conversion.export` writes the file back from.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
@@ -17,9 +19,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from dinosae_jax.runtime import files
 from dinosae_jax.weights.conversion import FORMAT_VERSION, METADATA_FILE, WEIGHTS_FOLDER
 from weights_conversion import mapping, modules, tables
-from weights_conversion.readers import containers
+from weights_conversion.readers import containers, inputs
+from weights_conversion.readers.stored import short
 
 PERIODS = "vit/params/rope_embed/periods"
 FILES_KINDS = [kind for kind in tables.KINDS if kind not in ("dinosae_stem", "dinosae_decoder")]
@@ -27,7 +31,7 @@ FILES_KINDS = [kind for kind in tables.KINDS if kind not in ("dinosae_stem", "di
 
 def convert_file(
     kind: str,
-    inputs: Sequence[str | Path],
+    given: Sequence[str | Path],
     output: str | Path,
     container: str | None = None,
     overrides: dict[str, dict[str, Any]] | None = None,
@@ -37,9 +41,9 @@ def convert_file(
 
     Args:
       kind: A key of `tables.KINDS`.
-      inputs: The files; their keys must differ.
+      given: Files with different keys, a folder, or the index of shards (see `inputs.find_files`).
       output: Directory to write; it may hold an earlier conversion, which is replaced.
-      container: Which container of the files to take (see `containers.read`).
+      container: Where in the files the network is (see `containers.read`).
       overrides: Role -> keyword arguments that the keys do not tell.
       round_periods_to_bf16: Round the RoPE periods of Hugging Face and timm files, which do not
         store them, as facebook's released files have them.
@@ -50,11 +54,11 @@ def convert_file(
     Raises:
       ValueError: The file, its keys or the output directory cannot be used; see the message.
     """
-    output = Path(output)
+    output = inputs.user_path(output)
     _check_output(output)
-    sources = [(Path(path), containers.read(path, container)) for path in inputs]
-    files = [_describe(path, state) for path, state in sources]
-    tensors = _merge(sources)
+    states = containers.read(inputs.find_files(given), kind, container)
+    sources = [_describe(state) for state in states]
+    tensors = _merge(states)
     layout = tables.plan(kind, {k: tuple(t.shape) for k, t in tensors.items()}, overrides)
     converted = mapping.convert(tensors, layout, modules.shapes(layout.config))
     if round_periods_to_bf16:
@@ -63,7 +67,7 @@ def convert_file(
         "format_version": FORMAT_VERSION,
         "kind": kind,
         "layout": layout.name,
-        "files": files,
+        "files": sources,
         "config": layout.config,
         "round_periods_to_bf16": round_periods_to_bf16,
         "derived": converted.derived,
@@ -83,33 +87,35 @@ def _round_periods(converted: mapping.Converted, layout: str) -> None:
     """Rounds RoPE periods to bfloat16 in place, where the file does not store them."""
     if PERIODS not in converted.derived:
         raise ValueError(
-            f"--round_periods_to_bf16 is for DINOv3 files without RoPE periods, the layout here is "
-            f"{layout!r}: leave it out"
+            "--round_periods_to_bf16 is for DINOv3 files without RoPE periods; got the layout "
+            f"{layout!r}; leave it out"
         )
     rounded = converted.arrays[PERIODS].astype(ml_dtypes.bfloat16)
     converted.arrays[PERIODS] = rounded.astype(np.float32)
 
 
-def _describe(path: Path, state: containers.StateDict) -> dict[str, Any]:
-    digest = containers.sha256(path)
+def _describe(state: containers.StateDict) -> dict[str, Any]:
+    digest = containers.sha256(state.path)
     return {
-        "name": path.name,
+        "name": state.path.name,
         "sha256": digest,
         "known_as": containers.KNOWN_FILES.get(digest[:8]),
         "container": state.prefix,
+        "renamed": state.renamed,
         "left": state.left,
         "keys": len(state.tensors),
     }
 
 
-def _merge(sources: list[tuple[Path, containers.StateDict]]) -> dict[str, Any]:
+def _merge(states: Sequence[containers.StateDict]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
-    for path, state in sources:
+    for state in states:
         twice = sorted(set(tensors) & set(state.tensors))
         if twice:
             raise ValueError(
-                f"{path.name} repeats {len(twice)} keys of the files before it ({twice[0]}, ...): "
-                "give files with different keys"
+                f"files of one network have different keys; got {short(state.path.name)}, which "
+                f"repeats {len(twice)} keys of the files before it ({short(twice[0])}, ...); give "
+                "each file once"
             )
         tensors |= state.tensors
     return tensors
@@ -117,11 +123,13 @@ def _merge(sources: list[tuple[Path, containers.StateDict]]) -> dict[str, Any]:
 
 def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output must be a directory, {output} is a file: choose another")
+        raise ValueError(
+            f"--output must be a directory; got {output}, which is a file; name another"
+        )
     if output.is_dir() and any(output.iterdir()) and not (output / METADATA_FILE).exists():
         raise ValueError(
-            f"--output must be new, empty or an earlier conversion, {output} holds something else: "
-            "choose another"
+            f"--output must be new, empty or an earlier conversion; got {output}, which holds "
+            "something else; name another"
         )
 
 
@@ -140,9 +148,9 @@ def _write(output: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]
     handler = ocp.PyTreeCheckpointHandler(
         save_concurrent_gb=1, use_compression=False, type_handler_registry=registry
     )
-    with ocp.Checkpointer(handler) as checkpointer:
-        filled = {target: array for target, array in arrays.items() if array.size}
-        checkpointer.save(output.absolute() / WEIGHTS_FOLDER, nest(filled))
+    filled = {target: array for target, array in arrays.items() if array.size}
+    with files.path_for_glob(output) as folder, ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder / WEIGHTS_FOLDER, nest(filled))
     text = json.dumps(metadata, indent=1)
     (output / (METADATA_FILE + ".part")).write_text(text)
     (output / (METADATA_FILE + ".part")).rename(output / METADATA_FILE)
@@ -168,6 +176,8 @@ def _report(metadata: dict[str, Any], output: str) -> None:
             print(f"  took the container {file['container']!r}")
         if file["left"]:
             print(f"  left: {', '.join(file['left'])}")
+        if file["renamed"]:
+            print(f"  took out words that torch inserts: {len(file['renamed'])} keys")
     kept = [t["key"] for t in metadata["tensors"] if t["target"].startswith("buffers/")]
     print(f"layout {metadata['layout']}, configuration {json.dumps(metadata['config'])}")
     for name, what in (
@@ -188,7 +198,8 @@ def _overrides(text: str) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise argparse.ArgumentTypeError(
-            f'it is JSON such as {{"vit": {{"num_heads": 4}}}}, got {text!r}: write it so'
+            f'a JSON object such as {{"vit": {{"num_heads": 4}}}} is expected; got {text!r}; write '
+            "it so"
         )
     return config
 
@@ -197,16 +208,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="weights_conversion.convert", description=__doc__)
     parser.add_argument("--kind", required=True, choices=FILES_KINDS)
-    parser.add_argument("--input", required=True, help="file, or files joined by commas")
+    parser.add_argument(
+        "--input",
+        required=True,
+        action="append",
+        help="file, folder or index of shards; several joined by commas, or the flag repeated",
+    )
     parser.add_argument("--output", required=True, help="directory to write")
-    parser.add_argument("--container", help="such as model; the default is ema, model, state_dict")
+    parser.add_argument(
+        "--container",
+        help="such as model or teacher.backbone; by default the one that fits the kind",
+    )
     parser.add_argument("--config", type=_overrides, help='JSON, such as {"vit": {"num_heads": 4}}')
     parser.add_argument("--round_periods_to_bf16", action="store_true")
     args = parser.parse_args(argv)
     try:
         metadata = convert_file(
             args.kind,
-            args.input.split(","),
+            [path for text in args.input for path in inputs.split_list(text)],
             args.output,
             args.container,
             args.config,
@@ -215,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _report(metadata, args.output)
+    _report(metadata, str(inputs.user_path(args.output)))
     return 0
 
 

@@ -4,7 +4,10 @@ Writes the layout that the directory was converted from, every tensor bitwise as
 container's prefix included.
 """
 
+from __future__ import annotations
+
 import argparse
+import collections
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +19,9 @@ import numpy as np
 from dinosae_jax.weights import conversion
 from weights_conversion import mapping
 from weights_conversion.convert import FILES_KINDS
-from weights_conversion.readers.safetensors_file import write_safetensors
+from weights_conversion.readers import inputs
+from weights_conversion.readers.safetensors_file import DTYPES, write_safetensors
+from weights_conversion.readers.stored import short
 
 
 def export_directory(kind: str, directory: str | Path, output: str | Path) -> list[str]:
@@ -33,36 +38,81 @@ def export_directory(kind: str, directory: str | Path, output: str | Path) -> li
     Raises:
       ValueError: The directory is of another kind, or the output is not a .safetensors file.
     """
+    directory = inputs.user_path(directory)
     metadata = conversion.read_metadata(directory)
     if metadata["kind"] != kind:
-        raise ValueError(f"{directory} is of kind {metadata['kind']}, got --kind={kind}: change it")
-    if Path(output).suffix != ".safetensors":
-        raise ValueError(f"--output must end in .safetensors, got {output}: rename it")
-    tree = conversion.restore(directory, metadata)
-    prefixes = [f["container"] for f in metadata["files"] for _ in range(f["keys"])]
+        raise ValueError(
+            f"--kind must be what {directory} was converted as; got {kind}, it is of kind "
+            f"{short(metadata['kind'])}; change it"
+        )
+    output = inputs.user_path(output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"--output must end in .safetensors; got {output}; rename it")
     entries = [_entry(record) for record in metadata["tensors"]]
+    if sum(file["keys"] for file in metadata["files"]) != len(entries):
+        raise _damaged("files whose keys are not the tensors")
+    files = [file for file in metadata["files"] for _ in range(file["keys"])]
+    names = [_stored_name(file, entry) for file, entry in zip(files, entries, strict=True)]
+    counts = collections.Counter(names)
+    odd = next((n for n in names if counts[n] > 1 or not n.isprintable()), None)
+    if odd is not None:
+        raise _damaged(f"a name that is no printable line, or twice there: {short(odd)}")
+    tree = conversion.restore(directory, metadata)
+    for entry in entries:  # before anything is written
+        _restore(tree, entry)
     tensors = [
-        (prefix + entry.key, entry.dtype, entry.shape, lambda e=entry: _restore(tree, e))
-        for prefix, entry in zip(prefixes, entries, strict=True)
+        (name, entry.dtype, entry.shape, lambda e=entry: _restore(tree, e))
+        for name, entry in zip(names, entries, strict=True)
     ]
     notes = {"source": json.dumps(metadata["files"]), "format": "pt"}
     write_safetensors(output, tensors, notes)
     return [key for key, *_ in tensors]
 
 
-def _entry(record: dict[str, Any]) -> mapping.Entry:
-    fields = {**record, "shape": tuple(record["shape"]), "part": tuple(record["part"])}
-    return mapping.Entry(**fields)
+def _stored_name(file: dict[str, Any], entry: mapping.Entry) -> str:
+    """The tensor's whole name in its file; conversions without `renamed` were of plain keys."""
+    return file.get("renamed", {}).get(entry.key, file["container"] + entry.key)
+
+
+def _entry(record: Any) -> mapping.Entry:
+    """An entry of `tensors`, which a stranger may have written."""
+    try:
+        fields = {**record, "shape": tuple(record["shape"]), "part": tuple(record["part"])}
+        entry = mapping.Entry(**fields)
+        which, count = entry.part
+        numbers = [which, count, 0 if entry.index is None else entry.index, *entry.shape]
+        good = all(type(n) is int and n >= 0 for n in numbers) and which < count
+        good = good and all(isinstance(t, str) for t in (entry.key, entry.target))
+        if good and np.dtype(entry.dtype) in DTYPES.values():
+            return entry
+    except (TypeError, KeyError, ValueError):
+        pass
+    raise _damaged(f"the tensor {short(repr(record), 200)}")
+
+
+def _damaged(what: str) -> ValueError:
+    return ValueError(
+        f"{conversion.METADATA_FILE} says where each tensor went; got {what}; {conversion.AGAIN}"
+    )
 
 
 def _restore(tree: dict[str, Any], entry: mapping.Entry) -> np.ndarray:
+    """The tensor of an entry, as it was stored.
+
+    Raises:
+      ValueError: The tree has no such array.
+    """
+    buffer = entry.target.startswith("buffers/")
     node: Any = tree
-    if entry.target.startswith("buffers/"):
-        node = tree["buffers"][entry.key]
-    else:
-        for part in entry.target.split("/"):
+    try:
+        for part in ("buffers", entry.key) if buffer else entry.target.split("/"):
             node = node[part]
-    return mapping.restore(entry, np.asarray(node))
+        if isinstance(node, dict):
+            raise KeyError(part)
+        return mapping.restore(entry, np.asarray(node))
+    except (KeyError, IndexError, TypeError, ValueError):
+        where = f"{short(entry.target)} for {short(entry.key)} {list(entry.shape)[:8]}"
+        raise _damaged(f"no fitting array {where}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,8 @@ tree (a leaf, or everything below it) to the layout's name. The engine asks for 
 model and for nothing else, so a table cannot skip a key silently in either direction.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +20,7 @@ Shape = tuple[int, ...]
 
 # torch's (out, in), (out, in, k), (out, in, h, w) to (in, out), (k, in, out), (h, w, in, out).
 KERNEL_AXES = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0)}
+MAX_LISTED = 500
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
@@ -101,7 +104,8 @@ def source_names(layout: Layout, path: str) -> tuple[str | None, ...]:
             break
     else:
         raise MismatchError(
-            f"the layout {layout.name!r} has no row for {path!r}: check what --config says"
+            f"every leaf has a row in the layout {layout.name!r}; got none for {path!r}; check "
+            "what --config says"
         )
     if isinstance(row, tuple):
         return row
@@ -265,11 +269,17 @@ def _raise(layout: Layout, missing: list, unexpected: list, misshapen: list) -> 
     lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(lists.values()):
         counts = ", ".join(f"{len(keys)} {name}" for name, keys in lists.items() if keys)
-        lines = [f"  {name}: {key}" for name, keys in lists.items() for key in keys]
+        lines = [f"  {name}: {line}" for name, keys in lists.items() for line in _first(keys)]
         raise MismatchError(
-            f"the state dict does not fit the layout {layout.name!r} ({counts}); check --kind, or "
+            f"the state dict must fit the layout {layout.name!r}; got {counts}; check --kind, or "
             "give with --config what the keys do not tell:\n" + "\n".join(lines)
         )
+
+
+def _first(lines: list[str]) -> list[str]:
+    """Lines for the terminal: of a file of another kind, not all of its thousands of keys."""
+    more = len(lines) - MAX_LISTED
+    return lines if more <= 0 else [*lines[:MAX_LISTED], f"and {more} more"]
 
 
 def _assemble(entries: list[Entry], tensors: Mapping[str, Any], shape: Shape) -> np.ndarray:

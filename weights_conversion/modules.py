@@ -1,5 +1,7 @@
 """The modules behind each role, and the shapes of their variables."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 
@@ -11,6 +13,8 @@ from dinosae_jax.models.dino_v1 import IMAGE_SIDE
 from weights_conversion.readers.stored import short
 
 Config = dict[str, Any]
+MAX_SIZE = 1 << 20
+MAX_TABLE = 1 << 26
 
 
 def shapes(config: dict[str, Config]) -> dict[str, tuple[int, ...]]:
@@ -27,17 +31,39 @@ def shapes(config: dict[str, Config]) -> dict[str, tuple[int, ...]]:
     """
     found = {}
     for role, kwargs in config.items():
+        _check_sizes(role, kwargs)
         try:
             module = registry.build(role, kwargs)
             variables = functools.partial(module.init, jax.random.key(0), *_inputs(role, module))
             tree = jax.eval_shape(variables)
-        except (TypeError, ZeroDivisionError) as error:
+        except (ArithmeticError, TypeError, LookupError, MemoryError) as error:
             raise ValueError(
-                f"no {role} can be built from {short(kwargs, 400)}: {short(error)}; check --config"
+                f"a {role} has sizes that fit together; got {short(kwargs, 400)}, no {role} can "
+                f"be built from it: {short(error)}; check --config"
             ) from None
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found["/".join([role, *(key.key for key in path)])] = leaf.shape
     return found
+
+
+def _check_sizes(role: str, kwargs: Config) -> None:
+    """Raises ValueError where a file declares sizes that only an attack would.
+
+    Tables of positions are computed while a module is described: tokens times width numbers.
+    """
+    numbers = [value for field in kwargs.values() for value in _integers(field)]
+    side = max(_integers(kwargs.get("input_size")), default=1)
+    width = max(_integers(kwargs.get("hidden_size")), default=1)
+    if max(numbers, default=0) > MAX_SIZE or side**2 * width > MAX_TABLE:
+        raise ValueError(
+            f"a {role} has sizes up to {MAX_SIZE}, and at most {MAX_TABLE} numbers in a table of "
+            f"positions; got {short(kwargs, 400)}; check --kind and --container"
+        )
+
+
+def _integers(field: Any) -> list[int]:
+    values = field if isinstance(field, list | tuple) else [field]
+    return [value for value in values if type(value) is int]
 
 
 def _inputs(role: str, module: Any) -> tuple:

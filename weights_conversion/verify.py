@@ -5,6 +5,8 @@ runs its inputs, and prints the largest error of everything recorded. Exit statu
 error is at most 2e-5 * max(1, largest recorded value), in float32 at the highest matmul precision.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from dinosae_jax.models import registry
 from dinosae_jax.weights import conversion
 from weights_conversion import mapping, modules, tables
 from weights_conversion.convert import nest
-from weights_conversion.readers import containers
+from weights_conversion.readers import containers, inputs
 from weights_conversion.verification import recorded_config
 from weights_conversion.verification.golden import Golden, read_golden
 from weights_conversion.verification.replay import REPLAYS
@@ -33,7 +35,7 @@ def variables_of(
 
     Args:
       kind: A key of `tables.KINDS`.
-      tensors: Key -> array; prefixes of training scripts such as `module.` are stripped.
+      tensors: Key -> array; prefixes of training scripts such as `backbone.` are stripped.
       overrides: Role -> keyword arguments that are known beside the keys.
 
     Returns:
@@ -42,7 +44,7 @@ def variables_of(
     Raises:
       ValueError: The keys or shapes do not fit the kind and the configuration.
     """
-    tensors, _ = containers.unwrap(tensors)
+    tensors = containers.strip(tensors, kind)
     layout = tables.plan(kind, {k: v.shape for k, v in tensors.items()}, overrides)
     shapes = modules.shapes(layout.config)
     arrays = mapping.convert(tensors, layout, shapes).arrays
@@ -100,6 +102,11 @@ def compare(name: str, recorded: np.ndarray, value: Any, required: bool) -> tupl
     return f"{line} largest {largest:.3g}", good
 
 
+def _read(golden: str, reference: str | None) -> Golden:
+    twin = None if reference is None else inputs.user_path(reference)
+    return read_golden(inputs.user_path(golden), twin)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="weights_conversion.verify", description=__doc__)
@@ -109,12 +116,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     jax.config.update("jax_default_matmul_precision", "highest")
     try:
-        lines, good = verify(args.kind, read_golden(args.golden, args.reference))
+        lines, good = verify(args.kind, _read(args.golden, args.reference))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyError as error:
-        print(f"error: the recording lacks {error}, which its outputs need", file=sys.stderr)
+        print(
+            f"error: a recording has the inputs of its outputs; got none called {error}; record it "
+            "again",
+            file=sys.stderr,
+        )
         return 1
     print("\n".join(lines))
     failed = sum(line.startswith("FAIL") for line in lines)

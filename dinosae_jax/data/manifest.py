@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
-from dinosae_jax.runtime import files
+from dinosae_jax.runtime import files, untrusted
 
 MANIFEST = "manifest.json"
 
 
 def read_manifest(path: pathlib.Path, again: str = "the conversion") -> dict[str, Any]:
-    """Returns a manifest; ValueError, which says to run `again`, where it is not readable."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    """Reads a manifest file, which a stranger may have written.
+
+    Raises:
+        ValueError: it is not readable; the message says to run `again`.
+    """
+    way_out = f"{MANIFEST} is written at the very end, run {again} again, it resumes"
+    if not path.is_file():
         raise ValueError(
-            f"an archive needs a readable {MANIFEST}, which is written at the very end; got "
-            f"{path} ({error}); run {again} again, which writes what is missing"
-        ) from error
+            f"an archive needs a readable {MANIFEST}; got {path}, which is not there; {way_out}"
+        )
+    untrusted.check_inside(path.parent, path, way_out)
+    return untrusted.read_json(path, way_out)
+
+
+def check_form(folder: pathlib.Path, manifest: dict[str, Any], again: str) -> None:
+    """Raises ValueError where a manifest lists no shards, or some outside its folder."""
+    shards, names = manifest.get("shards"), manifest.get("label_names", [])
+    way_out = f"run {again} again"
+    if not isinstance(shards, list) or not all(map(_is_shard, shards)):
+        raise ValueError(
+            f"a manifest lists shards by name, bytes and sha256; got another form of them in "
+            f"{folder}; {way_out}"
+        )
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"a manifest lists label_names; got another form of them in {folder}; {way_out}"
+        )
+    for shard in shards:
+        untrusted.inside(folder, shard["name"], way_out)
+
+
+def _is_shard(entry: Any) -> bool:
+    fields = {"name": str, "bytes": int, "sha256": str}
+    return isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in fields.items())
 
 
 def is_whole(folder: pathlib.Path, shard: dict[str, Any]) -> bool:
@@ -40,6 +65,7 @@ def check_shards(
     Raises:
       ValueError: a shard is missing or differs; the message names it.
     """
+    check_form(folder, manifest, again)
     for shard in manifest["shards"]:
         path = folder / shard["name"]
         if not is_whole(folder, shard):

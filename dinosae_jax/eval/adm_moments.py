@@ -107,7 +107,7 @@ def _members(
     path: pathlib.Path, wanted: tuple[str, str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Recipe | None] | None:
     """Mean, covariance and the file's own recipe; None where it has neither of the two."""
-    with adm_npz.as_one_line(path), np.load(path) as archive:
+    with adm_npz.open_members(path) as archive:
         found = [name for name in wanted if name in archive.files]
         if not found:
             return None

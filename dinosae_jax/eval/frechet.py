@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dinosae_jax.data import adm_npz
 from dinosae_jax.eval.recipe import Recipe, check_comparable, check_features, check_pair
 
 Float64 = NDArray[np.float64]
@@ -141,7 +142,7 @@ def read_statistics(path: pathlib.Path) -> Statistics:
     Raises:
       ValueError: the file lacks a member, or the members are no moments.
     """
-    with np.load(path) as archive:
+    with adm_npz.open_members(path) as archive:
         missing = {"mean", "scatter", "count", "recipe"} - set(archive.files)
         if missing:
             raise ValueError(

@@ -54,7 +54,7 @@ class Recipe:
         """
         try:
             return cls(**json.loads(text))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             raise ValueError(
                 f"a recipe is JSON of the fields of `Recipe`; got {text[:80]!r}; make the file "
                 "again"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -33,3 +36,20 @@ def file_sha256(path: pathlib.Path) -> str:
     """The sha256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def path_for_glob(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A name of an existing folder without `*`, `?` and `[`, for libraries that search in it.
+
+    Orbax lists what it has written with a pattern that begins with the path as it is: below a
+    folder called `run[1]` it finds nothing, and commits a checkpoint that cannot be read.
+    """
+    absolute = folder.absolute()
+    if not set("*?[") & set(str(absolute)):
+        yield absolute
+        return
+    with tempfile.TemporaryDirectory(prefix="dinosae_jax_") as place:
+        link = pathlib.Path(place) / "folder"
+        link.symlink_to(absolute, target_is_directory=True)
+        yield link

@@ -47,9 +47,11 @@ def find_variables(
         weight_source.check_agreement(source, config.model.to_dict(), convention, tuple(found))
         notes += source.notes
     for role in weight_source.NETWORKS:
+        path = config.get("weights", {}).get(role)
+        if role in found and path:
+            weight_source.check_effective(role, path, found[role], config.init_from)
         if role not in needed or role in found or role in trained:
             continue
-        path = config.get("weights", {}).get(role)
         if path:
             found[role] = weight_source.load_frozen(role, path, config.model)
         else:

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import traverse_util
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors
+
+from dinosae_jax.runtime import untrusted
 
 Tree = Any
 
@@ -52,20 +55,48 @@ def write(folder: pathlib.Path, role: str, variables: Tree) -> RoleFile:
 def read(folder: pathlib.Path, file: RoleFile) -> Tree:
     """Reads a role back and checks its content.
 
+    The arrays are windows of the file's bytes: reading takes twice its size.
+
+    Args:
+      folder: the file lies in it, not elsewhere by its name or by a link.
+      file: from a record, which a stranger may have written.
+
     Raises:
-      ValueError: where the file is missing or its sha256 is another one.
+      ValueError: where the file is missing, its sha256 is another one, or it is no role.
     """
-    path = folder / file.name
-    if not path.exists():
-        raise ValueError(f"the frozen network {path} is missing; put the file back")
+    put_back = "put the original back"
+    path = untrusted.inside(folder, file.name, put_back)
+    if not path.is_file():
+        raise ValueError(f"a record's files lie beside it; got no file {path}; {put_back}")
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != file.sha256:
         raise ValueError(
-            f"{path} is not the file that was saved (sha256 {found[:16]}, expected "
-            f"{file.sha256[:16]}); put the original back"
+            f"{path} must be the file that was saved, of sha256 "
+            f"{untrusted.short(file.sha256, 16)}; got one of {found[:16]}; {put_back}"
         )
-    return traverse_util.unflatten_dict(safetensors.load(data), sep="/")
+    try:
+        return traverse_util.unflatten_dict(safetensors.load(data), sep="/")
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must hold the arrays of a role; got {untrusted.short(error)}; {put_back}"
+        ) from None
+
+
+def file_from(entry: object, record: pathlib.Path) -> RoleFile:
+    """The file of a role as a record lists it: [name, sha256].
+
+    Raises:
+      ValueError: where the entry is something else.
+    """
+    if isinstance(entry, list | tuple) and len(entry) == 2:
+        name, digest = entry
+        if isinstance(name, str) and isinstance(digest, str):
+            return RoleFile(name, digest)
+    raise ValueError(
+        f"{record} lists each role as [file, sha256]; got {untrusted.short(repr(entry))}; take the "
+        "folder from where it came once more"
+    )
 
 
 def sha256(variables: Tree) -> str:

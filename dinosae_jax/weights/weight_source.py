@@ -7,20 +7,22 @@ For each role, in this order: `init_from` (the moving averages of another run), 
 
 from __future__ import annotations
 
-import json
+import math
 import pathlib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from dinosae_jax import config as config_lib
 from dinosae_jax import names, rules
 from dinosae_jax.latent_convention import LatentConvention
-from dinosae_jax.runtime import files
+from dinosae_jax.runtime import files, untrusted
 from dinosae_jax.weights import checkpoint, conversion, role_files
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
 FROZEN_FOLDER = "frozen"
 EXPORT_FILE = "export.json"
+MAX_EXPANSION = 100  # of a checkpoint, whose zeros are compressed
 # Fields of the model config that change how it is computed, not what.
 COMPUTE_FIELDS = ("scan_layers", "remat")
 NETWORKS = {
@@ -75,34 +77,43 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
             "weights come from a stage's workdir, a checkpoint, an export or a conversion; got "
             f"{str(path)!r}, which {_why_not(folder)}"
         )
+    again = "take it from where it came once more, or an earlier one"
+    conversion.check_stored(step, step / "state", MAX_EXPANSION, again)
     # The discriminator's heads have no moving average; they are carried on as they are.
-    tree, record = checkpoint.load_fields(step, ("ema", "extra", "params/disc_heads"))
-    extra = tree.get("extra", {})
-    params = {**tree["ema"], **tree.get("params", {})}
-    variables: Variables = {
-        role: {"params": params[role], **extra.get(role, {})} for role in params
-    }
+    try:
+        tree, record = checkpoint.load_fields(step, ("ema", "extra", "params/disc_heads"))
+    except (OSError, MemoryError, RuntimeError):
+        raise
+    except Exception as error:  # Orbax has no class of its own
+        raise conversion.not_whole(step, error, again) from None
+    try:
+        extra = tree.get("extra", {})
+        params = {**tree["ema"], **tree.get("params", {})}
+        variables: Variables = {
+            role: {"params": params[role], **extra.get(role, {})} for role in params
+        }
+        frozen_files = dict(record["frozen"])
+        stated = record["config"]["model"], record["convention"], record["notes"]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{step} must be a checkpoint of this project; got one whose record lacks "
+            f"{untrusted.short(error)}; {again}"
+        ) from None
     frozen = step.parent.parent / FROZEN_FOLDER
-    for role, file in record["frozen"].items():
-        variables.setdefault(role, role_files.read(frozen, role_files.RoleFile(*file)))
-    return WeightSource(
-        variables,
-        record["config"]["model"],
-        record["convention"],
-        record["notes"],
-        step,
-        record.get("flow", {}),
-    )
+    for role, file in frozen_files.items():
+        if role not in variables:
+            variables[role] = role_files.read(frozen, role_files.file_from(file, step))
+    return WeightSource(variables, *stated, step, record.get("flow", {}))
 
 
 def export(source: WeightSource, output: pathlib.Path, wanted: tuple[str, ...]) -> None:
-    """Writes roles as one self-contained folder that `open_source` reads.
+    """Writes roles as one self-contained folder that `open_weights` reads.
 
     Raises:
       ValueError: where the folder already holds something.
     """
     if output.exists() and any(output.iterdir()):
-        raise ValueError(f"an export needs an empty folder; got {output}; name another one")
+        raise ValueError(f"an export needs an empty folder; got {output}; name another folder")
     written = {
         role: list(role_files.write(output, role, source.variables[role])) for role in wanted
     }
@@ -136,12 +147,79 @@ def check_agreement(
         lines += _differences(role, ours, theirs, shared=not source.convention)
     if lines:
         raise ValueError(
-            f"{source.path} holds another architecture: {'; '.join(lines)}; use the config that "
-            "made it or start from other weights"
+            f"weights and config are of one architecture; got {source.path}, which holds another "
+            f"architecture: {'; '.join(lines)}; use the config that made it or start from other "
+            "weights"
         )
     if source.convention:
         stated = LatentConvention.from_dict(source.convention)
-        convention.check_equal(stated, here="this config", there=str(source.path))
+        # The radius is the flow's: nothing of an autoencoder depends on it.
+        free = () if "dit" in wanted else ("radius",)
+        convention.check_equal(stated, "this config", str(source.path), leave_out=free)
+
+
+def adopt_model(config: Any, explicit: Collection[str]) -> list[str]:
+    """Gives a flow's config the autoencoder that `init_from` records, in place.
+
+    Taken over are the fields of model.stem, model.vit and model.decoder, model.pixel_range,
+    data.image_size where it is recorded, and of model.dit the input size and channels that follow.
+    What was set by hand stays, and is compared when the weights are opened.
+
+    Args:
+      config: of a flow: it has `flow` and `init_from`.
+      explicit: fields set by hand, such as 'model.vit.depth'.
+
+    Returns:
+      Lines `field: old -> new`.
+
+    Raises:
+      ValueError: where nothing of the kind is at `init_from`, or its record is damaged.
+    """
+    model, image_size = _stated_model(config.init_from)
+    width = model.get("vit", {}).get("embed_dim", config.model.vit.embed_dim)
+    side = (image_size or config.data.image_size) // names.PATCH_SIZE
+    wanted = {
+        f"model.{role}.{field}": value
+        for role in names.AUTOENCODER_ROLES
+        for field, value in model.get(role, {}).items()
+        if field in config.model[role] and field not in COMPUTE_FIELDS
+    }
+    wanted |= {"model.pixel_range": model.get("pixel_range"), "data.image_size": image_size}
+    wanted |= {"model.dit.in_channels": width, "model.dit.input_size": side}
+    lines = []
+    for path, value in wanted.items():
+        *parents, field = path.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        by_hand = any(f"{path}.".startswith(f"{given}.") for given in explicit)
+        differing = config_lib.differences(_one_word(node[field]), _one_word(value))
+        if value is None or by_hand or not differing:
+            continue
+        lines.append(f"{path}: {node[field]} -> {value}")
+        with node.ignore_type():
+            node[field] = tuple(value) if isinstance(value, list) else value
+    return lines
+
+
+def _stated_model(path: str | pathlib.Path) -> tuple[dict[str, Any], int | None]:
+    """The model config that a workdir, checkpoint, export or conversion records; image size."""
+    folder = pathlib.Path(path).expanduser()
+    again = "take the folder from where it came once more"
+    if (folder / EXPORT_FILE).exists():
+        record = untrusted.read_json(folder / EXPORT_FILE, again)
+        tokens = record.get("convention", {}).get("tokens")
+        return record["model"], names.PATCH_SIZE * math.isqrt(tokens) if tokens else None
+    if conversion.is_conversion(folder):
+        return conversion.read_metadata(folder)["config"], None
+    step = folder.parent.parent if folder.name.isdigit() else folder
+    if (step / "config.json").exists():
+        record = untrusted.read_json(step / "config.json", again)
+        return record["model"], record["data"]["image_size"]
+    raise ValueError(
+        "weights come from a stage's workdir, a checkpoint, an export or a conversion; got "
+        f"{str(path)!r}, which {_why_not(folder)}"
+    )
 
 
 def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:
@@ -160,10 +238,26 @@ def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:
         lines = _differences(role, model[role], converted.config[role], shared=True)
         if lines:
             raise ValueError(
-                f"{path} holds another architecture: {'; '.join(lines)}; set --config.model.{role} "
-                "to the file's or convert another file"
+                f"weights and config must be of one architecture; got {path}, which holds another "
+                f"architecture: {'; '.join(lines)}; set --config.model.{role} to the file's or "
+                "convert another file"
             )
     return converted.variables[role]
+
+
+def check_effective(role: str, path: str, used: Tree, init_from: str) -> None:
+    """Compares the network that `init_from` gives with the one that `weights.<role>` names.
+
+    Raises:
+      ValueError: where they differ, so that `weights.<role>` would have no effect.
+    """
+    named = conversion.load(path, (role,)).variables[role]
+    if role_files.sha256(named) != role_files.sha256(used):
+        raise ValueError(
+            f"init_from gives the {NETWORKS[role]} and comes first; got weights.{role}={path} too, "
+            f"which holds another than {init_from} and would have no effect; leave out "
+            f"--config.weights.{role}, or start from other weights"
+        )
 
 
 def require_frozen(role: str, random_ok: tuple[str, ...]) -> str:
@@ -192,25 +286,37 @@ def require_frozen(role: str, random_ok: tuple[str, ...]) -> str:
 
 
 def _open_export(folder: pathlib.Path) -> WeightSource:
-    record = json.loads((folder / EXPORT_FILE).read_text())
+    path = folder / EXPORT_FILE
+    again = "export it again, or take the folder from where it came once more"
+    untrusted.check_inside(folder, path, again)
+    record = untrusted.read_json(path, again)
+    fields = {"roles": dict, "model": dict, "convention": dict, "notes": list}
+    wrong = [name for name, kind in fields.items() if not isinstance(record.get(name), kind)]
+    wrong += [] if isinstance(record.get("flow", {}), dict) else ["flow"]
+    if wrong:
+        raise ValueError(
+            f"{path} is written by the job export; got another form of {', '.join(wrong)}; {again}"
+        )
     variables = {
-        role: role_files.read(folder, role_files.RoleFile(*file))
+        role: role_files.read(folder, role_files.file_from(file, path))
         for role, file in record["roles"].items()
     }
     return WeightSource(
         variables,
         record["model"],
         record["convention"],
-        record["notes"],
+        [untrusted.short(note, 1000) for note in record["notes"]],
         folder,
         record.get("flow", {}),
     )
 
 
 def _why_not(folder: pathlib.Path) -> str:
-    if (folder / "chain.json").exists():
-        stages = json.loads((folder / "chain.json").read_text())["stages"]
-        return f"holds a chain; give one of its stages ({', '.join(stages)}), as in {folder}/NAME"
+    chain = folder / "chain.json"
+    if chain.exists():
+        stages = untrusted.read_json(chain, "name one of its folders").get("stages", ())
+        listed = untrusted.short(", ".join(map(str, stages)), 300)
+        return f"holds a chain; give one of its stages ({listed}), as in {folder}/NAME"
     state = "holds none of these" if folder.exists() else "does not exist"
     return f"{state}; give another path"
 
@@ -226,9 +332,14 @@ def _differences(role: str, ours: Any, theirs: Any, shared: bool) -> list[str]:
 
 def _architecture(part: Any) -> dict[str, Any]:
     """What is computed: one word for all stages is the same as a list that repeats it."""
+    if not hasattr(part, "items"):
+        raise ValueError(
+            f"the architecture of a role is a set of fields; got {untrusted.short(repr(part))}; "
+            "export or convert the weights again"
+        )
     return {n: _one_word(value) for n, value in part.items() if n not in COMPUTE_FIELDS}
 
 
 def _one_word(value: Any) -> Any:
-    repeats = isinstance(value, list | tuple) and len(set(value)) == 1
-    return value[0] if repeats and isinstance(value[0], str) else value
+    words = isinstance(value, list | tuple) and value and isinstance(value[0], str)
+    return value[0] if words and all(word == value[0] for word in value) else value

@@ -204,7 +204,7 @@ def test_damaged_shards_are_named_and_repaired(tree, tmp_path):
     archive.convert_images(source, output, num_shards=2)
     assert shard.read_bytes() == intact
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="needs a readable manifest"):
+    with pytest.raises(ValueError, match="must be a JSON object"):
         sources.open_records(f"array_record:{output}", "train")
 
 

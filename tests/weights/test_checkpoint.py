@@ -142,5 +142,5 @@ def test_role_files_are_checked(tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="not the file that was saved"):
+    with pytest.raises(ValueError, match="must be the file that was saved"):
         role_files.read(tmp_path, file)

@@ -187,10 +187,10 @@ def test_containers_are_named_when_none_is_preferred(tmp_path):
     saved = {"student": {"a": np.ones(2)}, "teacher": {"a": np.ones(2)}}
     path = write_torch(tmp_path / "a.pth", saved)
     with pytest.raises(RefusedFileError, match="student, teacher; name one with --container"):
-        containers.read(path)
-    with pytest.raises(RefusedFileError, match="no container 'ema'; it has 'student', 'teacher'"):
-        containers.read(path, "ema")
-    assert containers.read(path, "teacher").prefix == "teacher."
+        containers.read([path])
+    with pytest.raises(RefusedFileError, match="no container 'ema', it has 'student', 'teacher'"):
+        containers.read([path], container="ema")
+    assert containers.read([path], container="teacher")[0].prefix == "teacher."
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_containers_are_named_when_none_is_preferred(tmp_path):
 )
 def test_names_that_are_no_printable_strings_are_refused(tmp_path, value):
     path = write_torch(tmp_path / "a.pth", value)
-    with pytest.raises(RefusedFileError, match="has a tensor named") as caught:
-        containers.read(path)
+    with pytest.raises(RefusedFileError, match="got a tensor named") as caught:
+        containers.read([path])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
@@ -208,7 +208,7 @@ def test_a_dictionary_under_many_names_is_visited_once(tmp_path):
     names = b"".join(b"X\x04\x00\x00\x00%04dh\x00" % i for i in range(3000))
     path = write_torch(tmp_path / "a.pth", {}, pickle=b"\x80\x02}q\x00(" + names + b"u.")
     with pytest.raises(RefusedFileError, match="no tensors"):
-        containers.read(path)
+        containers.read([path])
 
 
 def test_discriminator_from_two_files(tmp_path, data_dir):
@@ -346,7 +346,7 @@ def test_bad_commands_say_what_is_wrong_in_a_line(tmp_path, data_dir, capsys):
         (["--kind=lightningdit", f"--input={source}", out], "this is no LightningDiT"),
         (["--kind=dinosae", f"--input={source}", out], "dino_model."),
         (["--kind=dinov3", f"--input={source}", f"--output={tmp_path / 'full'}"], "something else"),
-        (["--kind=dinov3", f"--input={source}", f"--output={source}"], "is a file"),
+        (["--kind=dinov3", f"--input={source}", f"--output={source}"], "which is a file"),
         (["--kind=dinov3", f"--input={source}", out, "--container=ema"], "no container 'ema'"),
         (["--kind=dinov3", f"--input={source}", out, "--round_periods_to_bf16"], "leave it out"),
         (["--kind=dinov3", f"--input={source},{source}", out], "repeats 38 keys"),

@@ -96,7 +96,10 @@ def test_a_recording_without_what_its_outputs_need_is_an_error(tmp_path, data_di
     entries = [(k, str(v.dtype), v.shape, lambda v=v: np.asarray(v)) for k, v in kept.items()]
     write_safetensors(tmp_path / "a.safetensors", entries, metadata)
     assert verify.main(["--kind=lightningdit", f"--golden={tmp_path / 'a.safetensors'}"]) == 1
-    assert "the recording lacks 'cfg_scale'" in capsys.readouterr().err
+    assert (
+        "a recording has the inputs of its outputs; got none called 'cfg_scale'"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_twin_gives_the_inputs(tmp_path, data_dir, capsys):

@@ -6,6 +6,8 @@ are `Function` values of that table, and every opcode that torch's tensor files 
 refused. The opcodes are decoded by `pickletools.genops`, which only reads.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import pickletools
 from collections.abc import Callable, Mapping
@@ -57,8 +59,8 @@ class _Machine:
     def find(self, module: str, name: str) -> Any:
         if (module, name) not in self.names:
             raise RefusedFileError(
-                f"the pickle asks for {short(module)}.{short(name)}, which tensors do not need; "
-                "nothing was executed. Save the state dict alone, or convert it to safetensors"
+                f"the pickle asks for {short(module)}.{short(name)}, which tensors do not need "
+                "(nothing was executed)"
             )
         return self.names[module, name]
 

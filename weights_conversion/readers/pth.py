@@ -6,6 +6,8 @@ each tensor is a window of the file: nothing is unpacked, and a tensor is read w
 Everything that a well-formed file does not need is refused with one line.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import math
@@ -28,6 +30,7 @@ from weights_conversion.readers.stored import (
 )
 
 MAX_MEMBERS = 65_535
+SAVE_AGAIN = "download it again, or save the state dict alone as safetensors"
 MAX_PICKLE_BYTES = 1 << 24
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -80,7 +83,10 @@ def read_pth(path: str | Path) -> Any:
         with path.open("rb") as file:
             return _read(path, file)
     except RefusedFileError as error:
-        raise RefusedFileError(f"{short(path.name)}: {error}") from None
+        raise RefusedFileError(
+            f"{short(path.name)}: a torch file is a whole zip archive of tensors, as torch.save "
+            f"writes it; got a file of which {error}; {SAVE_AGAIN}"
+        ) from None
 
 
 def _read(path: Path, file: BinaryIO) -> Any:
@@ -88,7 +94,7 @@ def _read(path: Path, file: BinaryIO) -> Any:
     if "byteorder" in members:
         order = _content(file, "byteorder", members["byteorder"], 16)
         if order != b"little":
-            raise RefusedFileError(f"the byte order is {short(order)}; only little is supported")
+            raise RefusedFileError(f"the byte order is {short(order)}, not little")
     pickle = _content(file, "data.pkl", members["data.pkl"], MAX_PICKLE_BYTES)
     storages: dict[str, _Storage] = {}
     tensors: set[StoredTensor] = set()
@@ -191,7 +197,7 @@ def _torch_members(file: BinaryIO) -> dict[str, _Member]:
         raise RefusedFileError("it is a zip archive, but not of torch: it has not one folder")
     below = {name.split("/", 1)[-1]: member for name, member in members.items()}
     if "data.pkl" not in below or len(below) != len(members):
-        raise RefusedFileError("it is a zip archive, but not of torch: data.pkl is missing")
+        raise RefusedFileError("the zip archive is not of torch: data.pkl is missing")
     return below
 
 
@@ -204,9 +210,7 @@ def _zip_members(file: BinaryIO) -> dict[str, _Member]:
     size = file.seek(0, 2)
     if _at(file, 0, 4) != b"PK\x03\x04":
         raise RefusedFileError(
-            "not a torch zip file. Files from before torch 1.6 (plain pickle or tar) are refused: "
-            "save them once more, with torch.save(torch.load(FILE, weights_only=True), OUT), or as "
-            "safetensors"
+            "the first bytes are not a torch zip file, as with torch before 1.6 (plain pickle, tar)"
         )
     start, length, count = _directory(file, size)
     directory = _at(file, start, length)
@@ -275,7 +279,7 @@ def _central_entry(directory: bytes, position: int) -> tuple[str, _Member, int, 
     packed = next(wide, -1) if packed == limit else packed
     header = next(wide, -1) if header == limit else header
     if method != 0 or size != packed or size < 0 or header < 0:
-        raise RefusedFileError(f"member {short(name)} is compressed; torch stores members as is")
+        raise RefusedFileError(f"member {short(name)} is compressed, which torch never does")
     if flags & 0x2041:
         raise RefusedFileError(f"member {short(name)} is encrypted")
     return name, _Member(0, size, crc), header, position

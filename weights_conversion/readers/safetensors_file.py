@@ -4,6 +4,8 @@ The format: 8 bytes with the length of a JSON header, the header {key: {dtype, s
 data_offsets}}, then the tensors' bytes without gaps.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -22,6 +24,7 @@ from weights_conversion.readers.stored import (
 )
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 65_536
 DTYPES = {
     "BOOL": np.dtype(bool),
     "U8": np.dtype(np.uint8),
@@ -53,7 +56,10 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, StoredTensor], dict[st
     try:
         return _read(path)
     except RefusedFileError as error:
-        raise RefusedFileError(f"{short(path.name)}: {error}") from None
+        raise RefusedFileError(
+            f"{short(path.name)}: a safetensors file is a header and tensors without gaps; got a "
+            f"file of which {error}; download it again"
+        ) from None
 
 
 def _read(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -61,13 +67,15 @@ def _read(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, MAX_HEADER_BYTES):
-            raise RefusedFileError("not a safetensors file, or it is truncated")
+            raise RefusedFileError("the header is no safetensors header, or is truncated")
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError):
             raise RefusedFileError("the header is not JSON") from None
     if not isinstance(header, dict):
         raise RefusedFileError("the header is not a dictionary")
+    if len(header) > MAX_TENSORS:
+        raise RefusedFileError(f"the header lists {len(header)} tensors, more than {MAX_TENSORS}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise RefusedFileError("the header's metadata is not a dictionary")
@@ -76,10 +84,10 @@ def _read(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     position = start
     for _, tensor, end in sorted(found, key=lambda item: (item[1].offset, item[2])):
         if tensor.offset != position:
-            raise RefusedFileError("its tensors overlap or leave gaps")
+            raise RefusedFileError("the tensors overlap or leave gaps")
         position = end
     if position != size:
-        raise RefusedFileError("the file is truncated, or longer than its tensors")
+        raise RefusedFileError("the end is truncated, or longer than its tensors")
     return {key: tensor for key, tensor, _ in found}, metadata
 
 
@@ -131,6 +139,10 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for key, dtype, shape, make in tensors:
             array = np.ascontiguousarray(make())
-            assert (str(array.dtype), array.shape) == (dtype, tuple(shape) or (1,)), key
+            if (str(array.dtype), array.shape) != (dtype, tuple(shape) or (1,)):
+                raise ValueError(
+                    f"{short(key)} must be {dtype} {list(shape)}; got {array.dtype} "
+                    f"{list(array.shape)}; convert the weights again"
+                )
             file.write(array.reshape(-1).view(np.uint8).data)
     part.replace(path)

@@ -1,5 +1,7 @@
 """Tensors that lie in a file until they are asked for, and the refusal of a file."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from pathlib import Path
@@ -7,18 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from dinosae_jax.runtime.untrusted import short
+
+__all__ = ["RefusedFileError", "StoredTensor", "is_absurd", "row_major_strides", "short", "span"]
+
 MAX_DIMENSIONS = 16
 MAX_ELEMENTS = 2**48
 
 
 class RefusedFileError(ValueError):
     """A file that is damaged, hostile, or of another format; the message is one line."""
-
-
-def short(text: object, limit: int = 80) -> str:
-    """Makes text from a file safe to print in one line: printable characters, at most `limit`."""
-    line = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """One table per family of checkpoints: kind -> the layout that a file's keys show."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -46,11 +48,11 @@ def plan(kind: str, shapes: Shapes, overrides: dict[str, dict[str, Any]] | None 
     for role, kwargs in (overrides or {}).items():
         if role not in config:
             raise UnknownLayoutError(
-                f"the configuration may name the roles {', '.join(config)}, got {role!r}: change it"
+                f"the configuration may name the roles {', '.join(config)}; got {role!r}; change it"
             )
         if not isinstance(kwargs, dict):
             raise UnknownLayoutError(
-                f"the configuration of {role} is a dictionary, got {kwargs!r}: write it as "
+                f"the configuration of {role} is a dictionary; got {kwargs!r}; write it as "
                 f'{{"{role}": {{"field": value}}}}'
             )
         config[role] |= kwargs

@@ -1,5 +1,7 @@
 """The networks of the losses and metrics: DINO discriminator, LPIPS, Inception, EfficientNet."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from weights_conversion.mapping import Layout, Row, Shape
@@ -33,8 +35,8 @@ def discriminator_layout(shapes: Shapes) -> Layout:
         rows |= _head_rows(config["disc_heads"]["num_heads"])
     if not config:
         raise UnknownLayoutError(
-            f"there are neither discriminator heads (heads.*) nor a DINO backbone (cls_token) "
-            f"among the {len(shapes)} keys; check --kind and --container"
+            "a discriminator has heads (heads.*) or a DINO backbone (cls_token); got neither among "
+            f"{len(shapes)} keys; check --kind and --container"
         )
     # RAE reads the trunk's blocks and never its final norm.
     return Layout("rae", config, rows, buffers={r"norm\.(weight|bias)": None})
@@ -87,8 +89,8 @@ def lpips_layout(shapes: Shapes) -> Layout:
     has_trunk, has_heads = has(shapes, r"^(features|net)\."), has(shapes, r"^lin\d\.")
     if not has_trunk and not has_heads:
         raise UnknownLayoutError(
-            f"there is neither VGG16 (features.*) nor LPIPS heads (lin*) among the {len(shapes)} "
-            "keys; check --kind and --container"
+            f"LPIPS has VGG16 (features.*) or heads (lin*); got neither among {len(shapes)} keys; "
+            "check --kind and --container"
         )
     return Layout(
         "lpips_module" if has(shapes, r"^net\.slice") else "torchvision",
@@ -104,8 +106,8 @@ def inception_layout(shapes: Shapes) -> Layout:
     """The FID Inception of pytorch-fid and torch-fidelity."""
     if not has(shapes, r"^Mixed_\d[a-z]\."):
         raise UnknownLayoutError(
-            f"this is no FID Inception state dict: there is no Mixed_* among the {len(shapes)} "
-            "keys; check --kind and --container"
+            f"a FID Inception state dict has Mixed_*; got none among {len(shapes)} keys; check "
+            "--kind and --container"
         )
     rows = {"inception": ""}
     return Layout("torch", {"inception": {}}, rows, STATISTICS, False, BATCH_COUNTERS)
@@ -115,7 +117,7 @@ def efficientnet_layout(shapes: Shapes) -> Layout:
     """EfficientNet-Lite0 in the keys of EfficientNet-PyTorch and its ports."""
     if not has(shapes, r"^_blocks\.\d+\._depthwise_conv\."):
         raise UnknownLayoutError(
-            "this is no EfficientNet state dict: there is no _blocks.N._depthwise_conv among the "
+            "an EfficientNet state dict has _blocks.N._depthwise_conv; got none among "
             f"{len(shapes)} keys; check --kind and --container"
         )
     rows = {"efficientnet": ""}

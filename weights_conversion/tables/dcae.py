@@ -5,6 +5,8 @@ encoder in the same file is kept as stored. diffusers' `to_q`, `to_k`, `to_v` ar
 fused weight, not queries, keys and values, so they are joined again.
 """
 
+from __future__ import annotations
+
 import re
 
 from weights_conversion.mapping import Layout, Row, Shape

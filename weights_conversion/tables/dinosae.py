@@ -6,6 +6,8 @@ The decoder's configuration is read off the keys (reference sheet autoencoder.md
 activations leave no trace, so they are DC-AE's habit: relu with batch norm, else silu, relu last.
 """
 
+from __future__ import annotations
+
 import re
 from typing import Any
 
@@ -39,7 +41,8 @@ def stem_layout(shapes: Shapes, prefix: str = "") -> Layout:
     layers = max(count(shapes, here + r"(\d+)\."), 1 + count(shapes, here + r"(\d+)\.norm"))
     if not has(shapes, f"^{here}"):
         raise UnknownLayoutError(
-            f"there is no stem ({prefix}cnn.*) among the {len(shapes)} keys; check --kind"
+            f"a DINO-SAE state dict has a stem ({prefix}cnn.*); got none among {len(shapes)} keys; "
+            "check --kind and --container"
         )
     widths = [_stem_width(shapes, here, i) for i in range(layers)]
     config = {"stem": {"embed_dim": widths[-1], "widths": widths[:-1]}}

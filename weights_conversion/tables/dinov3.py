@@ -4,6 +4,8 @@ Facts: facebookresearch/dinov3 state dicts; transformers DINOv3ViTModel (publish
 `layer.i`, newer versions save `model.layer.i`); timm vit_*_dinov3 and vit_*_dinov3_qkvb.
 """
 
+from __future__ import annotations
+
 import re
 from typing import Any, NamedTuple
 

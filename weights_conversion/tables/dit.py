@@ -4,6 +4,8 @@ Our names are the reference's; the RoPE tables, which we compute, are kept as st
 the RoPE tables or the query norm; where there is neither, the published sizes' are taken.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -157,7 +159,10 @@ def _mlp_ratio(shapes: Shapes, width: int, swiglu: bool, block: str) -> float:
     candidates = [4.0, *(n / width for n in range(int(1.5 * hidden) - 1, int(1.5 * hidden) + 4))]
     fitting = [r for r in candidates if int(2 / 3 * int(r * width)) == hidden]
     if not fitting:
-        raise UnknownLayoutError(f"no mlp_ratio gives a SwiGLU of {hidden} units at width {width}")
+        raise UnknownLayoutError(
+            f"a SwiGLU has int(2/3 * mlp_ratio * width) units; got {hidden} at width {width}; "
+            "check --kind and --container"
+        )
     return fitting[0]
 
 

@@ -1,10 +1,15 @@
 """Small questions about the keys of a state dict, and the error when they have no answer."""
 
+from __future__ import annotations
+
 import collections
 import re
 from collections.abc import Mapping
 
 from weights_conversion.mapping import Shape
+from weights_conversion.readers.stored import short
+
+MAX_DIGITS = 3
 
 
 class UnknownLayoutError(ValueError):
@@ -36,23 +41,35 @@ def measure(
     votes: collections.Counter[int] = collections.Counter()
     for pattern, axes in places.items():
         found = (shape for key, shape in shapes.items() if re.fullmatch(pattern, key))
+        found = (shape for shape in found if 0 not in shape)  # sizes without any bytes
         votes.update(shape[axes.index("n")] for shape in found if len(shape) == len(axes))
-    del votes[0]
     if votes:
         return votes.most_common(1)[0][0]
     if default is not None:
         return default
     names = " or ".join(pattern.replace("\\", "") for pattern in places)
     raise UnknownLayoutError(
-        f"this is no {kind} state dict: {names} is missing among {len(shapes)} keys "
-        f"({', '.join(list(shapes)[:4])}, ...); check --kind and --container"
+        f"a {kind} state dict has {names}; got {len(shapes)} keys ("
+        f"{short(', '.join(list(shapes)[:4]), 200)}, ...), so this is no {kind} state dict; check "
+        "--kind and --container"
     )
 
 
 def count(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """1 + the largest number that the pattern's group takes at the start of a key, or 0."""
+    """1 + the largest number that the pattern's group takes at the start of a key, or 0.
+
+    Raises:
+      UnknownLayoutError: No published network has so many blocks.
+    """
     found = (re.match(pattern, key) for key in shapes)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    numbers = [match[1] for match in found if match]
+    absurd = next((number for number in numbers if len(number) > MAX_DIGITS), None)
+    if absurd is not None:
+        raise UnknownLayoutError(
+            f"blocks are numbered with at most {MAX_DIGITS} digits; got number {short(absurd)}; "
+            "check --kind and --container"
+        )
+    return max((int(number) + 1 for number in numbers), default=0)
 
 
 def has(shapes: Mapping[str, Shape], pattern: str) -> bool:

@@ -5,6 +5,8 @@ Autoencoder files name tensors `params.KEY`, `input.NAME`, `output.NAME`; genera
 header's metadata holds `config`, JSON. Images and latents are NCHW.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from weights_conversion.readers.safetensors_file import read_safetensors
+from weights_conversion.readers.stored import short
 
 _GROUPS = {
     "params.": "weights",
@@ -57,8 +60,8 @@ def read_golden(path: str | Path, reference: str | Path | None = None) -> Golden
         prefix = next((prefix for prefix in _GROUPS if key.startswith(prefix)), None)
         if prefix is None:
             raise ValueError(
-                f"{Path(path).name}: {key} begins with none of {', '.join(_GROUPS)}: this is no "
-                "file of recorded activations"
+                f"{Path(path).name}: recorded activations begin with {', '.join(_GROUPS)}; got "
+                f"{short(key)}, so this is no file of recorded activations; name another"
             )
         groups[_GROUPS[prefix]][key.removeprefix(prefix)] = np.asarray(tensor)
     golden = Golden(json.loads(metadata.get("config", "{}")), **groups)
@@ -66,17 +69,18 @@ def read_golden(path: str | Path, reference: str | Path | None = None) -> Golden
         return golden
     if reference is None:
         raise ValueError(
-            f"{Path(path).name} has no inputs: name the twin that has them with --reference=FILE"
+            f"a recording has inputs, or a twin that has them; got {Path(path).name}, which has no "
+            "inputs; name the twin with --reference=FILE"
         )
     twin = read_golden(reference)
     return dataclasses.replace(twin, weights=golden.weights)
 
 
 def nhwc(array: np.ndarray) -> np.ndarray:
-    """[b,c,h,w] -> [b,h,w,c]."""
+    """[b, c, h, w] -> [b, h, w, c]."""
     return np.transpose(array, (0, 2, 3, 1))
 
 
 def nchw(array: Any) -> np.ndarray:
-    """[b,h,w,c] -> [b,c,h,w]."""
+    """[b, h, w, c] -> [b, c, h, w]."""
     return np.transpose(np.asarray(array), (0, 3, 1, 2))

@@ -1,5 +1,7 @@
 """The recorded configurations of the references in the words of our modules, by kind."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -6,6 +6,8 @@ t [2b] with t=1 noise (t=0 noise for the original LightningDiT), y [2b] labels t
 `model` and `guide` map (x, t, y) to a velocity; the result is [2b, h, w, c].
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 
 import jax

@@ -4,6 +4,8 @@ Each function takes modules and variables by role, and a `Golden`; it returns na
 everything that the modules can expose, in the recording's layout.
 """
 
+from __future__ import annotations
+
 import functools
 import re
 from collections.abc import Callable
@@ -25,7 +27,7 @@ Outputs = dict[str, Any]
 
 
 def stem(modules: Modules, variables: Variables, golden: Golden) -> Outputs:
-    """`NAME` [b,h,w,d]; `NAME.layerI.conv` and `.out`, NCHW."""
+    """`NAME` [b, h, w, d]; `NAME.layerI.conv` and `.out`, NCHW."""
 
     @jax.jit
     def run(images):

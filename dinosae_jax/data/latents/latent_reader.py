@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from dinosae_jax.data import pixels
 from dinosae_jax.data.latents import latent_record
-from dinosae_jax.data.manifest import MANIFEST, check_shards, read_manifest
+from dinosae_jax.data.manifest import MANIFEST, check_form, check_shards, read_manifest
 from dinosae_jax.data.order import Share, crop_generator, draw_flip, share_of, training_index
 from dinosae_jax.data.records import fingerprint_of
+from dinosae_jax.runtime import untrusted
 
 HASHED_BYTES = 4 * 2**30  # caches up to this size are hashed whole when they are opened
 AHEAD = 2  # batches
+MAX_EXPANSION = 1000  # zeros compress so well
 ENCODE = "configs/encode.py"
 # The fields of the data config that decide which pixels were encoded.
 IMAGE_FIELDS = ("source", "holdout", "crop", "image_size")
@@ -70,7 +72,7 @@ class LatentSource:
     def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
         self.folder = folder
         self.manifest = manifest
-        self.label_names = tuple(manifest["label_names"])
+        self.label_names = tuple(manifest.get("label_names", ()))
         self.num_classes = len(self.label_names)
         self.fingerprint = fingerprint_of(shard["sha256"] for shard in manifest["shards"])
         self.fields = latent_record.layout(
@@ -116,25 +118,48 @@ def open_latents(data_config: Mapping[str, Any], split: str) -> LatentSource:
     """
     folder = pathlib.Path(data_config["latents"]).expanduser() / split
     manifest = read_manifest(folder / MANIFEST, ENCODE)
-    recipe = manifest.get("images", {})
+    recipe = manifest.get("images")
+    recipe = recipe if isinstance(recipe, dict) else {}
     for field, ours in image_recipe(data_config).items():
         theirs = recipe.get(field)
         if ours != theirs:
-            flag = f"pass --config.data.{field}={theirs}, or " if field in IMAGE_FIELDS else ""
+            shown = untrusted.short(theirs if isinstance(theirs, str) else repr(theirs))
+            flag = f"pass --config.data.{field}={shown}, or " if field in IMAGE_FIELDS else ""
             raise ValueError(
                 "a latent cache must be of the images that the flow is to learn; got "
-                f"{folder} with data.{field}={theirs!r}, where this config says {ours!r}; {flag}"
+                f"{folder} with data.{field}={shown}, where this config says {ours!r}; {flag}"
                 "encode again"
             )
     check_classes(folder, manifest)
-    if split == "train" and data_config["flip"] and not manifest["flipped"]:
+    if split == "train" and data_config["flip"] and not manifest.get("flipped"):
         raise ValueError(
             f"data.flip=True needs a cache with flipped images; got {folder}, which has none; pass "
             "--config.data.flip=False, or encode again with it"
         )
+    check_form(folder, manifest, ENCODE)
+    _check_sizes(folder, manifest)
     total = sum(shard["bytes"] for shard in manifest["shards"])
     check_shards(folder, manifest, sha256=total <= HASHED_BYTES, again=ENCODE)
     return LatentSource(folder, manifest)
+
+
+def _check_sizes(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
+    """Raises ValueError where a manifest's records could not be in its shards."""
+    sizes = [manifest.get(name) for name in ("count", "tokens", "width")]
+    whole = all(type(size) is int and 0 < size < 1 << 40 for size in sizes)
+    if not whole or type(manifest.get("flipped")) is not bool:
+        raise ValueError(
+            f"a latent cache says its count, tokens, width and flipped; got others in "
+            f"{folder}; run {ENCODE} again"
+        )
+    fields = latent_record.layout(manifest.get("format", ""), manifest["tokens"], manifest["width"])
+    needed = manifest["count"] * sum(field.nbytes for field in fields)
+    stored = sum(shard["bytes"] for shard in manifest["shards"])
+    if needed > MAX_EXPANSION * stored:
+        raise ValueError(
+            f"records take at most {MAX_EXPANSION} times the bytes of their shards; got {needed} "
+            f"bytes in {stored} of {folder}; run {ENCODE} again"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
