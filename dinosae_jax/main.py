@@ -24,6 +24,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dinosae_jax import jobs
+from dinosae_jax.runtime import terminal
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/X.py[:variant].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same again goes on.")
@@ -169,6 +170,8 @@ def _refuse(error: BaseException) -> int:
 
 def run() -> None:
     """The console entry."""
+    terminal.end_on_keyboard()
+    terminal.outlive_readers()
     app.run(main, flags_parser=_parse)
 
 

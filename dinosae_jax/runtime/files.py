@@ -33,3 +33,10 @@ def file_sha256(path: pathlib.Path) -> str:
     """The sha256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: pathlib.Path, pattern: str) -> str:
+    """A sha256 of the files under a folder that match a pattern: their places and contents."""
+    found = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    lines = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}" for path in found]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
