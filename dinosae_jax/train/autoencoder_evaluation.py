@@ -129,10 +129,10 @@ def _compiled_turned(modules: autoencoder.AutoencoderModules) -> Callable[..., j
 @functools.lru_cache
 def _compiled_reconstruct(modules: autoencoder.AutoencoderModules) -> Callable[..., Any]:
     @jax.jit
-    def reconstruct(variables: autoencoder_step.Variables, batch: jax.Array) -> Any:
+    def compiled(variables: autoencoder_step.Variables, batch: jax.Array) -> Any:
         return reconstruct(modules, variables, autoencoder.unit_interval(batch))
 
-    return reconstruct
+    return compiled
 
 
 METRICS = ("psnr", "l1", "cosine_similarity")  # of `reconstruct`
