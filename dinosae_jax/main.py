@@ -172,6 +172,7 @@ def run() -> None:
     """The console entry."""
     terminal.end_on_keyboard()
     terminal.outlive_readers()
+    terminal.quiet_libraries()
     app.run(main, flags_parser=_parse)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import logging
 import os
 import signal
 import sys
+import threading
 from typing import Any, NoReturn, TextIO
 
 
@@ -59,6 +62,29 @@ def outlive_readers() -> None:
     """Makes standard output and error survive a closed pipe (`| head`), terminal or full disk."""
     sys.stdout = LastingStream(sys.stdout)  # type: ignore[assignment]
     sys.stderr = LastingStream(sys.stderr)  # type: ignore[assignment]
+
+
+def quiet_libraries() -> None:
+    """Drops the tracebacks that other libraries print of their own accord.
+
+    One error in the background, a full disk, say, gives hundreds of lines from Orbax, asyncio and
+    TensorStore's threads. It also reaches the main thread, where it becomes one line.
+    """
+    if os.environ.get("DINOSAE_TRACEBACK"):
+        return
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info)
+    uncaught, in_thread = sys.excepthook, threading.excepthook
+
+    def on_uncaught(*error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            uncaught(*error)
+
+    def on_thread(arguments: Any) -> None:
+        if getattr(arguments.exc_value, "errno", None) != errno.ENOSPC:
+            in_thread(arguments)
+
+    sys.excepthook, threading.excepthook = on_uncaught, on_thread
 
 
 def end_on_keyboard() -> None:
