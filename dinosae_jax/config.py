@@ -80,11 +80,17 @@ def run_defaults() -> ml_collections.ConfigDict:
             skip_limit=20,  # steps in a row with a non-finite loss or gradient before the run stops
             log_every=100,
             eval=dict(every=5000, batch_size=64, images=1024),
-            checkpoint=dict(every=2000, keep=2),
+            checkpoint=dict(
+                every=2000,
+                keep=2,  # the newest so many
+                milestones=0,  # n: those whose step is a multiple of n are kept for ever; 0: none
+            ),
             mesh=dict(fsdp=1),
             compile_cache="",  # folder of compiled programs, which later runs read
             profile_steps="",  # '10:13' traces steps 10, 11 and 12 into workdir/profile
-            on_mismatch="refuse",  # refuse | continue: a workdir that holds another config
+            # refuse | continue: in a workdir that holds another config; restart: at step 0 in one
+            # whose checkpoints are damaged or gone
+            on_mismatch="refuse",
         )
     )
 

@@ -28,6 +28,8 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dinosae_jax.runtime import terminal
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/X.py[:variant].")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Output folder, runs/X where not given. Run again with it to resume."
@@ -236,6 +238,9 @@ def _refuse(error: BaseException) -> int:
 
 def run() -> None:
     """The console entry."""
+    terminal.end_on_keyboard()
+    terminal.outlive_readers()
+    terminal.quiet_libraries()
     app.run(main, flags_parser=_parse)
 
 

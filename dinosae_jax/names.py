@@ -20,7 +20,7 @@ ENCODER_ROLES = ("stem", "vit")
 Dtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["constant", "cosine", "linear"]
 Loss = Literal["l1", "lpips", "cosine", "mse", "gan"]
-OnMismatch = Literal["refuse", "continue"]
+OnMismatch = Literal["refuse", "continue", "restart"]
 
 Crop = Literal["random", "center", "resize_random", "random_resized"]
 LatentFormat = Literal["bfloat16", "int8"]

@@ -278,6 +278,12 @@ def _validate_run(config: ml_collections.ConfigDict) -> None:
             f"steps={config.steps}; lower it or use optimizer.schedule='constant'"
         )
     _require_member("dtype", config.dtype, get_args(names.Dtype))
+    milestones = config.checkpoint.milestones
+    if milestones < 0 or milestones % config.checkpoint.every:
+        raise ValueError(
+            "checkpoint.milestones must be a multiple of checkpoint.every, or 0 for none; got "
+            f"{milestones} and {config.checkpoint.every}; change one of them"
+        )
     _require_member("on_mismatch", config.on_mismatch, get_args(names.OnMismatch))
     if not 0.0 <= config.ema < 1.0:
         raise ValueError(f"ema must lie in [0, 1); got {config.ema}; the paper's is near 0.9978")

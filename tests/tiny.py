@@ -5,9 +5,9 @@ import numpy as np
 from configs import rfm_dit, sae_stage1
 from dinosae_jax.data import png
 from dinosae_jax.eval import adm_moments
-from dinosae_jax.runtime import precision, sharding
+from dinosae_jax.runtime import files, precision, sharding
 from dinosae_jax.train import autoencoder_task
-from dinosae_jax.weights import checkpoint
+from dinosae_jax.weights import checkpoint, weight_source
 
 SMALLEST = {
     "model.stem.embed_dim": 32,
@@ -61,12 +61,13 @@ def prepare(folder):
 
 
 def write(folder):
-    """The workdir of a stage at step 0, with a checkpoint and its frozen networks."""
+    """The workdir of a stage that ended at step 0, with a checkpoint and its frozen networks."""
     task, _ = prepare(folder)
     with checkpoint.open_manager(folder / "stage", keep=1) as manager:
         state = task.restore(manager)
         checkpoint.save(manager, state, task.record)
         checkpoint.wait(manager)
+    files.write_json(folder / "stage" / weight_source.DONE, {"step": 0})
     return folder / "stage"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from dinosae_jax import config as config_lib
 from dinosae_jax.data import adm_npz, png
 from dinosae_jax.inference.generator import Generator, random_generator
-from dinosae_jax.runtime import console, files, sharding, stopping
+from dinosae_jax.runtime import console, files, lease, sharding, stopping
 from dinosae_jax.weights import checkpoint
 
 BALANCED_EACH = 50  # images per class, the usual 50,000 of ImageNet
@@ -51,7 +51,18 @@ def draw_series(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None
             "a weaker flow guides at a scale other than 1; got guidance=1 with "
             f"weaker={config.weaker!r}; pass --config.sampling.guidance=1.42, or leave it out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    with stopping.StopRequest() as stop, lease.hold(folder):
+        _draw_held(generator, config, labels, settings, folder, stop)
+
+
+def _draw_held(
+    generator: Generator,
+    config: ml_collections.ConfigDict,
+    labels: np.ndarray,
+    settings: dict[str, Any],
+    folder: pathlib.Path,
+    stop: stopping.StopRequest,
+) -> None:
     claim(folder, config, generator)
     for note in generator.notes:
         console.report(f"{config.name}: {note}")
@@ -62,8 +73,7 @@ def draw_series(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None
         f"{config.name}: {len(labels)} images, "
         + ", ".join(f"{name} {value}" for name, value in settings.items())
     )
-    with stopping.StopRequest() as stop:
-        draw_chunks(generator, config, labels, folder, stop)
+    draw_chunks(generator, config, labels, folder, stop)
     if jax.process_index() == 0:
         finish(folder, labels, config.chunk)
         console.report(f"{config.name}: wrote {folder / 'samples.npz'}")

@@ -25,7 +25,7 @@ from dinosae_jax.flow import matching, schedule
 from dinosae_jax.inference import sampling_program
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder, registry
-from dinosae_jax.runtime import jit, precision, sharding
+from dinosae_jax.runtime import jit, precision, sharding, stopping
 from dinosae_jax.weights import weight_source
 
 Tree = Any
@@ -227,6 +227,7 @@ class Generator:
 
         Raises:
           ValueError: before compilation, for labels or settings out of range.
+          stopping.Interrupted: between two batches, where a job has asked for it.
         """
         array = self.check_labels(labels)
         chosen = self.settings(
@@ -249,6 +250,7 @@ class Generator:
         generate = sampling_program.compile_generate(self.networks, sampling)
         drawn = []
         for start in range(0, len(array), size):
+            stopping.check("drawing")
             kept = array[start : start + size]
             padded = np.zeros(size, np.int32)
             padded[: len(kept)] = kept

@@ -13,7 +13,7 @@ import ml_collections
 
 from dinosae_jax import rules
 from dinosae_jax.report import html_report
-from dinosae_jax.runtime import console, files, stopping
+from dinosae_jax.runtime import console, files, lease, stopping
 from dinosae_jax.train import stages
 
 
@@ -29,17 +29,16 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       stopping.Interrupted: after a signal, with everything saved.
     """
     stages.check_kind(folder, is_chain="chain" in config)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with stopping.StopRequest() as stop:
+    with stopping.StopRequest() as stop, lease.hold(folder):
+        try:
             if "chain" in config:
                 _run_chain(config, folder, stop)
             else:
                 stages.run_stage(config, folder, stop)
-    except stopping.Interrupted:
+        except stopping.Interrupted:
+            _report(folder)
+            raise
         _report(folder)
-        raise
-    _report(folder)
 
 
 def _report(folder: pathlib.Path) -> None:

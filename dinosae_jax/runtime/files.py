@@ -53,3 +53,10 @@ def path_for_glob(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         link = pathlib.Path(place) / "folder"
         link.symlink_to(absolute, target_is_directory=True)
         yield link
+
+
+def folder_sha256(folder: pathlib.Path, pattern: str) -> str:
+    """A sha256 of the files under a folder that match a pattern: their places and contents."""
+    found = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    lines = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}" for path in found]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

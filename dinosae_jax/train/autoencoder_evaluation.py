@@ -21,7 +21,7 @@ from dinosae_jax.losses import alignment
 from dinosae_jax.models import autoencoder
 from dinosae_jax.names import PATCH_SIZE
 from dinosae_jax.report import pictures, sphere_picture
-from dinosae_jax.runtime import files, sharding
+from dinosae_jax.runtime import files, sharding, stopping
 from dinosae_jax.train import autoencoder_step
 from dinosae_jax.train import state as state_lib
 
@@ -54,11 +54,16 @@ class Evaluation:
         result = self.reconstruct(self._variables(state), placed["image"])
         return {name: sharding.gather(value) for name, value in {**placed, **result}.items()}
 
+    def _batches(self) -> loading.Batches:
+        """The evaluation batches; between two of them a request to stop is looked at."""
+        batches = loading.evaluation_batches(self.source, self.config, self.mesh)
+        return stopping.interruptible(batches, f"{self.config.name}, in its evaluation,")
+
     def metrics(self, state: state_lib.TrainState) -> dict[str, float]:
         """Means over the evaluation images, summed in float64 in their order."""
         sums: dict[str, float] = {}
         count = 0.0
-        for batch in loading.evaluation_batches(self.source, self.config, self.mesh):
+        for batch in self._batches():
             result = self._run(state, batch)
             mask = result["mask"]
             count += float(mask.sum())
@@ -71,7 +76,7 @@ class Evaluation:
         """Writes reconstructions.png (one image per class, up to ten) and baselines.json."""
         originals, reconstructions, labels = [], [], []
         baselines: dict[str, list[np.ndarray]] = {"block_means": [], "mean_colour": []}
-        for batch in loading.evaluation_batches(self.source, self.config, self.mesh):
+        for batch in self._batches():
             result = self._run(state, batch)
             keep = result["mask"]
             image = autoencoder.unit_interval(result["image"][keep])

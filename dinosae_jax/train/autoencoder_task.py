@@ -59,7 +59,7 @@ def prepare(
     train_source = images.open_images(config.data, "train")
     eval_source = images.open_images(config.data, "eval")
     spec = step_spec(config)
-    variables, notes = initial_variables(config, spec)
+    variables, notes, source = initial_variables(config, spec)
     frozen_files = preparation.store_frozen(workdir, variables, (*spec.trainable, "disc_heads"))
     record = {
         "config": json.loads(json.dumps(config.to_dict())),
@@ -67,14 +67,16 @@ def prepare(
         "frozen": frozen_files,
         "data": train_source.fingerprint,
         "notes": notes,
+        "source": source,
     }
+    preparation.agree_on_inputs(record, variables, (train_source, eval_source))
     frozen = {role: variables[role] for role in frozen_files}
     frozen = sharding.replicate(precision.frozen(frozen, config.dtype), mesh)
     trained = {role: variables[role] for role in variables if role not in frozen_files}
 
     def restore(manager: CheckpointManager) -> state_lib.TrainState:
         create = functools.partial(autoencoder_step.create_state, spec, seed=config.seed)
-        state, saved = preparation.restore_or_create(manager, create, trained, mesh)
+        state, saved = preparation.restore_or_create(config, manager, create, trained, mesh)
         if saved:
             console.report(f"{config.name}: resumes from step {int(state.step)}")
             preparation.check_data(saved, record, config)
@@ -107,24 +109,22 @@ def prepare(
 
 def initial_variables(
     config: ml_collections.ConfigDict, spec: autoencoder_step.StepSpec
-) -> tuple[autoencoder_step.Variables, list[str]]:
-    """Every role at step 0, and the notes that go with the weights.
+) -> preparation.Found:
+    """Every role at step 0, the notes that go with the weights, and where they come from.
 
     Raises:
       ValueError: for missing weights, or weights that do not fit.
     """
     draw = functools.partial(draw_variables, spec, image_size=config.data.image_size)
     trained = (*spec.trainable, "disc_heads")
-    variables, notes = preparation.find_variables(
-        config, draw, trained, LatentConvention.of(config)
-    )
-    if spec.aligns and not autoencoder.has_teacher(variables):
+    found = preparation.find_variables(config, draw, trained, LatentConvention.of(config))
+    if spec.aligns and not autoencoder.has_teacher(found.variables):
         raise ValueError(
             "alignment needs the teacher, DINOv3 with its own patch convolution; got "
             f"{config.init_from} without it (the official DINO-SAE file leaves it out); set "
             "losses.cosine and losses.mse to 0, or start from a converted DINOv3"
         )
-    return variables, notes
+    return found
 
 
 def draw_variables(

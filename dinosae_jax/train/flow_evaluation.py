@@ -23,7 +23,7 @@ from dinosae_jax.eval import features, image_quality, kernel_distance
 from dinosae_jax.flow import matching
 from dinosae_jax.inference.generator import Generator
 from dinosae_jax.report import pictures
-from dinosae_jax.runtime import sharding
+from dinosae_jax.runtime import sharding, stopping
 from dinosae_jax.train import flow_step
 from dinosae_jax.train import state as state_lib
 
@@ -47,7 +47,8 @@ def held_out_losses(
     losses = _compiled_losses(spec)
     sums = dict.fromkeys(LOSSES, 0.0)
     count = start = 0
-    for batch in loading.evaluation_batches(source, config, mesh):
+    batches = loading.evaluation_batches(source, config, mesh)
+    for batch in stopping.interruptible(batches, f"{config.name}, in its evaluation,"):
         placed = sharding.put_batch(batch, mesh)
         data = {name: placed[name] for name in loading.fields_of(source)}
         each = losses(state.ema, frozen, data, start, key, weight)
@@ -90,9 +91,12 @@ class SampleDistance:
         fields = loading.fields_of(self.source)
         found = loading.training_batches(self.source, self.config, self.mesh, fields, self.size)
         count = -(-self.config.eval.samples // self.size)
-        placed = [sharding.put_batch(next(found), self.mesh) for _ in range(count)]
-        rows = [self._of_training(batch) for batch in placed]
-        labels = [sharding.gather(batch["label"]) for batch in placed]
+        rows, labels = [], []
+        for _ in range(count):
+            stopping.check(f"{self.config.name}, in its evaluation,")
+            batch = sharding.put_batch(next(found), self.mesh)
+            rows.append(self._of_training(batch))
+            labels.append(sharding.gather(batch["label"]))
         return np.concatenate(rows), np.concatenate(labels)
 
     def __call__(self, generator: Generator) -> dict[str, float]:

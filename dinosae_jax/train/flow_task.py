@@ -59,32 +59,36 @@ def prepare(
     train_source, eval_source = (open_flow_data(config, split) for split in ("train", "eval"))
     check_classes(config, train_source)
     spec = step_spec(config)
-    variables, notes = initial_variables(config, spec)
+    variables, notes, source = initial_variables(config, spec)
     check_encoder((train_source, eval_source), variables)
     frozen_files = preparation.store_frozen(workdir, variables, ("dit",))
-    # With a latent cache, only the KID of samples needs the encoder on the devices.
-    needed = ("stem", "vit") if config.eval.samples or not config.data.latents else ()
-    frozen = {role: variables[role] for role in needed}
-    frozen = sharding.replicate(precision.frozen(frozen, config.dtype), mesh)
-    norms = latent_norms.token_norms(config, spec, frozen, train_source, workdir, mesh)
-    console.report(
-        f"{config.name}: tokens have norm {norms['mean']:.4g} (deviation {norms['deviation']:.2g})"
-    )
-    convention = LatentConvention.of(config, config.flow.decode_radius or norms["mean"])
     flow = flow_record(config, train_source.label_names)
     record = {
         "config": json.loads(json.dumps(config.to_dict())),
-        "convention": convention.to_dict(),
         "flow": flow,
         "frozen": frozen_files,
         "data": train_source.fingerprint,
         "notes": notes,
+        "source": source,
     }
+    preparation.agree_on_inputs(record, variables, (train_source, eval_source))
+    # Latents of a cache need no encoder on the devices, but for the KID of samples.
+    needed = ("stem", "vit") if config.eval.samples or not config.data.latents else ()
+    frozen = {role: variables[role] for role in needed}
+    frozen = sharding.replicate(precision.frozen(frozen, config.dtype), mesh)
+    norms = latent_norms.token_norms(
+        config, spec, frozen, train_source, workdir, mesh, latent_norms.identity(record)
+    )
+    console.report(
+        f"{config.name}: tokens have norm {norms['mean']:.4g} (deviation {norms['deviation']:.2g})"
+    )
+    convention = LatentConvention.of(config, config.flow.decode_radius or norms["mean"])
+    record["convention"] = convention.to_dict()
 
     def restore(manager: CheckpointManager) -> state_lib.TrainState:
         create = functools.partial(flow_step.create_state, spec, seed=config.seed)
         trained = {"dit": variables["dit"]}
-        state, saved = preparation.restore_or_create(manager, create, trained, mesh)
+        state, saved = preparation.restore_or_create(config, manager, create, trained, mesh)
         if saved:
             console.report(f"{config.name}: resumes from step {int(state.step)}")
             preparation.check_data(saved, record, config)
@@ -142,8 +146,8 @@ def prepare(
 
 def initial_variables(
     config: ml_collections.ConfigDict, spec: flow_step.StepSpec
-) -> tuple[preparation.Variables, list[str]]:
-    """Roles stem, vit, decoder and dit at step 0, and the notes that go with the weights."""
+) -> preparation.Found:
+    """Roles stem, vit, decoder and dit at step 0, their notes, and where they come from."""
 
     def draw(key: jax.Array) -> preparation.Variables:
         variables = autoencoder.init(spec.modules, key, config.data.image_size)

@@ -1,13 +1,15 @@
 """The training loop: a `Task` is what is trained, a `Run` where.
 
 At the start the state is restored or created and the batches are opened at `state.step`. Each
-iteration: next batch, step, and at their intervals a line of metrics, an evaluation, a checkpoint.
-The host waits for the device only where a line is written.
+iteration: next batch, step, and at their intervals a line of metrics, a checkpoint, an evaluation.
+The host waits for the device only where a line is written. An evaluation that was interrupted,
+after the checkpoint of its step, is made when the run resumes, so that the lines are the same.
 """
 
 from __future__ import annotations
 
 import jax
+import ml_collections
 import numpy as np
 
 from dinosae_jax.runtime import console, sharding, stopping, tracing
@@ -44,6 +46,10 @@ def run(task: Task, run: Run) -> State:
     )
     trace = tracing.StepTrace(config.profile_steps, workdir)
     try:
+        if start and _is_due(config, start) and not writer.has_evaluation(start):
+            _evaluate(task, run, state, start, writer)
+        if number := run.stop.agreed():
+            raise stopping.Interrupted(f"{config.name} stopped before step {start + 1}", number)
         for step in range(start + 1, config.steps + 1):
             trace.before(step)
             batch = next(batches)
@@ -58,24 +64,44 @@ def run(task: Task, run: Run) -> State:
             stopped = run.stop.agreed(lag=STOP_LAG)
             if step % config.log_every == 0 or step == config.steps:
                 state = _write_line(task, run, state, step, writer, progress, batch)
-            if step % config.eval.every == 0 or step == config.steps:
-                values = task.evaluate(state)
-                writer.metrics(step, values)
-                shown = " ".join(f"{n.split('/')[-1]} {v:.4g}" for n, v in values.items())
-                console.report(f"{config.name} {step}/{config.steps}  held out: {shown}")
-                progress.restart_clock(step)
             if step % config.checkpoint.every == 0 or step == config.steps or stopped:
                 checkpoint.save(run.manager, state, task.record)
             if stopped and step < config.steps:
-                checkpoint.wait(run.manager)
                 raise stopping.Interrupted(
                     f"{config.name} stopped at step {step} of {config.steps}", stopped
                 )
+            if _is_due(config, step):
+                _evaluate(task, run, state, step, writer)
+                progress.restart_clock(step)
         checkpoint.wait(run.manager)
+    except stopping.Interrupted:
+        checkpoint.wait(run.manager)
+        raise
     finally:
         trace.close()
         writer.close()
     return state
+
+
+def _is_due(config: ml_collections.ConfigDict, step: int) -> bool:
+    return step % config.eval.every == 0 or step == config.steps
+
+
+def _evaluate(
+    task: Task, run: Run, state: State, step: int, writer: metric_writer.RunWriter
+) -> None:
+    """Writes an evaluation; where it is interrupted the state is saved."""
+    config = run.config
+    try:
+        values = task.evaluate(state)
+    except stopping.Interrupted as stop:
+        checkpoint.save(run.manager, state, task.record)
+        raise stopping.Interrupted(
+            f"{config.name} stopped in its evaluation at step {step} of {config.steps}", stop.number
+        ) from None
+    writer.metrics(step, values)
+    shown = " ".join(f"{n.split('/')[-1]} {v:.4g}" for n, v in values.items())
+    console.report(f"{config.name} {step}/{config.steps}  held out: {shown}")
 
 
 def _write_line(

@@ -16,7 +16,7 @@ import jax
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import event_file_writer
 
-from dinosae_jax.runtime import console, hardware
+from dinosae_jax.runtime import agreement, console, hardware
 
 
 class RunWriter:
@@ -42,6 +42,10 @@ class RunWriter:
         if self.enabled:
             _append(self.metrics_path, {"step": step, **values})
             self._scalars(step, values)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl has an evaluation of a step; a collective."""
+        return agreement.from_first(lambda: _evaluated(self.metrics_path, step))
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line of timing.jsonl, and the same scalars to TensorBoard under `time/`."""
@@ -137,6 +141,12 @@ def cut_back(path: pathlib.Path, last_step: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     partial.replace(path)
+
+
+def _evaluated(path: pathlib.Path, step: int) -> bool:
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = (json.loads(line) for line in lines)
+    return any(row["step"] == step and any(n.startswith("eval/") for n in row) for row in rows)
 
 
 def _append(path: pathlib.Path, record: Mapping[str, Any]) -> None:

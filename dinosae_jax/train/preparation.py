@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 from clu import parameter_overview
 from orbax.checkpoint import CheckpointManager
 
+from dinosae_jax.data import loading
 from dinosae_jax.latent_convention import LatentConvention
-from dinosae_jax.runtime import files, jit, sharding
+from dinosae_jax.runtime import agreement, console, files, jit, sharding
 from dinosae_jax.train import state as state_lib
 from dinosae_jax.weights import checkpoint, role_files, weight_source
 
@@ -20,13 +22,27 @@ Tree = Any
 Variables = dict[str, dict[str, Tree]]
 
 
+class Found(NamedTuple):
+    """The weights of a stage at step 0.
+
+    Attributes:
+      variables: every role.
+      notes: sentences that travel with the weights.
+      source: of `init_from`: path, step and sha256 of the record; empty without one.
+    """
+
+    variables: Variables
+    notes: list[str]
+    source: dict[str, Any]
+
+
 def find_variables(
     config: ml_collections.ConfigDict,
     draw: Callable[[jax.Array], Variables],
     trained: tuple[str, ...],
     convention: LatentConvention,
-) -> tuple[Variables, list[str]]:
-    """Every role at step 0, and the notes that go with the weights.
+) -> Found:
+    """Every role at step 0, the notes that go with the weights, and where they come from.
 
     Args:
       config: init_from, weights, random_frozen_ok, model, seed.
@@ -35,17 +51,20 @@ def find_variables(
       convention: this run's, compared with that of `init_from`.
 
     Raises:
-      ValueError: for missing weights, or weights that do not fit.
+      ValueError: for missing weights, weights that do not fit, or those of an unfinished run.
     """
     key = jax.random.PRNGKey(config.seed)
     needed = tuple(jax.eval_shape(draw, key))
     found: Variables = {}
     notes: list[str] = []
+    origin: dict[str, Any] = {}
     if config.init_from:
-        source = weight_source.open_weights(config.init_from)
+        path = agreement.from_first(lambda: choose_source(config.init_from))
+        source = weight_source.open_weights(path)
         found = {role: tree for role, tree in source.variables.items() if role in needed}
         weight_source.check_agreement(source, config.model.to_dict(), convention, tuple(found))
         notes += source.notes
+        origin = weight_source.identity(source)
     for role in weight_source.NETWORKS:
         path = config.get("weights", {}).get(role)
         if role in found and path:
@@ -64,25 +83,94 @@ def find_variables(
             return {role: drawn[role] for role in missing}
 
         found |= jax.device_get(jit.jit_once(draw_missing)(key))
-    return found, notes
+    return Found(found, notes, origin)
+
+
+def choose_source(path: str) -> str:
+    """What `init_from` names: of a workdir the newest checkpoint, of everything else itself.
+
+    Raises:
+      ValueError: for a workdir whose run has not reached its last step.
+    """
+    folder = pathlib.Path(path).expanduser()
+    step = None if weight_source.is_folder_of_weights(folder) else checkpoint.newest(folder)
+    if step is None:
+        return path
+    done = folder / weight_source.DONE
+    reached = json.loads(done.read_text())["step"] if done.exists() else None
+    if reached != int(step.name):
+        raise ValueError(
+            f"init_from names a finished run; got {path}, which has no {done.name} for its newest "
+            f"checkpoint, step {step.name}; let it finish, or name that checkpoint: "
+            f"--config.init_from={step}"
+        )
+    return str(step)
+
+
+def agree_on_inputs(
+    record: dict[str, Any], variables: Variables, sources: Sequence[loading.Source]
+) -> None:
+    """Compares, over all processes, what training starts from.
+
+    Args:
+      record: of the checkpoints.
+      variables: every role at step 0.
+      sources: data for training and evaluation.
+
+    Raises:
+      ValueError: on every process, where one has other weights or data.
+    """
+    if jax.process_count() == 1:
+        return
+    agreement.require_equal(
+        "weights and data",
+        {
+            "init_from": record["source"],
+            "weights": {role: role_files.sha256(variables[role]) for role in variables},
+            "data": [source.fingerprint for source in sources],
+        },
+    )
 
 
 def restore_or_create(
+    config: ml_collections.ConfigDict,
     manager: CheckpointManager,
     create: Callable[[Variables], state_lib.TrainState],
     trained: Variables,
     mesh: jax.sharding.Mesh,
 ) -> tuple[state_lib.TrainState, dict[str, Any] | None]:
-    """The newest good checkpoint's state and record, or a new state and None."""
+    """The newest good checkpoint's state and record, or a new state and None.
+
+    Raises:
+      ValueError: where there is no good checkpoint and the run had got further, unless
+        `on_mismatch` is 'restart'.
+    """
     shapes = jax.eval_shape(create, trained)
     places = sharding.shardings(shapes, mesh)
     target = jax.tree.map(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places
     )
-    restored = checkpoint.restore_newest(manager, target)
-    if restored is None:
-        return jit.jit_once(create, out_shardings=places)(trained), None
-    return restored
+    restart = config.on_mismatch == "restart"
+    try:
+        restored = checkpoint.restore_newest(manager, target)
+    except checkpoint.NoneWhole:
+        if not restart:
+            raise
+        restored = None
+    if restored is not None:
+        return restored
+    workdir = checkpoint.workdir_of(manager)
+    lost = agreement.from_first(lambda: checkpoint.lost_work(workdir))
+    if lost and not restart:
+        raise ValueError(
+            f"a run that had got further starts at step 0 only where it is told to; got no "
+            f"checkpoint, but {lost}; put the checkpoint back, use another --workdir, or pass "
+            "--config.on_mismatch=restart"
+        )
+    if lost:
+        console.report(f"{config.name}: starts at step 0, as it was told, beside {lost}")
+    checkpoint.note_newest(workdir, None)
+    return jit.jit_once(create, out_shardings=places)(trained), None
 
 
 def check_data(

@@ -11,14 +11,22 @@ import jax
 import ml_collections
 
 from dinosae_jax import config as config_lib
-from dinosae_jax.runtime import console, files, hardware, precision, sharding, stopping
+from dinosae_jax.runtime import (
+    agreement,
+    console,
+    files,
+    hardware,
+    lease,
+    precision,
+    sharding,
+    stopping,
+)
 from dinosae_jax.train import autoencoder_task, flow_task, loop
 from dinosae_jax.train.task import Run
 from dinosae_jax.weights import checkpoint, conversion, weight_source
 
-DONE = "DONE"
-
-
+DONE = weight_source.DONE
+PACKAGE = pathlib.Path(__file__).parents[1]
 KINDS = {  # file that identifies a folder -> what the folder holds
     "chain.json": "a chain of stages",
     "config.json": "the run of one stage",
@@ -48,6 +56,28 @@ def run_stage(
     started = time.monotonic()
     stop = stop or stopping.StopRequest()
     config = precision.resolve_config(config)
+    agree_on_program(config)
+    with lease.hold(workdir):
+        _run_held(config, workdir, stop, init_from, started)
+
+
+def agree_on_program(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError on all processes where one has another config or other code."""
+    if jax.process_count() > 1:
+        facts = {
+            "config": json.loads(config_lib.to_json(config)),
+            "sha256 of the package": files.folder_sha256(PACKAGE, "*.py"),
+        }
+        agreement.require_equal("config and code", facts)
+
+
+def _run_held(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    stop: stopping.StopRequest,
+    init_from: pathlib.Path | None,
+    started: float,
+) -> None:
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -66,7 +96,8 @@ def run_stage(
         files.write_json(workdir / "notes.json", task.record["notes"])
     for note in task.record["notes"]:
         console.report(f"{config.name}: {note}")
-    with checkpoint.open_manager(workdir, config.checkpoint.keep) as manager:
+    keep, milestones = config.checkpoint.keep, config.checkpoint.milestones
+    with checkpoint.open_manager(workdir, keep, milestones) as manager:
         state = loop.run(task, Run(config, workdir, mesh, manager, stop))
     task.finish(state)
     if jax.process_index() == 0:
@@ -99,7 +130,7 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """
     path = workdir / "config.json"
     begun = checkpoint.newest(workdir) or (workdir / DONE).exists()
-    if begun and path.exists() and config.on_mismatch == "refuse":
+    if begun and path.exists() and config.on_mismatch != "continue":
         ours, theirs = json.loads(config_lib.to_json(config)), json.loads(path.read_text())
         for field in config_lib.CONTINUABLE:
             _drop(ours, field)

@@ -1,8 +1,11 @@
 """Checkpoints of a run: Orbax, asynchronous, committed whole or not at all.
 
-A checkpoint holds the state and a record (JSON): the resolved config, the latent convention, the
-frozen networks by path and hash, the shapes, and a checksum of every leaf. The checksums are
-compared when the state comes back, so that a damaged file cannot turn into different weights.
+A checkpoint holds the state, a record and a seal. The record (JSON) has the resolved config, the
+latent convention, the frozen networks by path and hash, the shapes, and a checksum of every leaf.
+The checksums are compared when the state comes back, so that a damaged file cannot turn into
+different weights. The seal has the sha256 of every other file. Where a checkpoint does not come
+back, the seal decides why: bytes that are not those that were saved are damage, and anything else
+(a permission, a server that is away, a peer that is lost, a full device) is not.
 """
 
 from __future__ import annotations
@@ -13,28 +16,56 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
 
-from dinosae_jax.runtime import jit
+from dinosae_jax.runtime import agreement, console, files, jit
 
 Tree = Any
 FOLDER = "checkpoints"
+SEAL = "seal.json"  # in the folder of each checkpoint
+# What Orbax still changes when a checkpoint is sealed, and never reads for what we restore.
+UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")
+NEWEST = "checkpoints.json"  # in the workdir: the newest step that was ever committed
 
 
-def open_manager(workdir: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-    """The manager of `workdir/checkpoints`; it saves in the background and keeps `keep` newest."""
+class Damaged(ValueError):
+    """The bytes of a checkpoint are not those that were saved."""
+
+
+class NoneWhole(ValueError):
+    """Every checkpoint of a workdir is damaged."""
+
+
+def open_manager(workdir: pathlib.Path, keep: int, milestones: int = 0) -> ocp.CheckpointManager:
+    """The manager of `workdir/checkpoints`, which saves in the background.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the newest checkpoints are kept.
+      milestones: checkpoints whose step is a multiple of it are kept for ever; 0: none.
+    """
+    folder = (workdir / FOLDER).absolute()
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=True, create=True
+        max_to_keep=keep,
+        keep_period=milestones or None,
+        enable_async_checkpointing=True,
+        create=True,
+        async_options=ocp.options.AsyncOptions(
+            post_finalization_callback=functools.partial(_seal_unfinished, folder)
+        ),
     )
-    return ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def save(manager: ocp.CheckpointManager, state: Tree, record: dict[str, Any]) -> None:
@@ -52,60 +83,231 @@ def save(manager: ocp.CheckpointManager, state: Tree, record: dict[str, Any]) ->
     if step in manager.all_steps():
         return
     record = {**record, "shapes": _shapes(state), "checksums": checksums(state)}
-    record["sha256"] = _digest(record)
+    record["sha256"] = digest(record)
     arguments = ocp.args.Composite(
         state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
     )
+    before = manager.latest_step()
     with explain_full_disk(manager):
         manager.save(step, args=arguments)
+        if before is not None:  # committed: Orbax waits for the save before
+            note_newest(workdir_of(manager), before)
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
     """Blocks until every started save is committed; raises OSError where the disk is full."""
     with explain_full_disk(manager):
         manager.wait_until_finished()
+        if (step := manager.latest_step()) is not None:
+            note_newest(workdir_of(manager), step)
 
 
 def restore_newest(
     manager: ocp.CheckpointManager, target: Tree
 ) -> tuple[Tree, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its record; None where none was ever written.
+    """The newest checkpoint that is whole, and its record; None where there is none at all.
 
-    A damaged checkpoint is renamed `<step>.damaged` and the one before it is tried.
+    The first process chooses, and all read what it has chosen. A damaged checkpoint is renamed
+    `<step>.damaged` by the first process, and the one before it is tried. Where a checkpoint is not
+    damaged and cannot be read all the same, nothing is renamed.
 
     Args:
       manager: from `open_manager`.
       target: the state as jax.ShapeDtypeStruct leaves with the shardings wanted.
 
     Raises:
-      ValueError: where a good checkpoint holds another architecture, or none is whole.
+      ValueError: where a good checkpoint holds another architecture, where processes read different
+        checkpoints, or (NoneWhole) where every checkpoint is damaged.
+      OSError, RuntimeError, MemoryError: where a checkpoint cannot be read now.
     """
-    damaged = []
-    for step in sorted(manager.all_steps(), reverse=True):
+    damaged: list[str] = []
+    while (step := agreement.from_first(functools.partial(_newest_step, manager))) is not None:
+        folder = pathlib.Path(manager.directory) / str(step)
         try:
-            record = read_record(manager, step)
-        except Exception as error:
-            damaged.append(_set_aside(manager, step, error))
-            continue
-        _check_shapes(record["shapes"], _shapes(target), manager.directory / str(step))
-        try:
-            state = manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            )["state"]
-            _check_sums(state, record["checksums"])
-        except (MemoryError, RuntimeError):  # a full device, say, is no damage
-            raise
-        except Exception as error:
-            damaged.append(_set_aside(manager, step, error))
-            continue
-        return state, record
+            restored = _restore(folder, target)
+            _agree_on_steps(manager)
+            return restored
+        except Damaged as error:
+            set_aside = functools.partial(_set_aside, folder, error)
+            damaged.append(agreement.from_first(set_aside))
+            manager.reload()
     if damaged:
-        raise ValueError(
-            f"a run goes on from a checkpoint that is whole; got none in {manager.directory}, they "
-            f"are kept as {', '.join(damaged)}; put a good one back, or run the same command again "
-            "to start from step 0"
+        raise NoneWhole(
+            f"a run resumes from a checkpoint that is whole; got none in {manager.directory}, they "
+            f"are kept as {', '.join(damaged)}; put a good one back, or pass "
+            "--config.on_mismatch=restart to start from step 0"
         )
     return None
+
+
+def lost_work(workdir: pathlib.Path) -> str:
+    """What shows that a workdir without a checkpoint had got further than step 0; '' for nothing.
+
+    Lines of metrics alone show it only where no file says that no checkpoint was committed yet: a
+    run may end before its first one.
+    """
+    damaged = sorted(path.name for path in (workdir / FOLDER).glob("*.damaged*"))
+    if damaged:
+        return f"{', '.join(damaged)} in {workdir / FOLDER}"
+    noted = workdir / NEWEST
+    if noted.exists():
+        step = json.loads(noted.read_text())["step"]
+        return f"{noted}, by which step {step} was saved" if step is not None else ""
+    metrics = workdir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return f"{metrics} with {len(lines)} lines of later steps" if lines else ""
+
+
+def note_newest(workdir: pathlib.Path, step: int | None) -> None:
+    """Notes the newest committed step, or None at the start of a run, for `lost_work`."""
+    if jax.process_index() == 0:
+        files.write_json(workdir / NEWEST, {"step": step})
+
+
+def _restore(folder: pathlib.Path, target: Tree) -> tuple[Tree, dict[str, Any]]:
+    """The state and record of one checkpoint, the same on all processes; Damaged where it is."""
+    state, record, failure = None, {}, None
+    try:
+        record = read_record(folder)
+    except Exception as error:
+        failure = error
+    _agree(folder, failure)
+    agreement.require_equal("checkpoint", {str(folder): digest(record)})
+    _check_shapes(record["shapes"], _shapes(target), folder)
+    try:
+        # Not through the manager: there a process whose reading fails leaves the others waiting.
+        arguments = ocp.args.StandardRestore(target)
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            state = handler.restore(_path(folder / "state"), args=arguments)
+    except Exception as error:
+        failure = error
+    _agree(folder, failure)
+    try:
+        _check_sums(state, record["checksums"])
+    except Damaged as error:
+        agreement.from_first(functools.partial(_hashes, folder))  # unless it cannot be read now
+        raise error
+    if jax.process_index() == 0 and not (folder / SEAL).exists():
+        with contextlib.suppress(OSError):  # of a file system that is read only, say
+            seal(folder)
+    return state, record
+
+
+def _agree(folder: pathlib.Path, failure: Exception | None) -> None:
+    """Raises on every process where reading failed on one: Damaged where the files are.
+
+    Raises:
+      Damaged: where the first process finds other bytes than those that were saved.
+      OSError, RuntimeError, MemoryError: otherwise.
+    """
+    said = agreement.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    first = next((text for text in said if text is not None), None)
+    if first is None:
+        return
+    try:
+        reason = agreement.from_first(lambda: _damage(folder, failure))
+    except OSError:
+        reason = ""
+    if reason:
+        raise Damaged(reason) from failure
+    if isinstance(failure, RuntimeError | MemoryError):
+        raise failure
+    where = f" on process {said.index(first)}" if len(said) > 1 else ""
+    raise OSError(
+        f"a checkpoint must be readable; got {' '.join(first.split())[:300]}{where}; {folder} is "
+        "as it was, nothing is renamed: put right what hinders reading and run the same command "
+        "again"
+    ) from failure
+
+
+def _damage(folder: pathlib.Path, failure: Exception | None) -> str:
+    """What of a checkpoint's files is not as it was saved; '' where they are whole.
+
+    Raises:
+      OSError: where they cannot be read.
+    """
+    found = _hashes(folder)
+    try:
+        sealed = _read_seal(folder)
+    except ValueError:  # never sealed, or the seal itself is damaged
+        reason = f"{type(failure).__name__}: {failure}" if failure else ""
+        return "" if failure is None or _is_environmental(failure) else reason
+    changed = [name for name, sha256 in sealed.items() if found.get(name) != sha256]
+    if not changed:
+        return ""
+    name = changed[0]
+    what = "differs from its sha256" if name in found else "is missing"
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    return f"{name} {what}{more}"
+
+
+def _is_environmental(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, comes from the system and not from what was read."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError | RuntimeError | MemoryError):
+            return True
+        if any(word in str(error) for word in _SYSTEM_WORDS):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# How TensorStore and absl say what the operating system told them.
+_SYSTEM_WORDS = (
+    "[OS error",
+    "PERMISSION_DENIED",
+    "UNAVAILABLE",
+    "RESOURCE_EXHAUSTED",
+    "DEADLINE_EXCEEDED",
+    "ABORTED",
+    "CANCELLED",
+    "[Errno",
+)
+
+
+def seal(folder: pathlib.Path) -> None:
+    """Writes the sha256 of every file of a checkpoint into it."""
+    found = _hashes(folder)
+    files.write_json(folder / SEAL, {"files": found, "sha256": digest(found)})
+
+
+def _seal_unfinished(folder: pathlib.Path) -> None:
+    """Seals the checkpoint that is being written, before Orbax commits it by a rename.
+
+    Where Orbax commits otherwise (buckets), the checkpoint is sealed when it has come back once.
+    """
+    for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        seal(path)
+
+
+def _read_seal(folder: pathlib.Path) -> dict[str, str]:
+    """File -> sha256; ValueError where the seal is missing or not as it was written."""
+    try:
+        content = json.loads((folder / SEAL).read_text())
+        found = dict(content["files"])
+        whole = content["sha256"] == digest(found)
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise ValueError("the seal is missing or damaged") from error
+    if not whole:
+        raise ValueError("the seal is damaged")
+    return found
+
+
+def _hashes(folder: pathlib.Path) -> dict[str, str]:
+    """File -> sha256 of what a checkpoint holds; OSError where that is unreadable."""
+    found = {}
+    for place, _, names in os.walk(folder, onerror=_raise):
+        for name in sorted(names):
+            path = pathlib.Path(place) / name
+            if name not in UNSEALED:
+                found[path.relative_to(folder).as_posix()] = files.file_sha256(path)
+    return found
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def load_fields(folder: pathlib.Path, fields: tuple[str, ...]) -> tuple[Tree, dict[str, Any]]:
@@ -121,8 +323,7 @@ def load_fields(folder: pathlib.Path, fields: tuple[str, ...]) -> tuple[Tree, di
     Raises:
       ValueError: where the checkpoint is damaged.
     """
-    with ocp.CheckpointManager(folder.parent.absolute()) as manager:
-        record = read_record(manager, int(folder.name))
+    record = read_record(folder)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     flat = {
         name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=place)
@@ -135,8 +336,8 @@ def load_fields(folder: pathlib.Path, fields: tuple[str, ...]) -> tuple[Tree, di
         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
         partial_restore=True,
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.restore(folder.absolute() / "state", args=arguments)
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        tree = handler.restore(_path(folder / "state"), args=arguments)
     _check_sums(tree, {name: record["checksums"][name] for name in flat})
     return jax.device_get(tree), record
 
@@ -147,12 +348,23 @@ def newest(workdir: pathlib.Path) -> pathlib.Path | None:
     return max(steps, key=lambda path: int(path.name), default=None)
 
 
-def read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The record that was saved with a step; ValueError where it is not as it was saved."""
-    arguments = ocp.args.Composite(record=ocp.args.JsonRestore())
-    record = manager.restore(step, args=arguments)["record"]
-    if record.pop("sha256", None) != _digest(record):
-        raise ValueError("the record differs from its sha256")
+def read_record(folder: pathlib.Path) -> dict[str, Any]:
+    """The record of one checkpoint.
+
+    Args:
+      folder: `workdir/checkpoints/<step>`.
+
+    Raises:
+      Damaged: where it is not as it was saved.
+      OSError: where it cannot be read.
+    """
+    text = (folder / "record" / "metadata").read_bytes()
+    try:
+        record = dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise Damaged("the record is no JSON") from error
+    if record.pop("sha256", None) != digest(record):
+        raise Damaged("the record differs from its sha256")
     return record
 
 
@@ -160,6 +372,11 @@ def checksums(state: Tree) -> dict[str, int]:
     """A 32-bit checksum of the bits of each leaf, the same on any number of devices."""
     sums = jax.device_get([_compiled_checksum()(leaf) for leaf in jax.tree.leaves(state)])
     return {name: int(value) for name, value in zip(_names(state), sums, strict=True)}
+
+
+def digest(record: dict[str, Any]) -> str:
+    """The sha256 of what JSON takes, such as a record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
@@ -198,10 +415,6 @@ def explain_full_disk(manager: ocp.CheckpointManager) -> Iterator[None]:
         ) from error
 
 
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def _names(tree: Tree) -> list[str]:
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
@@ -231,19 +444,48 @@ def _check_sums(state: Tree, expected: dict[str, int]) -> None:
     found = checksums(state)
     wrong = [name for name, value in expected.items() if found.get(name) != value]
     if wrong:
-        raise ValueError(f"{len(wrong)} arrays differ from their checksums, first {wrong[0]}")
+        raise Damaged(f"{len(wrong)} arrays differ from their checksums, first {wrong[0]}")
 
 
-def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> str:
+def _set_aside(folder: pathlib.Path, error: Exception) -> str:
     """Renames a damaged checkpoint, says so, and returns its new name."""
-    path = pathlib.Path(manager.directory) / str(step)
-    aside = path.with_name(f"{step}.damaged")
+    aside = folder.with_name(f"{folder.name}.damaged")
     number = 1
     while aside.exists():
         number += 1
-        aside = path.with_name(f"{step}.damaged{number}")
-    path.rename(aside)
-    manager.reload()
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    print(f"The checkpoint of step {step} is damaged ({reason[:200]}); it is kept as {aside}.")
+        aside = folder.with_name(f"{folder.name}.damaged{number}")
+    folder.rename(aside)
+    reason = " ".join(str(error).split())[:200]
+    console.report(
+        f"The checkpoint of step {folder.name} is damaged ({reason}); it is kept as {aside}."
+    )
     return aside.name
+
+
+def _agree_on_steps(manager: ocp.CheckpointManager, tries: int = 10) -> None:
+    """Waits until all processes see the same checkpoints: Orbax decides by them what to save."""
+    for left in reversed(range(tries)):
+        manager.reload()
+        steps = agreement.gather(sorted(manager.all_steps()))
+        if all(each == steps[0] for each in steps):
+            return
+        if left:
+            time.sleep(1.0)
+    agreement.require_equal("checkpoints", {"steps": sorted(manager.all_steps())})
+
+
+def _newest_step(manager: ocp.CheckpointManager) -> int | None:
+    """The newest step that Orbax takes for committed, or that has a seal."""
+    manager.reload()
+    folders = pathlib.Path(manager.directory).iterdir()
+    sealed = [int(path.name) for path in folders if path.name.isdigit() and (path / SEAL).exists()]
+    return max([*manager.all_steps(), *sealed], default=None)
+
+
+def workdir_of(manager: ocp.CheckpointManager) -> pathlib.Path:
+    """The workdir whose checkpoints a manager keeps."""
+    return pathlib.Path(manager.directory).parent
+
+
+def _path(folder: pathlib.Path) -> epath.Path:
+    return epath.Path(folder.absolute())

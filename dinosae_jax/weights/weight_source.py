@@ -23,6 +23,7 @@ Variables = dict[str, dict[str, Tree]]
 FROZEN_FOLDER = "frozen"
 EXPORT_FILE = "export.json"
 MAX_EXPANSION = 100  # of a checkpoint, whose zeros are compressed
+DONE = "DONE"  # in a stage's workdir: its last step, once it is saved
 # Fields of the model config that change how it is computed, not what.
 COMPUTE_FIELDS = ("scan_layers", "remat")
 NETWORKS = {
@@ -45,6 +46,7 @@ class WeightSource(NamedTuple):
       path: for messages.
       flow: how a flow was trained and is to be sampled, plain (`inference.generator.flow_record`);
         empty for an autoencoder.
+      sha256: of the record that was read, which has checksums of the weights.
     """
 
     variables: Variables
@@ -53,6 +55,7 @@ class WeightSource(NamedTuple):
     notes: list[str]
     path: pathlib.Path
     flow: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    sha256: str = ""
 
 
 def open_weights(path: str | pathlib.Path) -> WeightSource:
@@ -69,9 +72,11 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
         converted = conversion.load(folder)
         titles = ", ".join(file["name"] for file in converted.metadata["files"])
         note = f"Starts from converted weights: {titles}."
-        return WeightSource(converted.variables, converted.config, {}, [note], folder)
-    step = folder if folder.name.isdigit() and (folder / "state").exists() else None
-    step = step or checkpoint.newest(folder)
+        sha256 = files.file_sha256(folder / conversion.METADATA_FILE)
+        return WeightSource(
+            converted.variables, converted.config, {}, [note], folder, sha256=sha256
+        )
+    step = folder if _is_checkpoint(folder) else checkpoint.newest(folder)
     if step is None:
         raise ValueError(
             "weights come from a stage's workdir, a checkpoint, an export or a conversion; got "
@@ -103,7 +108,24 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
     for role, file in frozen_files.items():
         if role not in variables:
             variables[role] = role_files.read(frozen, role_files.file_from(file, step))
-    return WeightSource(variables, *stated, step, record.get("flow", {}))
+    digest = checkpoint.digest(record)
+    return WeightSource(variables, *stated, step, record.get("flow", {}), digest)
+
+
+def is_folder_of_weights(folder: pathlib.Path) -> bool:
+    """Whether a folder is one checkpoint, an export or a conversion, so that nothing is chosen."""
+    exported = (folder / EXPORT_FILE).exists()
+    return exported or conversion.is_conversion(folder) or _is_checkpoint(folder)
+
+
+def identity(source: WeightSource) -> dict[str, Any]:
+    """Which weights these are, for records: path, step (None where there is none), sha256."""
+    step = int(source.path.name) if _is_checkpoint(source.path) else None
+    return {"path": str(source.path), "step": step, "sha256": source.sha256}
+
+
+def _is_checkpoint(folder: pathlib.Path) -> bool:
+    return folder.name.isdigit() and (folder / "state").exists()
 
 
 def export(source: WeightSource, output: pathlib.Path, wanted: tuple[str, ...]) -> None:
@@ -308,6 +330,7 @@ def _open_export(folder: pathlib.Path) -> WeightSource:
         [untrusted.short(note, 1000) for note in record["notes"]],
         folder,
         record.get("flow", {}),
+        files.file_sha256(folder / EXPORT_FILE),
     )
 
 

@@ -5,19 +5,25 @@
 What of each training batch lies on this process's devices is written to
 FOLDER/<process>/<number>.npz with the rows of the global batch that it is. Where STEP is not 0 the
 process sends itself SIGTERM before its STEP-th batch. Several processes hold alternate devices of
-the mesh, as the hosts of a TPU pod do.
+the mesh, as the hosts of a TPU pod do. TEST_LIE in the environment names what this process is told
+wrong (`LIES`).
 """
 
 import os
 import pathlib
 import signal
 import sys
+import time
+from unittest import mock
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from dinosae_jax import main
+from dinosae_jax.data import images
 from dinosae_jax.runtime import sharding
+from dinosae_jax.weights import checkpoint
 
 
 def record(folder, stop_at=0):
@@ -57,7 +63,47 @@ def alternate():
     sharding.make_mesh = dealt
 
 
+def stale_listing():
+    """The newest checkpoint is not in the folder yet, seen from here."""
+    real = ocp.CheckpointManager.all_steps
+    patch = mock.patch.object(ocp.CheckpointManager, "all_steps", lambda self: real(self)[:-1])
+    patch.start()
+
+
+def unreadable():
+    """The server of the checkpoints refuses this host."""
+    denied = PermissionError(13, "Permission denied")
+    mock.patch.object(checkpoint, "read_record", side_effect=denied).start()
+
+
+def other_data():
+    """The folder of images holds others here."""
+    real = images.open_images
+
+    def opened(*arguments):
+        source = real(*arguments)
+        source.fingerprint = "other"
+        return source
+
+    mock.patch.object(images, "open_images", opened).start()
+
+
+def slow():
+    """This host is 35 s late at the restore: gloo alone would wait 30."""
+    real = checkpoint.restore_newest
+
+    def late(*arguments):
+        time.sleep(35)
+        return real(*arguments)
+
+    mock.patch.object(checkpoint, "restore_newest", late).start()
+
+
+LIES = {function.__name__: function for function in (stale_listing, unreadable, other_data, slow)}
+
 if __name__ == "__main__":
+    if lie := os.environ.get("TEST_LIE"):
+        LIES[lie]()
     folder, stop_at = sys.argv[1:3]
     record(pathlib.Path(folder), int(stop_at))
     alternate()

@@ -47,8 +47,12 @@ def make(data, tmp_path):
     )
 
 
-def start(overrides, workdir, batches, processes, devices=1, stop_at=()):
-    """Starts the processes of one run; `stop_at` {process: step} lets it SIGTERM itself there."""
+def start(overrides, workdir, batches, processes, devices=1, stop_at=(), lie="", second_flags=()):
+    """Starts the processes of one run.
+
+    `stop_at` {process: step} lets a process SIGTERM itself there; the second process alone is told
+    a lie of `recorded_main`, and gets `second_flags`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,6 +63,7 @@ def start(overrides, workdir, batches, processes, devices=1, stop_at=()):
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
+            "TEST_LIE": lie * (index == 1),
         }
         if processes > 1:
             environment |= {
@@ -69,6 +74,7 @@ def start(overrides, workdir, batches, processes, devices=1, stop_at=()):
             }
         script = [pathlib.Path(recorded_main.__file__), batches, dict(stop_at).get(index, 0)]
         command = [*script, "--config=configs/sae_stage1.py:tiny", f"--workdir={workdir}", *flags]
+        command += second_flags if index == 1 else ()
         started.append(
             subprocess.Popen(
                 [sys.executable, *map(str, command)],
@@ -130,7 +136,8 @@ def metrics(workdir):
 
 
 def steps(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    names = (path.name for path in (workdir / "checkpoints").iterdir())
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def state(workdir):
@@ -229,3 +236,62 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(make, straight, tmp
     assert not (workdir / "DONE").exists()
     run(changes, workdir, tmp_path / "rest", processes=2)
     assert_same_run(workdir, straight)
+
+
+def assert_refused(started, message):
+    """All processes end with the same sentence."""
+    codes, outputs = finish(started, seconds=300)
+    assert codes == [2] * len(started), "\n".join(outputs)
+    for output in outputs:
+        assert message in " ".join(output.split()), output
+        assert "Traceback" not in output
+
+
+def test_processes_with_different_configs_end_with_one_sentence(make, tmp_path):
+    flags = ["--config.optimizer.learning_rate=2e-3"]
+    started = start(make(), tmp_path / "run", tmp_path / "b", 2, second_flags=flags)
+    said = "same config and code; got config.optimizer.learning_rate: 0.001 on process 0, 0.002 on"
+    assert_refused(started, said)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        ("unreadable", "Permission denied on process 1;"),
+        ("stale_listing", "the same checkpoints; got steps: [3, 6] on process 0, [3] on process 1"),
+        ("other_data", "the same weights and data; got data"),
+    ],
+)
+def test_a_process_that_is_told_a_lie_ends_all_and_loses_nothing(make, tmp_path, lie, message):
+    workdir = tmp_path / "run"
+    run(make(), workdir, tmp_path / "b", processes=2)
+    before = {path: path.read_bytes() for path in (workdir / "checkpoints").rglob("*/metadata")}
+    started = start(make(steps=9), workdir, tmp_path / "rest", 2, lie=lie)
+    assert_refused(started, message)
+    after = {path: path.read_bytes() for path in (workdir / "checkpoints").rglob("*/metadata")}
+    assert after == before
+
+
+@pytest.mark.slow
+def test_a_process_that_is_late_is_waited_for(make, tmp_path):
+    workdir = tmp_path / "run"
+    run(make(steps=3), workdir, tmp_path / "b", processes=2)
+    codes, outputs = finish(start(make(), workdir, tmp_path / "rest", 2, lie="slow"))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert max(steps(workdir)) == 6
+
+
+@pytest.mark.slow
+def test_the_first_process_sets_a_damaged_checkpoint_aside_for_all(make, tmp_path):
+    workdir = tmp_path / "run"
+    run(make(), workdir, tmp_path / "b", processes=2)
+    for record in (workdir / "checkpoints" / "6").rglob("metadata"):
+        record.write_text("{")
+    (workdir / "DONE").unlink()
+    printed = run(make(), workdir, tmp_path / "rest", processes=2)
+    assert printed.count("The checkpoint of step 6 is damaged") == 1
+    assert "resumes from step 3" in printed
+    names = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert names == {"3", "6", "6.damaged"}

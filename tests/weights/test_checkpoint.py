@@ -1,37 +1,16 @@
 """Checkpoints: resharding, damage, other architectures, partial reads."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dinosae_jax.runtime import sharding
-from dinosae_jax.train import optim
-from dinosae_jax.train import state as state_lib
 from dinosae_jax.weights import checkpoint, role_files
-
-
-def make_state(step, width=64):
-    params = {"decoder": {"kernel": jnp.arange(width * 8.0).reshape(width, 8) + step}}
-    state = state_lib.create(
-        params, {"decoder": {}}, {"generator": optim.init(params)}, ("loss",), 0, ("decoder",)
-    )
-    return state.replace(step=jnp.int32(step))
-
-
-def abstract(state, mesh):
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        state,
-        sharding.shardings(jax.eval_shape(lambda s: s, state), mesh),
-    )
-
-
-def save_steps(workdir, steps):
-    with checkpoint.open_manager(workdir, keep=3) as manager:
-        for step in steps:
-            checkpoint.save(manager, make_state(step), {"note": step})
-        checkpoint.wait(manager)
+from tests.weights import faults
+from tests.weights.faults import abstract, make_state, save_steps
 
 
 def equal(a, b):
@@ -90,6 +69,66 @@ def test_a_full_device_is_no_damage(tmp_path, monkeypatch):
     ):
         checkpoint.restore_newest(manager, target)
     assert (tmp_path / checkpoint.FOLDER / "1").exists()
+
+
+@pytest.mark.parametrize("kind", ["environment", "storage"])
+def test_faults_end_well(kind):
+    assert faults.run(kind, 20, seed=1) == []
+
+
+def test_a_checkpoint_without_a_seal_is_sealed_when_it_has_come_back(tmp_path):
+    """As older versions wrote it; damage is then told from other errors by their types."""
+    save_steps(tmp_path, [1, 2])
+    seals = [tmp_path / checkpoint.FOLDER / str(step) / checkpoint.SEAL for step in (1, 2)]
+    sealed = seals[1].read_bytes()
+    for seal in seals:
+        seal.unlink()
+    denied = PermissionError(13, "Permission denied")
+    with (
+        mock.patch.object(checkpoint, "read_record", side_effect=denied),
+        pytest.raises(OSError, match=r"Permission denied.*nothing is renamed"),
+    ):
+        faults.restore(tmp_path)
+    assert faults.is_state(faults.restore(tmp_path), 2)
+    assert seals[1].read_bytes() == sealed
+    seals[1].unlink()
+    (seals[1].parent / "record" / "metadata").write_text("{")
+    assert faults.is_state(faults.restore(tmp_path), 1)
+
+
+def test_lost_peers_rename_nothing_on_any_process(tmp_path, monkeypatch):
+    """What another process says is heard: here it is the second that could not read."""
+    save_steps(tmp_path, [1, 2])
+    real = checkpoint.agreement.gather
+    said = "OSError: [Errno 116] Stale file handle"
+
+    def gather(value):
+        return [value, said] if value is None else real(value)
+
+    monkeypatch.setattr(checkpoint.agreement, "gather", gather)
+    with pytest.raises(OSError, match=r"Stale file handle on process 1; .* nothing is renamed"):
+        faults.restore(tmp_path)
+    assert {"1", "2"} == {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()}
+
+
+def test_milestones_are_kept(tmp_path):
+    with checkpoint.open_manager(tmp_path, keep=1, milestones=2) as manager:
+        for step in range(1, 6):
+            checkpoint.save(manager, make_state(step), {})
+        checkpoint.wait(manager)
+        assert sorted(manager.all_steps()) == [2, 4, 5]
+
+
+def test_what_shows_that_work_was_lost(tmp_path):
+    assert checkpoint.lost_work(tmp_path) == ""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert "metrics.jsonl with 1 lines" in checkpoint.lost_work(tmp_path)
+    checkpoint.note_newest(tmp_path, None)  # a run that ended before its first checkpoint
+    assert checkpoint.lost_work(tmp_path) == ""
+    checkpoint.note_newest(tmp_path, 4)
+    assert "by which step 4 was saved" in checkpoint.lost_work(tmp_path)
+    (tmp_path / checkpoint.FOLDER / "4.damaged").mkdir(parents=True)
+    assert "4.damaged in" in checkpoint.lost_work(tmp_path)
 
 
 def test_checksums_see_one_bit_and_an_exchange():
