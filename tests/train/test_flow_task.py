@@ -11,7 +11,7 @@ from configs import hae_dit, rfm_ddt, rfm_dit
 from dinosae_jax import rules
 from dinosae_jax.data import loading
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import flow_task, optim, stages, task
+from dinosae_jax.train import flow_task, optim, preparation, stages
 from dinosae_jax.weights import checkpoint, weight_source
 from tests.tiny import small_flow
 
@@ -61,10 +61,10 @@ def test_another_autoencoder_or_decode_radius_is_refused(flow_workdir):
         "frozen": {"stem": ["a", "1"], "decoder": ["b", "2"]},
         "convention": source.convention,
     }
-    task.check_frozen(record, record)
+    preparation.check_frozen(record, record)
     flow_task.check_convention(record, record)
     with pytest.raises(ValueError, match="frozen networks throughout; got another decoder"):
-        task.check_frozen(record, {**record, "frozen": {"decoder": ["c", "3"]}})
+        preparation.check_frozen(record, {**record, "frozen": {"decoder": ["c", "3"]}})
     other = {**record, "convention": {**source.convention, "decode_radius": 9.0}}
     with pytest.raises(ValueError, match="decode_radius 9"):
         flow_task.check_convention(record, other)
@@ -148,7 +148,7 @@ def test_rules_between_fields(field, value, message):
 
 def test_batches_hold_images_and_labels():
     config = small_flow()
-    source = flow_task.images.open_source(config.data, "train")
+    source = flow_task.images.open_images(config.data, "train")
     mesh = sharding.make_mesh()
     batch = next(loading.training_batches(source, config, mesh, ("image", "label"), 8))
     assert {name: value.shape for name, value in batch.items()} == {
