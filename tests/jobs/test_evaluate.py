@@ -317,7 +317,7 @@ def test_archives_of_another_layout_or_size_are_refused(config, tmp_path, workdi
     wanted = config(encoder=workdir)
     np.savez(tmp_path / "named.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
     wanted.samples = str(tmp_path / "named.npz")
-    with pytest.raises(ValueError, match=r"with members \['images'\]; name the images arr_0"):
+    with pytest.raises(ValueError, match="with members images; name the images arr_0"):
         evaluate.run(wanted, tmp_path / "out")
     wanted.samples = write_npz(tmp_path / "large.npz", np.zeros((20, 64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="got resolution 64 and 32"):
@@ -355,7 +355,7 @@ def test_an_empty_init_from_is_refused_before_anything_is_loaded():
         ({"kernel_subset_size": 1}, "kernel_subset_size must be at least 2; got 1"),
         ({"images": -1}, "images must be at least 0; got -1"),
         ({"reference_images": -1}, "reference_images must be at least 0; got -1"),
-        ({"reference_moments__count": 50}, "reference_moments.resize: '' is not known"),
+        ({"reference_moments__count": 50}, "reference_moments.resize must be a known name; got ''"),
         ({"reference_moments__resize": "tf1_bilinear"}, r"reference_moments\.count must be at lea"),
     ],
 )

@@ -204,7 +204,7 @@ def test_stage4_continues_stage1_and_agreement_is_checked(make, tmp_path):
     assert set(record["frozen"]) == {"stem", "vit"}
     with pytest.raises(ValueError, match=r"another architecture: model.decoder.act"):
         train.run(make(sae_stage4, **stage4, model__decoder__act="relu"), tmp_path / "x")
-    with pytest.raises(ValueError, match=r"latent conventions differ.*pixels unit != imagenet"):
+    with pytest.raises(ValueError, match=r"latent conventions of .*pixels unit != imagenet"):
         train.run(make(sae_stage4, **stage4, model__pixel_range="unit"), tmp_path / "y")
     with pytest.raises(ValueError, match="does not exist"):
         train.run(make(sae_stage4, **{**stage4, "init_from": "nowhere"}), tmp_path / "z")

@@ -32,7 +32,7 @@ def test_workdir_of_a_finished_run(flow_workdir):
         "randomly initialised" in n for n in json.loads((flow_workdir / "notes.json").read_text())
     )
     with Image.open(flow_workdir / "samples.png") as picture:
-        assert picture.height == 10 * 64 + 9 * 4  # a row for each of ten classes
+        assert picture.height == 10 * 128 + 9 * 4  # a row for each of ten classes
     norms = json.loads((flow_workdir / "latents.json").read_text())
     source = weight_source.open_weights(flow_workdir)
     assert source.convention["decode_radius"] == norms["mean"]
