@@ -76,7 +76,11 @@ def read(folder: pathlib.Path, file: RoleFile) -> Tree:
             f"{untrusted.short(file.sha256, 16)}; got one of {found[:16]}; {put_back}"
         )
     try:
-        return traverse_util.unflatten_dict(safetensors.load(data), sep="/")
+        arrays = safetensors.load(data)
+        inner = {name.rsplit("/", 1)[0] for name in arrays if "/" in name}
+        if not arrays or inner & arrays.keys():
+            raise ValueError("no arrays, or an array below another")
+        return traverse_util.unflatten_dict(arrays, sep="/")
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} must hold the arrays of a role; got {untrusted.short(error)}; {put_back}"
