@@ -141,7 +141,7 @@ def test_other_bad_input_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="stores the taps"):
         adm_moments.read_moments(path, "logits")
     np.savez(path, arr_0=images(2), mu=np.full(3, np.nan), sigma=np.eye(3))
-    with pytest.raises(ValueError, match="finite moments, got NaN"):
+    with pytest.raises(ValueError, match="finite moments; got NaN"):
         adm_moments.read_moments(path, "pool3")
 
 
