@@ -6,6 +6,7 @@ One process alone is answered by itself.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -13,9 +14,12 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 Value = TypeVar("Value")
+LONGEST_WAIT = 1800  # seconds for which processes wait for the last of them
 SMALLEST_MESSAGE = 4096  # bytes; lengths are powers of two, so that few programs are compiled
+_meetings = itertools.count()
 
 
 def gather(value: Any) -> list[Any]:
@@ -26,6 +30,8 @@ def gather(value: Any) -> list[Any]:
     """
     if jax.process_count() == 1:
         return [value]
+    # A device's collective gives up after 30 s (gloo); a host that lists a million files is later.
+    multihost.sync_global_processes(f"agreement {next(_meetings)}", timeout=LONGEST_WAIT)
     text = np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(text))).reshape(-1)
     size = max(SMALLEST_MESSAGE, 1 << (int(lengths.max()) - 1).bit_length())
