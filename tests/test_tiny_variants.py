@@ -19,7 +19,15 @@ STARTS_FROM = {
     "hae_stage2": "hae_stage1",
 }
 # Programs that other tests compile in part: run in .ci/run only.
-SLOW = ("ablation_flow", "ablation_sae", "hae_dit", "hae_stage1", "hae_stage2", "rfm_ddt")
+SLOW = (
+    "ablation_flow",
+    "ablation_sae",
+    "hae_dit",
+    "hae_stage1",
+    "hae_stage2",
+    "quickstart",
+    "rfm_ddt",
+)
 FEW_STEPS = {"steps": 2, "batch_size": 8, "eval.images": 8, "data.data_dir": ""}
 
 

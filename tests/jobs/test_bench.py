@@ -23,6 +23,7 @@ def test_configs_are_valid(argument):
         assert step_flops.train_flops(config.stages[name]) > 0
 
 
+@pytest.mark.slow
 def test_a_row_and_the_loader(tmp_path, capsys):
     config = bench_config.get_config("tiny")
     config.chain = ("sae_stage1",)

@@ -82,7 +82,7 @@ def interrupt_after(monkeypatch, steps):
     monkeypatch.setattr(loop.sharding, "put_batch", counting)
 
 
-@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_interrupted_and_resumed_equals_uninterrupted(make, tmp_path, monkeypatch, stop):
     train.run(make(), tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -98,6 +98,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(make, tmp_path, monkeypatc
     assert (tmp_path / "parts" / "DONE").exists()
 
 
+@pytest.mark.slow
 def test_train_n_then_2n_equals_2n(make, tmp_path):
     """Nor does a profile change anything."""
     train.run(make(steps=6, profile_steps="2:4"), tmp_path / "whole")
@@ -111,6 +112,7 @@ def test_train_n_then_2n_equals_2n(make, tmp_path):
     assert whole == parts
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(make, tmp_path, monkeypatch, capsys):
     train.run(make(), tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -7,7 +7,11 @@ import time
 
 import pytest
 
-PRELUDE = "import sys, time; from dinosae_jax.runtime import terminal\n"
+# A shell's job in the background is born with Ctrl-C ignored, and so are its children.
+PRELUDE = (
+    "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from dinosae_jax.runtime import terminal\n"
+)
 
 
 def start(code, **options):

@@ -19,6 +19,11 @@ NOISY = {**DECODER_ONLY, "latent_noise__tau": 0.8}
 STAGES = {"1": {}, "2": GAN, "3": {**DECODER_ONLY, **GAN}, "4": {**NOISY, **GAN}}
 
 
+def in_ci(*slow, fast):
+    """Stages to run: `fast` always, the others with `-m slow`."""
+    return [fast, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+
+
 def step_of(stage):
     return jax.jit(functools.partial(autoencoder_step.train_step, stage))
 
@@ -42,7 +47,7 @@ def after_one(make_config, make_run):
     return run
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", in_ci("1", "3", "2", fast="4"))
 def test_exactly_the_stages_roles_change(after_one, name):
     before, after, stage = after_one(name)
     expected = {*stage.trainable} | ({"disc_heads"} if stage.discriminator else set())
@@ -108,7 +113,7 @@ def no_rounding(monkeypatch):
     monkeypatch.setattr(adversarial, "quantise", lambda fakes: jnp.clip(fakes, 0.0, 1.0))
 
 
-@pytest.mark.parametrize("name", ["1", "2", "4"])
+@pytest.mark.parametrize("name", in_ci("1", "2", fast="4"))
 def test_accumulation_equals_the_large_batch(make_config, make_run, no_rounding, name):
     """Losses, adaptive weight, gradients and spectral vectors; draws follow the global index."""
 
@@ -170,7 +175,7 @@ def test_the_discriminator_waits_for_its_start(make_config, make_run):
     assert float(first.metrics["loss"].compute()) == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["1", "2", "4"])
+@pytest.mark.parametrize("name", in_ci("1", "4", fast="2"))
 def test_one_and_eight_devices_agree(make_config, make_run, no_rounding, name):
     # Of eight seeds one or two put an activation so near the kink of a ReLU that rounding moves it
     # across, which changes the GAN's weight by 1e-3; this one does not.

@@ -152,6 +152,7 @@ def assert_close(ours, theirs, count=3):
             assert value == pytest.approx(other[name], rel=1e-5), (row["step"], name)
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_work_of_one_and_stop_together(make, tmp_path):
     """SIGTERM to one of two: both save the same step and exit 0."""
     both, one = tmp_path / "both", tmp_path / "one"

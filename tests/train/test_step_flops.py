@@ -58,7 +58,14 @@ def test_the_flow_step_at_full_size(module):
     )
 
 
-@pytest.mark.parametrize("module", [sae_stage1, sae_stage2, sae_stage3, sae_stage4, rfm_dit])
+@pytest.mark.parametrize(
+    "module",
+    [
+        sae_stage2,
+        rfm_dit,
+        *(pytest.param(m, marks=pytest.mark.slow) for m in (sae_stage1, sae_stage3, sae_stage4)),
+    ],
+)
 def test_the_step_does_no_work_twice(module):
     """Full widths and two layers, unrolled (a loop's body would be counted once); only traced."""
     config = module.get_config()
