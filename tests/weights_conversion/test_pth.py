@@ -109,7 +109,7 @@ def test_gadgets_are_refused_and_not_run(tmp_path, protocol):
         "builtins eval",
         "builtins getattr",
         "torch load",
-        "torch._utils _rebuild_tensor",
+        "torch._utils _rebuild_sparse_tensor",
         "torch.hub load",
         "numpy.core.multiarray _reconstruct",
         "collections defaultdict",
@@ -209,11 +209,11 @@ def test_nested_tuples_as_keys_are_refused(tmp_path):
 def test_legacy_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "a.pth"
     path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2))
-    assert_refused(path, "not a torch zip file")
+    assert_refused(path, "neither format")
     assert_refused(path, "save the state dict alone as safetensors")
     with tarfile.open(path, "w") as tar:
         tar.add(__file__, "pickle")
-    assert_refused(path, "not a torch zip file")
+    assert_refused(path, "neither format")
     path.write_bytes(b"")
     assert_refused(path, "truncated")
     with zipfile.ZipFile(path, "w") as file:
