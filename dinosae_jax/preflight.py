@@ -24,13 +24,17 @@ from dinosae_jax import config_files, names
 SOURCES = ("tfds", "folder", "tar", "array_record")
 PROGRAM = "python -m dinosae_jax.main"
 SETTLED = frozenset({"stem", "decoder", *names.CONVERSIONS})  # what an unknown kind may hold
+IMAGENET = "tfds:imagenet2012"  # the default of every config
+IMAGENET_ARCHIVE = "data/imagenet"
 IMAGENET_COMMAND = (
-    "pip install tensorflow && tfds build imagenet2012 --file_format=array_record --manual_dir=DIR"
+    "--config=configs/convert_images.py "
+    f"--workdir={IMAGENET_ARCHIVE} --config.source='tar:DIR/ILSVRC2012_img_{{split}}.tar' "
+    "--config.eval_synsets=LIST"
 )
 IMAGENET_HINT = (
-    "DIR holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; without TensorFlow, give "
-    "unpacked images to each command: --config.data.source=folder:PATH with train/CLASS and "
-    "val/CLASS in PATH"
+    "DIR holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; LIST is "
+    "datasets/imagenet2012/validation_labels.txt of the installed tensorflow_datasets "
+    "(docs/imagenet.md has smaller archives and other ways)"
 )
 
 
@@ -95,9 +99,9 @@ class Survey:
         for field in ("samples", "reference"):
             self._file(field, config.get(field, ""))
         if "images" in config and config.job == "reconstruct":
-            self._images("images", config.images, config.data_dir)
+            flags |= self._images("images", config.images, config.data_dir)
         elif "data" in config:
-            self._data_set(config)
+            flags |= self._data_set(config)
         return flags
 
     def text(self, command: str) -> str:
@@ -159,7 +163,7 @@ class Survey:
         seen = len(self.missing)
         found = self._start(before)
         flags = self._weights(before, found)
-        self._data_set(before)
+        given |= self._data_set(before)
         del self.missing[seen:]  # what the earlier stages lack stands among the commands
         command = _command_for(self.program, path, made, flags | given)
         self._runs[path] = command + _newest_checkpoint(folder)
@@ -171,32 +175,39 @@ class Survey:
             self.missing.append(f"{path} ({field}){_near(pathlib.Path(path))}")
             self._data[path] = f"name another file with --config.{field}=..."
 
-    def _data_set(self, config: ml_collections.ConfigDict) -> None:
-        """Looks for the images or latents that a job reads."""
+    def _data_set(self, config: ml_collections.ConfigDict) -> dict[str, str]:
+        """Looks for the images or latents that a job reads; returns the flags that it lacks."""
         data = config.data
         if config.get("samples") and config.get("reference"):
-            return
-        self._images("data.source", data.source, data.data_dir)
+            return {}
+        flags = self._images("data.source", data.source, data.data_dir)
         latents = data.get("latents", "")
         if latents and not (pathlib.Path(latents) / "train" / "manifest.json").is_file():
             self.missing.append(f"latents (data.latents={latents})")
             self._runs[latents] = (
                 f"{self.program} --config=configs/encode.py --workdir={shlex.quote(latents)} "
                 f"--config.init_from={shlex.quote(config.init_from)}"
+                + "".join(f" --config.{name}={value}" for name, value in flags.items())
             )
+        return flags
 
-    def _images(self, field: str, source: str, data_dir: str) -> None:
-        """Looks for a source of images, or a folder of them."""
+    def _images(self, field: str, source: str, data_dir: str) -> dict[str, str]:
+        """Looks for a source of images, or a folder of them; returns the flag that is lacking."""
         kind, _, place = source.partition(":")
         if kind not in SOURCES and field == "images" and not source.startswith("photos/"):
             kind, place = "folder", source
         folder = _tfds_folder(place, data_dir) if kind == "tfds" else pathlib.Path(place)
         if _has_images(kind, folder):
-            return
+            return {}
         close = difflib.get_close_matches(place, ["imagenet2012"]) if kind == "tfds" else []
         near = f", did you mean tfds:{close[0]}?" if close and close[0] != place else _near(folder)
         self.missing.append(f"images ({field}={source}){near}")
-        self._data[source] = _data_command(self.program, field, kind, place)
+        if source != IMAGENET:
+            self._data[source] = _data_command(self.program, field, kind, place)
+            return {}
+        if not _has_images("array_record", pathlib.Path(IMAGENET_ARCHIVE)):
+            self._data[source] = f"{self.program} {IMAGENET_COMMAND}\n     # {IMAGENET_HINT}"
+        return {field: f"array_record:{IMAGENET_ARCHIVE}"}
 
 
 def holds(path: str, role: str) -> bool:
@@ -270,8 +281,6 @@ def _has_images(kind: str, folder: pathlib.Path) -> bool:
 
 
 def _data_command(program: str, field: str, kind: str, place: str) -> str:
-    if kind == "tfds" and place == "imagenet2012":
-        return f"{IMAGENET_COMMAND}\n     # {IMAGENET_HINT}"
     if kind == "tfds":
         return f"pip install tensorflow && tfds build {place} --file_format=array_record"
     if kind == "array_record":

@@ -17,6 +17,7 @@ from configs import (
     sample,
 )
 from dinosae_jax import names, preflight
+from tests.test_documents import parse
 
 MAIN = preflight.PROGRAM
 HEADING = "From here to a running job:"
@@ -86,8 +87,26 @@ def test_from_nothing_to_the_flow():
     )
     conversions = [names.CONVERSIONS[role].command() for role in ("vit", "lpips", "dino")]
     assert commands[:3] == conversions
-    assert "tfds build imagenet2012 --file_format=array_record" in commands[3]
-    assert commands[4:] == [*STAGES, FLOW]
+    assert commands[3].startswith(f"{MAIN} --config=configs/convert_images.py --workdir=data/imag")
+    archive = " --config.data.source=array_record:data/imagenet"
+    assert commands[4:] == [command + archive for command in (*STAGES, FLOW)]
+
+
+def test_an_archive_of_imagenet_is_named_where_it_was_made():
+    for role in ("vit", "lpips"):
+        convert(role)
+    write("data/imagenet/train/manifest.json")
+    heading, commands = missing(sae_stage1.get_config(), "--config=configs/sae_stage1.py")
+    assert "images (data.source=tfds:imagenet2012)" in heading
+    assert commands == [f"{STAGES[0]} --config.data.source=array_record:data/imagenet"]
+
+
+def test_the_command_for_imagenet_is_one_of_its_config(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    config = parse(preflight.IMAGENET_COMMAND)
+    assert config.job == "convert_images"
+    assert config.source == "tar:DIR/ILSVRC2012_img_{split}.tar"
+    assert config.eval_synsets == "LIST"
 
 
 def test_what_is_there_is_not_asked_for():
@@ -220,7 +239,8 @@ def test_a_weaker_flow_and_an_encoder_are_looked_for():
     config.weaker = "runs/rfm_dit_s"
     heading, commands = missing(config, "--config=configs/sample.py")
     assert "runs/rfm_dit_s (weaker)" in heading
-    assert commands[-2] == f"{MAIN} --config=configs/rfm_dit.py:s"
+    archive = "--config.data.source=array_record:data/imagenet"
+    assert commands[-2] == f"{MAIN} --config=configs/rfm_dit.py:s {archive}"
 
 
 def test_latents_are_made_by_encode():

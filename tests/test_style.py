@@ -7,9 +7,9 @@ import re
 import tokenize
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What follows already; dinosae_jax/data, dinosae_jax/weights and weights_conversion come next.
-PARTS = ("eval", "flow", "inference", "jobs", "losses", "models", "perf", "report", "runtime")
-FOLDERS = ("configs", *(f"dinosae_jax/{part}" for part in (*PARTS, "train")))
+PARTS = ("data", "eval", "flow", "inference", "jobs", "losses", "models", "perf", "report")
+PARTS += ("runtime", "train", "weights")
+FOLDERS = ("configs", "weights_conversion", *(f"dinosae_jax/{part}" for part in PARTS))
 FILES = sorted((ROOT / "dinosae_jax").glob("*.py"))
 FILES += sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

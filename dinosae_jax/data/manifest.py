@@ -14,7 +14,7 @@ def read_manifest(path: pathlib.Path, again: str = "the conversion") -> dict[str
     """Reads a manifest file, which a stranger may have written.
 
     Raises:
-        ValueError: it is not readable; the message says to run `again`.
+      ValueError: it is not readable; the message says to run `again`.
     """
     way_out = f"{MANIFEST} is written at the very end, run {again} again, it resumes"
     if not path.is_file():

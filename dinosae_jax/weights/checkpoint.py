@@ -227,9 +227,8 @@ def _damage(folder: pathlib.Path, failure: Exception | None) -> str:
       OSError: where they cannot be read.
     """
     found = _hashes(folder)
-    try:
-        sealed = _read_seal(folder)
-    except ValueError:  # never sealed, or the seal itself is damaged
+    sealed = _read_seal(folder)
+    if sealed is None:
         reason = f"{type(failure).__name__}: {failure}" if failure else ""
         return "" if failure is None or _is_environmental(failure) else reason
     changed = [name for name, sha256 in sealed.items() if found.get(name) != sha256]
@@ -282,17 +281,15 @@ def _seal_unfinished(folder: pathlib.Path) -> None:
         seal(path)
 
 
-def _read_seal(folder: pathlib.Path) -> dict[str, str]:
-    """File -> sha256; ValueError where the seal is missing or not as it was written."""
+def _read_seal(folder: pathlib.Path) -> dict[str, str] | None:
+    """File -> sha256; None where the seal is missing or not as it was written."""
     try:
         content = json.loads((folder / SEAL).read_text())
         found = dict(content["files"])
         whole = content["sha256"] == digest(found)
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        raise ValueError("the seal is missing or damaged") from error
-    if not whole:
-        raise ValueError("the seal is damaged")
-    return found
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
+    return found if whole else None
 
 
 def _hashes(folder: pathlib.Path) -> dict[str, str]:
@@ -434,9 +431,10 @@ def _check_shapes(saved: dict[str, Any], wanted: dict[str, Any], path: Any) -> N
     if wrong:
         name = wrong[0]
         raise ValueError(
-            f"{path} holds another architecture: {len(wrong)} arrays differ, first {name} "
-            f"({saved.get(name)} there, {wanted.get(name)} in this config); use the config that "
-            "made it or another --workdir"
+            f"a checkpoint has the arrays of the config that resumes it; got {path} with another "
+            f"architecture: {len(wrong)} arrays differ, first {name} ({saved.get(name)} in the "
+            f"checkpoint, {wanted.get(name)} in this config); use the config that made it or "
+            "another --workdir"
         )
 
 

@@ -230,7 +230,7 @@ def check_stored(directory: Path, folder: Path, expansion: int, way_out: str) ->
         declared = getattr(declared, "item_metadata", declared)
         total = sum(_bytes_of(array) for array in _leaves(getattr(declared, "tree", declared)))
         if total > expansion * size:
-            raise ValueError(
+            raise OverflowError(
                 f"arrays of {total} bytes in {size}, more than {expansion} times as many"
             )
     except (MemoryError, PermissionError):
@@ -270,7 +270,7 @@ def _bytes_of(array: Any) -> int:
     """Bytes that reading an array takes: itself, or one chunk of its storage where that is more."""
     dtype = np.dtype(array.dtype)
     if dtype.kind not in "biuf" and dtype != ml_dtypes.bfloat16:
-        raise ValueError(f"an array is of type {dtype}")
+        raise TypeError(f"an array is of type {dtype}")
     chunk = getattr(getattr(array, "storage", None), "chunk_shape", None) or ()
     return max(math.prod(array.shape), math.prod(chunk)) * dtype.itemsize
 

@@ -290,9 +290,9 @@ def require_frozen(role: str, random_ok: tuple[str, ...]) -> str:
     """
     if role not in random_ok and role not in names.CONVERSIONS:
         raise ValueError(
-            f"the frozen {NETWORKS[role]} needs weights, and init_from holds none; name a trained "
-            "autoencoder, --config.init_from=runs/sae_stage4, or say that random weights are "
-            f"wanted: --config.random_frozen_ok={role},"
+            f"the frozen {NETWORKS[role]} needs weights; got an init_from without them; name a "
+            "trained autoencoder, --config.init_from=runs/sae_stage4, or say that random weights "
+            f"are wanted: --config.random_frozen_ok={role},"
         )
     if role not in random_ok:
         raise ValueError(

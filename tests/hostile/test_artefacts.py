@@ -27,6 +27,7 @@ from dinosae_jax.eval import adm_moments, frechet
 from dinosae_jax.weights import conversion, role_files, weight_source
 from tests.weights_conversion import layouts
 from tests.weights_conversion.layouts import save
+from tests.weights_conversion.torch_legacy import write_legacy
 from tests.weights_conversion.torch_zip import Call, Global, rebuild, storage, write_torch
 from weights_conversion import convert, export
 
@@ -130,6 +131,12 @@ def deflated(path):
     return write_torch(path, {"w": np.zeros(1 << 22, np.float32)}, method=zipfile.ZIP_DEFLATED)
 
 
+def many_items():
+    items = b"](](X\x01\x00\x00\x00aNeq\x00" + b"h\x00" * 10**5 + b"e\x85q\x01"
+    calls = b"ccollections\nOrderedDict\nq\x02h\x01R" + b"h\x02h\x01R" * 10**5
+    return b"\x80\x02(" + items + calls + b"t."
+
+
 def nested_tuples(depth):
     return b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * depth
 
@@ -206,6 +213,17 @@ WEIGHTS = {
         p, {"w": rebuild(storage("../../canary/secret.txt", "ByteStorage", 6), 0, (6,), (1,))}
     ),
     "pth_big_endian": lambda p, c: write_torch(p, dict(FACEBOOK), byteorder=b"big"),
+    "legacy_runs_a_command": lambda p, c: write_legacy(
+        p, {}, pickle=pickle.dumps({"w": Gadget(c / "ran")}, 2)
+    ),
+    "legacy_runs_in_its_system": lambda p, c: write_legacy(p, {}, system=Gadget(c / "ran")),
+    "legacy_runs_in_its_keys": lambda p, c: write_legacy(p, {}, keys=Gadget(c / "ran")),
+    "legacy_huge_string": lambda p, c: write_legacy(p, {}, pickle=b"\x80\x02X\xff\xff\xff\xff"),
+    "legacy_storage_of_2**62": lambda p, c: write_legacy(
+        p, {"w": rebuild(storage("0", "FloatStorage", 2**62), 0, (1,), (1,))}, FLOATS
+    ),
+    "legacy_many_items_again_and_again": lambda p, c: write_legacy(p, {}, pickle=many_items()),
+    "legacy_storage_twice": lambda p, c: write_legacy(p, {}, FLOATS, keys=["0", "0"]),
     "pth_plain_pickle": lambda p, c: p.write_bytes(pickle.dumps(Gadget(c / "ran"))) and p,
     "index_dotdot": lambda p, c: index(p, {"a": "../canary/secret.txt"}),
     "index_absolute": lambda p, c: index(p, {"a": str(c / "secret.txt")}),

@@ -24,6 +24,7 @@ from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.weights import conversion, weight_source
 from tests.hostile import test_artefacts
 from tests.weights_conversion.layouts import save
+from tests.weights_conversion.torch_legacy import write_legacy
 from tests.weights_conversion.torch_zip import central_headers, crc, write_torch
 from weights_conversion import export
 from weights_conversion.readers import containers, formats, inputs
@@ -149,6 +150,15 @@ def test_torch_files(place, edits, in_pickle):
     else:
         path.write_bytes(edited(data, edits))
     on_time("pth", lambda: read_weights(path, path.stat().st_size))
+
+
+@checked
+@given(edits=EDITS, python_2=st.booleans())
+def test_legacy_torch_files(place, edits, python_2):
+    value = {"model": collections.OrderedDict(STATE), "epoch": (1, [2])}
+    path = write_legacy(place / "a.pth", value, python_2=python_2)
+    path.write_bytes(edited(path.read_bytes(), edits))
+    on_time("legacy pth", lambda: read_weights(path, path.stat().st_size))
 
 
 @checked

@@ -14,6 +14,7 @@ import pytest
 from dinosae_jax.weights import conversion
 from tests.weights_conversion import layouts
 from tests.weights_conversion.layouts import save
+from tests.weights_conversion.torch_legacy import write_legacy
 from tests.weights_conversion.torch_zip import write_torch
 from weights_conversion import convert, export
 from weights_conversion.readers import containers, formats, inputs
@@ -301,13 +302,10 @@ def test_a_folder_with_one_model_is_enough(tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["A.SAFETENSORS", "blob", "a.pth", "a.PT", "a.index.json", "a.tar"]
 )
-@pytest.mark.parametrize("kind", ["safetensors", "torch"])
-def test_the_format_is_told_by_the_content(tmp_path, name, kind):
+@pytest.mark.parametrize("write", [save, write_torch, write_legacy])
+def test_the_format_is_told_by_the_content(tmp_path, name, write):
     path = tmp_path / name
-    if kind == "torch":
-        write_torch(path, collections.OrderedDict(FACEBOOK))
-    else:
-        save(path, FACEBOOK)
+    write(path, collections.OrderedDict(FACEBOOK))
     assert_plain(tmp_path, path)
 
 
@@ -329,7 +327,7 @@ def test_the_format_is_told_by_the_content(tmp_path, name, kind):
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
         (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
         (b"\x93NUMPY\x01\x00", "a NumPy array"),
-        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.", "from before 1.6"),
+        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.", "the pickle is damaged"),
         (b"\x80\x04\x95\x10", "a plain pickle"),
         (bytes(257) + b"ustar  \0", "a tar archive"),
         (b"", "an empty file"),
@@ -350,6 +348,7 @@ def test_every_published_format_is_recognised(tmp_path):
     path = save(tmp_path / "a", FACEBOOK)
     assert formats.format_of(path) == formats.SAFETENSORS
     assert formats.format_of(write_torch(tmp_path / "b", {})) == formats.TORCH
+    assert formats.format_of(write_legacy(tmp_path / "c", {})) == formats.TORCH
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ SAVE_AGAIN = (
     "safetensors"
 )
 UNPACK = "unpack it first"
+# The pickle of 0x1950A86A20F9469CFC6C, with which torch.save began its files before torch 1.6.
+LEGACY_TORCH = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 # What people also have, by how it begins: (bytes, what it is, way out).
 OTHERS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run git lfs pull"),
     (b"/annex/objects/", "a git-annex pointer, not the file itself", "run git annex get"),
-    (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19", "a torch file from before 1.6", SAVE_AGAIN),
     (b"\x80", "a plain pickle, which could run anything", SAVE_AGAIN),
     (b"\x1f\x8b", "compressed by gzip", UNPACK),
     (b"BZh", "compressed by bzip2", UNPACK),
@@ -35,14 +36,14 @@ OTHERS = (
 
 
 def format_of(path: Path) -> str:
-    """The format of a file: `SAFETENSORS`, `TORCH` (a zip archive) or `JSON`.
+    """The format of a file: `SAFETENSORS`, `TORCH` (of today or from before 1.6) or `JSON`.
 
     Raises:
       RefusedFileError: It is anything else; the message calls it by its name.
     """
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(b"PK\x03\x04") or is_legacy_torch(head):
         return TORCH
     if head[8:9] == b"{":
         return SAFETENSORS
@@ -51,8 +52,13 @@ def format_of(path: Path) -> str:
         return JSON
     what, way_out = _other(head, text)
     raise RefusedFileError(
-        f"{short(path.name)}: weights are a safetensors or a torch zip file; got {what}; {way_out}"
+        f"{short(path.name)}: weights are a safetensors or a torch file; got {what}; {way_out}"
     )
+
+
+def is_legacy_torch(head: bytes) -> bool:
+    """Whether a file that begins so is of the format of torch before 1.6."""
+    return head.startswith(b"\x80") and head[2:].startswith(LEGACY_TORCH)
 
 
 def _other(head: bytes, text: bytes) -> tuple[str, str]:

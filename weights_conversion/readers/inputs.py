@@ -108,7 +108,7 @@ def _in_index(index: Path) -> list[Path]:
     where = untrusted.read_json(index, "download it again").get("weight_map")
     if not isinstance(where, dict) or not where:
         raise RefusedFileError(
-            f"{short(index.name)}: weights are a safetensors or a torch zip file, or the index of "
+            f"{short(index.name)}: weights are a safetensors or a torch file, or the index of "
             "shards; got JSON without a weight_map; name the file that holds the tensors"
         )
     names = dict.fromkeys(map(str, where.values()))

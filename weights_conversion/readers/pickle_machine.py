@@ -9,6 +9,7 @@ refused. The opcodes are decoded by `pickletools.genops`, which only reads.
 from __future__ import annotations
 
 import dataclasses
+import io
 import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,12 +24,42 @@ class Function:
     call: Callable[[tuple[Any, ...]], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Class:
+    """An entry of the table whose instances get their content by BUILD.
+
+    `build` takes the arguments of the instance and its state; the result takes the place of the
+    instance.
+    """
+
+    build: Callable[[tuple[Any, ...], Any], Any]
+
+
+@dataclasses.dataclass
+class _Instance:
+    """An instance whose BUILD has not come yet, or what BUILD made of it."""
+
+    kind: Class
+    arguments: tuple[Any, ...]
+    built: Any = None
+
+
 MAX_STEPS = 1_000_000  # ten times what a training checkpoint of a large model takes
 _MARK = object()
 _NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
 _TEXTS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES"}
-_LITERALS = _NUMBERS | _TEXTS
+_PYTHON_2_TEXTS = {"BINSTRING", "SHORT_BINSTRING"}
+_LITERALS = _NUMBERS | _TEXTS | _PYTHON_2_TEXTS
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+
+
+def check_key(key: Any) -> None:
+    """Refuses a key of a dictionary that is no plain value.
+
+    Nested tuples as keys could make one hash take forever.
+    """
+    if type(key) not in (str, int, float, bool, type(None)):
+        raise RefusedFileError(f"the pickle uses a {type(key).__name__} as a key")
 
 
 class _Machine:
@@ -37,6 +68,7 @@ class _Machine:
         self.load = load
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.unfinished = 0
 
     def pop(self, kind: type | None = None) -> Any:
         if not self.stack or self.stack[-1] is _MARK:
@@ -69,9 +101,7 @@ class _Machine:
         if len(pairs) % 2:
             raise RefusedFileError("the pickle fills a dictionary with a key that has no value")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # Nested tuples as keys could make one hash take forever.
-            if type(key) not in (str, int, float, bool, type(None)):
-                raise RefusedFileError(f"the pickle uses a {type(key).__name__} as a key")
+            check_key(key)
             target[key] = value
         self.stack.append(target)
 
@@ -83,9 +113,31 @@ class _Machine:
     def reduce(self) -> None:
         arguments = self.pop(tuple)
         function = self.pop()
-        if not isinstance(function, Function):
+        if isinstance(function, Class):
+            self.stack.append(_Instance(function, arguments))
+            self.unfinished += 1
+        elif isinstance(function, Function):
+            self.stack.append(function.call(arguments))
+        else:
             raise RefusedFileError(f"the pickle calls a {type(function).__name__}")
-        self.stack.append(function.call(arguments))
+
+    def new_object(self) -> None:
+        arguments = self.pop(tuple)
+        self.stack.append(_Instance(self.pop(Class), arguments))
+        self.unfinished += 1
+
+    def set_state(self) -> None:
+        """BUILD: of an OrderedDict it sets `_metadata`, which nobody reads."""
+        state = self.pop()
+        target = self.pop()
+        if isinstance(target, _Instance) and target.built is None:
+            target.built = target.kind.build(target.arguments, state)
+            self.unfinished -= 1
+            self.stack.append(target.built)
+        elif type(target) is dict and type(state) is dict:
+            self.stack.append(target)
+        else:
+            raise RefusedFileError(f"the pickle sets the state of a {type(target).__name__}")
 
     def remember(self, key: int) -> None:
         value = self.pop()
@@ -95,7 +147,12 @@ class _Machine:
     def recall(self, key: int) -> None:
         if key not in self.memo:
             raise RefusedFileError("the pickle recalls a value that it never stored")
-        self.stack.append(self.memo[key])
+        value = self.memo[key]
+        if isinstance(value, _Instance):
+            value = value.built
+            if value is None:
+                raise RefusedFileError("the pickle recalls an object before its state is set")
+        self.stack.append(value)
 
     def step(self, name: str, argument: Any) -> None:
         """Performs one opcode."""
@@ -115,12 +172,6 @@ def _tuple(count: int) -> Callable[[_Machine, Any], None]:
         machine.stack.append(tuple(reversed(values)))
 
     return act
-
-
-def _set_state(machine: _Machine, _: Any) -> None:
-    """BUILD sets attributes; only an OrderedDict's `_metadata` comes here, and nobody reads it."""
-    machine.pop(dict)
-    machine.stack.append(machine.pop(dict))
 
 
 def _stack_global(machine: _Machine, _: Any) -> None:
@@ -145,7 +196,8 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "GLOBAL": lambda m, a: m.stack.append(m.find(*a.split(" ", 1))),
     "STACK_GLOBAL": _stack_global,
     "REDUCE": lambda m, a: m.reduce(),
-    "BUILD": _set_state,
+    "NEWOBJ": lambda m, a: m.new_object(),
+    "BUILD": lambda m, a: m.set_state(),
     "BINPERSID": lambda m, a: m.stack.append(m.load(m.pop(tuple))),
     "BINPUT": lambda m, a: m.remember(a),
     "LONG_BINPUT": lambda m, a: m.remember(a),
@@ -156,16 +208,16 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def interpret(
-    data: bytes,
+    stream: io.BytesIO,
     names: Mapping[tuple[str, str], Any],
     load: Callable[[tuple[Any, ...]], Any],
 ) -> Any:
-    """Reads a pickle into dicts, lists, tuples, numbers, strings and the values of `names`.
+    """Reads one pickle into dicts, lists, tuples, numbers, strings and the values of `names`.
 
     Args:
-      data: The pickle stream, protocols 2 to 5.
-      names: (module, name) -> the value that stands for this global. A `Function` may be called by
-        the stream; anything else is only passed around.
+      stream: Begins with the pickle, protocols 2 to 5; is left behind its STOP.
+      names: (module, name) -> the value that stands for this global. A `Function` or `Class` may be
+        called by the pickle; anything else is only passed around.
       load: Called with the tuple of each persistent id; what it returns takes its place.
 
     Returns:
@@ -173,14 +225,14 @@ def interpret(
 
     Raises:
       RefusedFileError: For a global outside `names`, an opcode that tensor files do not need, or a
-        damaged stream.
+        damaged pickle.
     """
     machine = _Machine(names, load)
     try:
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             if opcode.name == "STOP":
                 value = machine.pop()
-                if machine.stack or position != len(data) - 1:
+                if machine.stack or machine.unfinished:
                     raise RefusedFileError("the pickle ends with values or bytes left over")
                 return value
             if count > MAX_STEPS:

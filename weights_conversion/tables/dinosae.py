@@ -2,8 +2,8 @@
 
 Keys: `dino_model.*` is facebook's ViT with `patch_embed` replaced by the stem, `decoder.*` the
 decoder; `TEACHER_ONLY.patch_embed.proj.*` is the ViT's own patch convolution where a file has it.
-The decoder's configuration is read off the keys (reference sheet autoencoder.md, section 3.7);
-activations leave no trace, so they are DC-AE's habit: relu with batch norm, else silu, relu last.
+The decoder's configuration is read off the keys; activations leave no trace, so they are DC-AE's
+habit: relu with batch norm, else silu, relu last.
 """
 
 from __future__ import annotations
