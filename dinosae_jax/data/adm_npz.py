@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import pathlib
 import zipfile
@@ -185,7 +186,9 @@ def as_one_line(path: pathlib.Path) -> Iterator[None]:
     """Turns what zipfile raises for bytes that changed into a ValueError that names the file."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # zipfile seeks to places before a truncated file; other errors are no damage
         raise ValueError(
             f"an .npz must be whole; got {path}, which is damaged ({error}); copy or write it again"
         ) from None

@@ -381,7 +381,7 @@ def test_manifests(place, where, value, edits):
     (place / "manifest.json").write_bytes(text)
     (place / "train" / "manifest.json").write_bytes(text)
     config = {**test_artefacts.RECIPE, "latents": str(place), "flip": False}
-    on_time("archive", lambda: sources._open_archive(place))
+    on_time("archive", lambda: sources._open_archive(place, "train"))
     on_time("cache", lambda: latent_reader.open_latents(config, "train"))
 
 
