@@ -218,7 +218,7 @@ def test_samples_sorted_by_class_get_a_note_beside_their_inception_score(with_in
         evaluate.run(wanted, tmp_path / name)
         about, rows = read(tmp_path / name)
         assert rows["IS"]["count"] == 5002
-        noted = any("sorted by class is meaningless" in note for note in about["notes"])
+        noted = any("meaningless for samples sorted by class" in note for note in about["notes"])
         assert noted == (name == "sorted")
 
 
