@@ -27,6 +27,10 @@ SLOW = (
     "hae_stage2",
     "quickstart",
     "rfm_ddt",
+    "rfm_dit",
+    "sae_stage2",
+    "sae_stage3",
+    "sae_stage4",
 )
 FEW_STEPS = {"steps": 2, "batch_size": 8, "eval.images": 8, "data.data_dir": ""}
 

@@ -176,7 +176,7 @@ FLOAT32 = [
     (1e-6, 1e-7, 1e-7),
     (1e-4, 1e-7, 1e-7),
     (1e-2, 1e-7, 1e-7),
-    (np.pi / 2, 5e-7, 5e-7),
+    (np.pi / 2, 5e-7, 6e-7),  # 5.5e-7 where products and sums are not fused
     (np.pi - 1e-2, 5e-7, 2e-5),
     (np.pi - 1e-4, 5e-7, 2e-3),
 ]

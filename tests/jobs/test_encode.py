@@ -148,6 +148,7 @@ def test_two_processes_write_what_one_does(root, tmp_path, monkeypatch):
         assert ours == theirs
 
 
+@pytest.mark.slow
 def test_training_on_the_cache_agrees_with_encoding_on_the_fly(root, tmp_path):
     stages.run_stage(flow_of(root), tmp_path / "cached")
     stages.run_stage(flow_of(root, **{"data.latents": ""}), tmp_path / "encoded")

@@ -183,6 +183,7 @@ def test_a_chain_names_the_stage_of_a_mistake_and_can_be_moved(make, tmp_path, m
         train.run(config, tmp_path / "there")
 
 
+@pytest.mark.slow
 def test_other_frozen_networks_than_the_checkpoints_are_refused(make, tmp_path):
     for seed in (0, 1):
         train.run(make(steps=1, seed=seed), tmp_path / f"one{seed}")

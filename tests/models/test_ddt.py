@@ -80,6 +80,7 @@ def test_output_is_exactly_zero_at_initialisation():
 OPTIONS = [(False, "none"), (True, "full")]  # LightningDiT's test has the others
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing():
     args = dit_checks.batch()
     params = dit_checks.random_params(_tiny(), *args)

@@ -64,6 +64,7 @@ def test_without_a_mesh_nothing_happens():
 
 
 @pytest.mark.parametrize("flow", [rfm_dit, pytest.param(rfm_ddt, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_split_step_is_the_whole_step(flow, monkeypatch):
     monkeypatch.setattr(fsdp, "SMALLEST_SHARDED_BYTES", 1 << 10)
     config = flow.get_config("tiny")

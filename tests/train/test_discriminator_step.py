@@ -97,6 +97,7 @@ def test_the_generators_pull_is_the_recorded_one(recording, variables, images):
     np.testing.assert_allclose(found.weight, norms[0] / (norms[1] + 1e-6), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_use_of_the_augmentation_has_its_own_draws(make_config, make_run, monkeypatch):
     used = []
     real = discriminator_step.augment_draws
@@ -121,6 +122,7 @@ def test_every_use_of_the_augmentation_has_its_own_draws(make_config, make_run, 
     assert len(np.unique(draws)) == 3 * 7 * 8
 
 
+@pytest.mark.slow
 def test_the_discriminator_sees_no_latent_noise(make_config, make_run):
     config = make_config(
         trainable=("decoder",),

@@ -55,6 +55,7 @@ def same_run(ours, theirs):
 
 
 @pytest.mark.parametrize("evaluation", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_an_interrupted_evaluation_is_made_when_the_run_resumes(
     make, finished, tmp_path, monkeypatch, evaluation
 ):

@@ -61,9 +61,11 @@ def test_the_flow_step_at_full_size(module):
 @pytest.mark.parametrize(
     "module",
     [
-        sae_stage2,
         rfm_dit,
-        *(pytest.param(m, marks=pytest.mark.slow) for m in (sae_stage1, sae_stage3, sae_stage4)),
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in (sae_stage1, sae_stage2, sae_stage3, sae_stage4)
+        ),
     ],
 )
 def test_the_step_does_no_work_twice(module):
