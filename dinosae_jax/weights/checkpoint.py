@@ -281,6 +281,28 @@ def _seal_unfinished(folder: pathlib.Path) -> None:
         seal(path)
 
 
+def check_seal(folder: pathlib.Path) -> None:
+    """Compares the files of a sealed checkpoint with its seal, before native code reads them.
+
+    Args:
+      folder: `workdir/checkpoints/<step>`; nothing is compared where it has no seal.
+
+    Raises:
+      Damaged: where bytes are not those that were saved.
+      OSError: where a file cannot be read.
+    """
+    sealed = _read_seal(folder)
+    if sealed is None:
+        return
+    found = _hashes(folder)
+    changed = sorted(name for name, sha256 in sealed.items() if found.get(name) != sha256)
+    if changed:
+        raise Damaged(
+            f"a checkpoint has the bytes that were saved; got others in {folder / changed[0]}; "
+            "take it from where it came once more, or an earlier one"
+        )
+
+
 def _read_seal(folder: pathlib.Path) -> dict[str, str] | None:
     """File -> sha256; None where the seal is missing or not as it was written."""
     try:

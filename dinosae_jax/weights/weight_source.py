@@ -83,6 +83,9 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
             f"{str(path)!r}, which {_why_not(folder)}"
         )
     again = "take it from where it came once more, or an earlier one"
+    untrusted.check_inside(folder, step, again)
+    untrusted.check_tree_inside(step, again)
+    checkpoint.check_seal(step)
     conversion.check_stored(step, step / "state", MAX_EXPANSION, again)
     # The discriminator's heads have no moving average; they are carried on as they are.
     try:
