@@ -11,7 +11,6 @@ its arrays are read only where together they are at most `MAX_EXPANSION` times i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import re
@@ -226,10 +225,10 @@ def check_stored(directory: Path, folder: Path, expansion: int, way_out: str) ->
     size = untrusted.check_tree_inside(folder, way_out)
     _check_names(folder, way_out)
     try:
-        # Not by a Checkpointer, which finds nothing in an item of a manager's checkpoint.
-        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-            declared = handler.metadata(folder)
-        total = sum(_bytes_of(array) for array in _leaves(declared.tree))
+        with ocp.StandardCheckpointer() as checkpointer:  # of a relative path it finds nothing
+            declared = checkpointer.metadata(folder.absolute())
+        declared = getattr(declared, "item_metadata", declared)
+        total = sum(_bytes_of(array) for array in _leaves(getattr(declared, "tree", declared)))
         if total > expansion * size:
             raise OverflowError(
                 f"arrays of {total} bytes in {size}, more than {expansion} times as many"

@@ -98,3 +98,9 @@ def test_weights_that_init_from_makes_ineffective_are_refused(tmp_path):
         ValueError, match=r"got weights\.vit=.* too, which .* leave out --config\.w"
     ):
         weight_source.check_effective("vit", str(tmp_path / "out"), used, "runs/stage1")
+
+
+def test_a_relative_path_is_as_good_as_an_absolute_one(flow_workdir, monkeypatch):
+    monkeypatch.chdir(flow_workdir.parent)
+    source = weight_source.open_weights(flow_workdir.name)
+    assert {"dit", "decoder", "stem", "vit"} == set(source.variables)
