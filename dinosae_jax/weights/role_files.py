@@ -79,7 +79,7 @@ def read(folder: pathlib.Path, file: RoleFile) -> Tree:
         arrays = safetensors.load(data)
         inner = {name.rsplit("/", 1)[0] for name in arrays if "/" in name}
         if not arrays or inner & arrays.keys():
-            raise ValueError("no arrays, or an array below another")
+            raise LookupError("no arrays, or an array below another")
         return traverse_util.unflatten_dict(arrays, sep="/")
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
