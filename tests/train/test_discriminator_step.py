@@ -86,7 +86,7 @@ def test_the_generators_pull_is_the_recorded_one(recording, variables, images):
         variables,
         kernel=kernel,
         features=features,
-        picture=features * kernel,
+        reconstruction=features * kernel,
         reconstruction_cotangent=reconstruction_pull,
         uniforms=PLAIN,
     )

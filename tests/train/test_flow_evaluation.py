@@ -68,4 +68,4 @@ def test_without_samples_no_encoder_is_asked_for(tmp_path, monkeypatch):
     """With cached latents it is not on the devices then."""
     monkeypatch.delattr(flow_evaluation, "SampleDistance")
     config = precision.resolve_config(small_flow(**{"eval.samples": 0}))
-    assert flow_task.prepare(config, tmp_path, sharding.make_mesh()).task
+    assert flow_task.prepare(config, tmp_path, sharding.make_mesh()).step
