@@ -73,5 +73,7 @@ def test_inception_comes_first_and_the_encoder_last(monkeypatch):
 
 
 def test_weights_of_another_network_are_refused(converted):
-    with pytest.raises(ValueError, match="roles inception are wanted; got .* holds the roles efficientnet"):
+    with pytest.raises(
+        ValueError, match=r"roles inception are wanted; got .* holds the roles efficientnet"
+    ):
         inputs.pretrained_weights(given(inception=converted / "a"))

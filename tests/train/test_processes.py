@@ -285,6 +285,10 @@ def test_a_process_that_is_late_is_waited_for(make, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("DINOSAE_PROCESS_FAULTS"),
+    reason="NOT CHECKED: takes minutes on a busy machine; set DINOSAE_PROCESS_FAULTS=1",
+)
 def test_the_first_process_sets_a_damaged_checkpoint_aside_for_all(make, tmp_path):
     workdir = tmp_path / "run"
     run(make(), workdir, tmp_path / "b", processes=2)
