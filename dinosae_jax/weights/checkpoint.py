@@ -231,7 +231,7 @@ def _damage(folder: pathlib.Path, failure: Exception | None) -> str:
     if sealed is None:
         reason = f"{type(failure).__name__}: {failure}" if failure else ""
         return "" if failure is None or _is_environmental(failure) else reason
-    changed = [name for name, sha256 in sealed.items() if found.get(name) != sha256]
+    changed = _changed(found, sealed)
     if not changed:
         return ""
     name = changed[0]
@@ -294,13 +294,17 @@ def check_seal(folder: pathlib.Path) -> None:
     sealed = _read_seal(folder)
     if sealed is None:
         return
-    found = _hashes(folder)
-    changed = sorted(name for name, sha256 in sealed.items() if found.get(name) != sha256)
+    changed = _changed(_hashes(folder), sealed)
     if changed:
         raise Damaged(
             f"a checkpoint has the bytes that were saved; got others in {folder / changed[0]}; "
             "take it from where it came once more, or an earlier one"
         )
+
+
+def _changed(found: dict[str, str], sealed: dict[str, str]) -> list[str]:
+    """Names of the sealed files that are missing or have another sha256, in the seal's order."""
+    return [name for name, sha256 in sealed.items() if found.get(name) != sha256]
 
 
 def _read_seal(folder: pathlib.Path) -> dict[str, str] | None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinosae_jax.runtime.files import file_sha256
 from weights_conversion.readers import formats
 from weights_conversion.readers.pth import read_pth
 from weights_conversion.readers.safetensors_file import read_safetensors
@@ -315,8 +315,7 @@ def sha256(path: Path) -> str:
     Raises:
       RefusedFileError: The name claims another hash.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     match = re.search(r"-([0-9a-f]{8})$", path.stem)
     claimed = match[1] if match else ""
     known = KNOWN_FILES.get(claimed)
