@@ -19,7 +19,7 @@ import jax
 import ml_collections
 
 from dinosae_jax import names
-from dinosae_jax.perf import collectives, programs, targets
+from dinosae_jax.perf import collectives, hlo, prediction, programs, targets
 from dinosae_jax.runtime import console, files, hardware, sharding
 from dinosae_jax.train import step_flops
 
@@ -44,7 +44,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """
     devices = targets.devices_of(config.target)
     for name in config.chain:
-        row = plan(name, config.stages[name], config.target, devices, config.effort)
+        row = plan(name, config.stages[name], config.target, devices, config.effort, config.top)
         console.report(describe(row))
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "plan.json", row)
@@ -58,8 +58,9 @@ def plan(
     target: str,
     devices: list[Any],
     effort: names.Effort,
+    top: int = 0,
 ) -> Row:
-    """Compiles one training step and reads memory, collectives and replication off it.
+    """Compiles one training step and reads memory, collectives, time and replication off it.
 
     Args:
       name: name of the row.
@@ -67,6 +68,7 @@ def plan(
       target: name of the target, for the row.
       devices: the target's devices.
       effort: effort of the compiler, one of `names.Effort`.
+      top: how many of the costliest instructions are listed.
 
     Returns:
       The row of the ledger; memory, collectives and FLOPs are those of one device. A program that
@@ -114,15 +116,28 @@ def plan(
         return {**row, "fits": False, "refused": str(error).splitlines()[0]}
     memory = programs.memory(compiled)
     room = row["memory_bytes"]
-    uses = collectives.census(compiled.as_text())
+    module = hlo.parse(compiled.as_text())
+    uses = collectives.uses(module)
     return {
         **row,
         **{f"{part}_bytes": size for part, size in memory.items()},
+        **predicted(module, target, flops, known, top),
         "collectives": {kind: dataclasses.asdict(use) for kind, use in uses.items()},
         "fits": memory["peak"] <= LARGEST_SHARE * room if room else None,
         "compile_seconds": round(time.perf_counter() - started, 1),
         "compile_cpu_seconds": round(time.process_time() - cpu_started, 1),
     }
+
+
+def predicted(
+    module: hlo.Module, target: str, flops: int, known: hardware.Hardware | None, top: int
+) -> Row:
+    """The predicted time in a row: milliseconds, MFU and the costliest instructions on request."""
+    found = prediction.predict(module, target)
+    if found is None or known is None:
+        return {}
+    costliest = {"costliest": prediction.describe(found.costliest(top))} if top else {}
+    return prediction.record(found, flops, 1e12 * known.peak_tflops) | costliest
 
 
 def device_bytes(tree: Any) -> int:
@@ -173,7 +188,25 @@ def describe(row: Row) -> str:
     if room:
         verdict = "fits" if row["fits"] else "does not fit"
         lines.append(f"  {verdict}: {row['peak_bytes'] / room:.0%} of {_gib(room)}")
-    return "\n".join(lines)
+    return "\n".join(lines + describe_prediction(row))
+
+
+def describe_prediction(row: Row) -> list[str]:
+    """The predicted time of a row as printed lines."""
+    if "predicted_ms" not in row:
+        return []
+    total, bare = row["predicted_ms"], row["predicted_ms_without_kernels"]
+    kernels = f", {bare:.4g} ms without kernels" if bare < total else ""
+    lines = [
+        f"  predicted                {total:.4g} ms, {row['predicted_mfu']:.1%} of peak{kernels}; "
+        f"at least {row['predicted_ms_at_least']:.4g} ms",
+        *(
+            f"    {kind:<22} {ms:.4g} ms, {ms / total:.1%}"
+            for kind, ms in row["predicted_ms_by_kind"].items()
+            if ms
+        ),
+    ]
+    return lines + [f"    {line}" for line in row.get("costliest", ())]
 
 
 def command() -> str:
