@@ -26,8 +26,10 @@ from dinosae_jax.train import step_flops
 Row = dict[str, Any]
 LARGEST_SHARE = 0.9  # of the device's memory
 GIB = 2**30
-KEY = ["step", "target", "fsdp"]  # first columns of both tables of the ledger
+KEY = ["step", "target", "fsdp"]  # first columns of all tables of the ledger
 VERDICT = [*KEY, "batch", "remat, micro-batches", "peak", "fits"]
+TIMES = [*KEY, "batch", "remat, micro-batches", "predicted", "of peak", "without kernels"]
+TIMES += ["at least", *prediction.KINDS]
 COSTS = [*KEY, "TFLOP", "state", "aliased", "frozen", "temporaries", "collectives"]
 COSTS += ["largest copies", "CPU s to compile"]
 
@@ -49,6 +51,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "plan.json", row)
         if config.ledger:
+            row.pop("costliest", None)
             enter(pathlib.Path(config.ledger), {**row, "command": command()})
 
 
@@ -210,8 +213,8 @@ def describe_prediction(row: Row) -> list[str]:
 
 
 def command() -> str:
-    """The command line of this process without the flags that depend on the machine."""
-    kept = [a for a in sys.argv[1:] if not re.match(r"--(workdir|config\.ledger)", a)]
+    """The command line of this process without the flags that change nothing of a row."""
+    kept = [a for a in sys.argv[1:] if not re.match(r"--(workdir|config\.(ledger|top))", a)]
     return " ".join(["python -m dinosae_jax.main", *kept])
 
 
@@ -231,7 +234,7 @@ def enter(path: pathlib.Path, row: Row) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """The ledger as a Markdown page: does it fit, and why."""
+    """The ledger as a Markdown page: does it fit, how fast is it, and why."""
     lines = [
         "# Ledger of planned steps",
         "",
@@ -244,6 +247,15 @@ def table(rows: list[Row]) -> str:
         "",
         *_markdown(VERDICT),
         *(_line(row, fits(row)) for row in rows),
+        "",
+        "Predicted milliseconds of a step, of one device (`perf/prediction.py` says how, and what "
+        "is left out: overlap, launches, links between hosts). On TPU they are the compiler's own "
+        "estimate, on GPU a roofline; kernels written by hand count by their own FLOPs and bytes "
+        "at a stated share of the peak. `of peak` is MFU; `at least` is the same instructions at "
+        "the peak and at full bandwidth. A run compiles at effort `default`.",
+        "",
+        *_markdown(TIMES),
+        *(_line(row, times(row)) for row in rows if "predicted_ms" in row),
         "",
         "Collectives are executions per step and the bytes they deliver. Largest copies are of the "
         "trained state and of the frozen networks.",
@@ -272,15 +284,34 @@ def table(rows: list[Row]) -> str:
 
 def fits(row: Row) -> list[str]:
     """Cells of a row's verdict: batch, remat and micro-batches, peak, whether it fits."""
-    flags = dict(re.findall(r"(remat|accumulation)=(\w+)", row["command"]))
     verdict = {True: "yes", False: "no", None: "-"}[row["fits"]]
     peak = "out of memory"
     if "peak_bytes" in row:
         peak = _gib(row["peak_bytes"])
         if room := row["memory_bytes"]:
             peak += f" of {_gib(room)}"
+    return [*_settings(row), peak, verdict]
+
+
+def times(row: Row) -> list[str]:
+    """Cells of a row's predicted time: batch, remat and micro-batches, sums, kinds."""
+    sums = (row["predicted_ms_without_kernels"], row["predicted_ms_at_least"])
+    kinds = row["predicted_ms_by_kind"]
+    return [
+        *_settings(row),
+        f"{row['predicted_ms']:.4g} ms",
+        f"{row['predicted_mfu']:.1%}",
+        *(f"{ms:.4g}" for ms in sums),
+        *(f"{kinds[kind]:.4g}" for kind in prediction.KINDS),
+    ]
+
+
+def _settings(row: Row) -> list[str]:
+    """Cells of the batch, and of remat, micro-batches and effort where a command sets them."""
+    flags = dict(re.findall(r"(remat|accumulation|config\.effort)=(\w+)", row["command"]))
     how = ", ".join(flags[name] for name in ("remat", "accumulation") if name in flags)
-    return [str(row["batch_size"]), how or "default", peak, verdict]
+    effort = f", effort {flags['config.effort']}" if "config.effort" in flags else ""
+    return [str(row["batch_size"]), (how or "default") + effort]
 
 
 def _markdown(head: list[str]) -> list[str]:

@@ -5,46 +5,50 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dinosae_jax.perf import targets
+from dinosae_jax.runtime import hardware
 
 
 class Chip(NamedTuple):
     """Speeds of one jax device.
 
     Attributes:
-      products: FLOP/s of matrix products by the dtype of their factors.
+      kind: its name in `hardware.KINDS`.
       memory: bytes/s of the main memory.
       link: bytes/s that one link to a neighbour sends.
       clock: cycles per second of the compiler's estimates; 0 where it makes none (GPU).
       wraps: a TPU slice is a torus where every side is a multiple of this.
     """
 
-    products: dict[str, float]
+    kind: str
     memory: float
     link: float
     clock: float = 0.0
     wraps: int = 1
 
+    def peak(self, dtype: str = "bf16") -> float:
+        """FLOP/s of matrix products whose factors have a dtype of XLA.
 
-# Peaks, memories and links: Cloud TPU documentation (links: a chip's bidirectional bandwidth over
-# twice its ports; a TPU7x device has half of its chip's). Clocks: the peak over the FLOPs per cycle
-# of the matrix units (v4, v5p: 8 of 128x128 in two cores; v5e: 4 of 128x128; v6e and half a TPU7x
-# chip: 4 of 256x256). float32 products are single bfloat16 passes unless the program asks for more.
+        A float32 product is one pass of bfloat16 on a TPU and TF32 on a GPU, unless the program
+        asks for more, which is not seen here.
+        """
+        tf32 = dtype == "f32" and not self.clock
+        return hardware.KINDS[self.kind].peak_tflops * 1e12 / (2 if tf32 else 1)
+
+
+# Memories and links: Cloud TPU documentation (links: a chip's bidirectional bandwidth over twice
+# its ports; a TPU7x device has half of its chip's). Clocks: the peak over the FLOPs per cycle of
+# the matrix units (v4, v5p: 8 of 128x128 in two cores; v5e: 4 of 128x128; v6e and half a TPU7x
+# chip: 4 of 256x256).
 TPUS = {
-    "v4": Chip({"bf16": 275e12}, 1.228e12, 50e9, 1.05e9, 4),
-    "v5e": Chip({"bf16": 197e12}, 0.819e12, 50e9, 1.5e9, 16),
-    "v5p": Chip({"bf16": 459e12}, 2.765e12, 100e9, 1.75e9, 4),
-    "v6e": Chip({"bf16": 918e12}, 1.638e12, 100e9, 1.75e9, 16),
-    "tpu7x": Chip({"bf16": 1153.5e12}, 3.69e12, 50e9, 2.2e9, 4),
+    "v4": Chip("TPU v4", 1.228e12, 50e9, 1.05e9, 4),
+    "v5e": Chip("TPU v5 lite", 0.819e12, 50e9, 1.5e9, 16),
+    "v5p": Chip("TPU v5p", 2.765e12, 100e9, 1.75e9, 4),
+    "v6e": Chip("TPU v6 lite", 1.638e12, 100e9, 1.75e9, 16),
+    "tpu7x": Chip("TPU7x", 3.69e12, 50e9, 2.2e9, 4),
 }
-# Data sheets of NVIDIA: dense bfloat16 and TF32; NVLink in one direction. A float32 product is TF32
-# unless the program asks for more.
-_HOPPER = {"bf16": 989e12, "f16": 989e12, "f32": 494.5e12}
-_AMPERE = {"bf16": 312e12, "f16": 312e12, "f32": 156e12}
-GPUS = {
-    "h200": Chip(_HOPPER, targets.GPUS["h200"].bandwidth, 450e9),
-    "h100": Chip(_HOPPER, targets.GPUS["h100"].bandwidth, 450e9),
-    "a100": Chip(_AMPERE, targets.GPUS["a100"].bandwidth, 300e9),
-}
+# NVLink in one direction, by NVIDIA's data sheets.
+NVLINK = {"h200": 450e9, "h100": 450e9, "a100": 300e9}
+GPUS = {name: Chip(gpu.kind, gpu.bandwidth, NVLINK[name]) for name, gpu in targets.GPUS.items()}
 
 
 def find(target: str) -> Chip | None:

@@ -149,12 +149,14 @@ def _costs(name: str, module: hlo.Module, target: str, chip: chips.Chip) -> Iter
         if found.opcode in CONTROL or collectives.kind_of(found):
             continue
         kind = kind_of(found, module)
-        flops = roofline.flops(found, module, name)
+        products = list(roofline.products(found, module, name))
+        computing = sum(product.flops / chip.peak(product.dtype) for product in products)
         size = roofline.bytes_moved(found, module, name)
-        peak = _peak(found, module.computations[name], chip)
-        seconds = _seconds(found, kind, flops / peak, size / chip.memory, chip)
+        moving = size / chip.memory
+        seconds = _seconds(found, kind, computing, moving, chip)
         if seconds:
-            yield Cost(kind, found, 1, seconds, max(flops / peak, size / chip.memory), flops, size)
+            flops = sum(product.flops for product in products)
+            yield Cost(kind, found, 1, seconds, max(computing, moving), flops, size)
 
 
 def _seconds(
@@ -169,13 +171,6 @@ def _seconds(
         return (found.cycles or 0) / chip.clock
     share = EFFICIENCY["products" if kind == PRODUCTS else "attention"]
     return max(computing / share, moving / EFFICIENCY["memory"])
-
-
-def _peak(found: hlo.Instruction, body: hlo.Computation, chip: chips.Chip) -> float:
-    """FLOP/s of the products of an instruction, by its widest factor."""
-    dtypes = [shape.dtype for shapes in roofline.shapes(found.operands, body) for shape in shapes]
-    known = [chip.products[dtype] for dtype in dtypes if dtype in chip.products]
-    return min(known, default=chip.products["bf16"])
 
 
 def kind_of(found: hlo.Instruction, module: hlo.Module) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,23 +26,35 @@ ATTENTION = "__cudnn$fmha"
 ATTENTION_PRODUCTS = {"forward": 2, "backward": 5}
 
 
-def flops(instruction: hlo.Instruction, module: hlo.Module, computation: str) -> int:
-    """FLOPs of the matrix products and convolutions of an instruction, 2 per multiply-add.
+class Product(NamedTuple):
+    """A matrix product or convolution: its FLOPs, 2 per multiply-add, and its widest factor."""
+
+    flops: int
+    dtype: str
+
+
+def products(
+    instruction: hlo.Instruction, module: hlo.Module, computation: str
+) -> Iterator[Product]:
+    """The matrix products and convolutions of an instruction, of a fusion those inside.
 
     What a fusion computes element by element is not counted: its bytes take longer. A call of a
     library (cuBLAS, cuDNN) counts by its shapes, a hand-written kernel by its own estimate.
     """
+    body = module.computations[computation]
     if instruction.opcode == "custom-call":
-        return _library_flops(instruction, module.computations[computation])
-    if instruction.opcode in PRODUCTS:
-        return _product_flops(instruction, module.computations[computation])
-    if instruction.opcode != "fusion":
-        return 0
-    return sum(
-        flops(inner, module, called)
-        for called in instruction.called
-        for inner in module.computations.get(called, {}).values()
-    )
+        yield Product(_library_flops(instruction, body), _widest(instruction, body))
+    elif instruction.opcode in PRODUCTS:
+        yield Product(_product_flops(instruction, body), _widest(instruction, body))
+    elif instruction.opcode == "fusion":
+        for called in instruction.called:
+            for inner in module.computations.get(called, {}).values():
+                yield from products(inner, module, called)
+
+
+def _widest(instruction: hlo.Instruction, body: hlo.Computation) -> str:
+    dtypes = [found[0].dtype for found in shapes(instruction.operands[:2], body) if found]
+    return max(dtypes, key=hlo.bits, default="bf16")
 
 
 def bytes_moved(instruction: hlo.Instruction, module: hlo.Module, computation: str) -> int:

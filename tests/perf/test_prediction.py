@@ -235,7 +235,8 @@ def test_convolutions_count_the_taps_that_meet_an_input():
 
     def flops(source):
         module = hlo.parse(source)
-        return roofline.flops(module.computations["main"]["c"], module, "main")
+        (product,) = roofline.products(module.computations["main"]["c"], module, "main")
+        return product.flops
 
     assert flops(same) == 2 * 2 * 5 * 4 * (3 * 8 - 2) ** 2
     assert flops(transposed) == 2 * 2 * 5 * 4 * 16**2  # one tap per output on each side
