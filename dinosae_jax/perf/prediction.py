@@ -34,8 +34,9 @@ KERNEL_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
 MOVES = {"copy", "transpose", "reshape", "bitcast", "slice", "dynamic-slice", "concatenate", "pad"}
 MOVES |= {"dynamic-update-slice", "copy-start", "parameter", "constant", "tuple", "broadcast"}
 MOVES |= {"get-tuple-element", "iota", "gather", "reverse", "bitcast-convert"}
-# Paths of attention without its projections: the einsums of scores and mixture, the softmax.
-_ATTENTION = re.compile(r"dot_product_attention|\w{3,4},\w{3,4}->\w{3,4}|softmax")
+# Paths of attention without its projections: a scope of that name; `jax.nn.dot_product_attention`
+# as it is without a kernel, which maps its einsums and its softmax over groups of heads.
+_ATTENTION = re.compile(r"\battention/|\bvmap\((?:\w{4},\w{4}->\w{4})?\)|softmax")
 
 
 class Cost(NamedTuple):
@@ -178,12 +179,14 @@ def kind_of(found: hlo.Instruction, module: hlo.Module) -> str:
     target = found.attribute(r'custom_call_target="([^"]*)"')
     if target.startswith(KERNEL_CALLS):
         return KERNELS
+    inside = _opcodes(found, module)
+    if inside <= MOVES:
+        return COPIES
     if target.startswith(roofline.ATTENTION) or _ATTENTION.search(found.op_name):
         return ATTENTION
-    inside = _opcodes(found, module)
-    if inside & set(roofline.PRODUCTS) or target.startswith((roofline.GEMM, roofline.CONVOLUTION)):
-        return PRODUCTS
-    return COPIES if inside <= MOVES else ELEMENTWISE
+    libraries = (roofline.GEMM, roofline.CONVOLUTION)
+    products = inside & set(roofline.PRODUCTS) or target.startswith(libraries)
+    return PRODUCTS if products else ELEMENTWISE
 
 
 def _opcodes(found: hlo.Instruction, module: hlo.Module) -> set[str]:

@@ -201,6 +201,13 @@ def test_an_unknown_effort_is_refused():
         rules.validate(config)
 
 
+def test_a_negative_number_of_instructions_is_refused():
+    config = plan_config.get_config("tiny")
+    config.top = -1
+    with pytest.raises(ValueError, match="top counts instructions; got -1"):
+        rules.validate(config)
+
+
 @pytest.mark.parametrize("effort", targets.EFFORT_LEVELS)
 def test_every_effort_is_one_that_this_jax_compiles_with(effort):
     lowered = jax.jit(jnp.square).lower(3.0)
