@@ -37,6 +37,8 @@ MOVES |= {"get-tuple-element", "iota", "gather", "reverse", "bitcast-convert"}
 # Paths of attention without its projections: a scope of that name; `jax.nn.dot_product_attention`
 # as it is without a kernel, which maps its einsums and its softmax over groups of heads.
 _ATTENTION = re.compile(r"\battention/|\bvmap\((?:\w{4},\w{4}->\w{4})?\)|softmax")
+# A call of cuBLAS with batch dimensions, which has lost its path: both factors are activations.
+_BATCHED = r'("lhs_batch_dimensions":\["\d)'
 
 
 class Cost(NamedTuple):
@@ -182,7 +184,8 @@ def kind_of(found: hlo.Instruction, module: hlo.Module) -> str:
     inside = _opcodes(found, module)
     if inside <= MOVES:
         return COPIES
-    if target.startswith(roofline.ATTENTION) or _ATTENTION.search(found.op_name):
+    fused = target.startswith(roofline.ATTENTION)
+    if fused or _ATTENTION.search(found.op_name) or found.attribute(_BATCHED):
         return ATTENTION
     libraries = (roofline.GEMM, roofline.CONVOLUTION)
     products = inside & set(roofline.PRODUCTS) or target.startswith(libraries)

@@ -213,6 +213,7 @@ def test_of_branches_the_longest_counts():
 def test_a_gpu_by_roofline_and_libraries_by_their_shapes():
     costs = {cost.instruction.name: cost for cost in predict(GPU, "h200:8").costs}
     assert costs["gemm"].flops == 2 * 8192**3
+    assert costs["gemm"].bytes == 3 * 2 * 8192**2  # without the workspace
     assert costs["gemm"].seconds == pytest.approx(2 * 8192**3 / 791.2e12, rel=1e-3)
     assert costs["fmha"].flops == 4 * 32 * 16 * 256 * 256 * 72
     assert costs["fmha"].kind == prediction.ATTENTION
@@ -221,6 +222,12 @@ def test_a_gpu_by_roofline_and_libraries_by_their_shapes():
     assert costs["stored"].bytes == 2 * 2 * 1024**2 + 4  # reads and writes one, not the stack
     assert costs["ar"].bytes == 2 * 4000 * 3 // 4  # a ring of four, there and back
     assert costs["ar"].seconds == pytest.approx(6000 / 450e9)
+
+
+def test_a_batched_product_of_cublas_is_attention():
+    text = GPU.replace('"lhs_batch_dimensions":[]', '"lhs_batch_dimensions":["0"]')
+    kinds = {cost.instruction.name: cost.kind for cost in predict(text, "h200:8").costs}
+    assert kinds["gemm"] == prediction.ATTENTION
 
 
 def test_convolutions_count_the_taps_that_meet_an_input():
