@@ -135,11 +135,12 @@ def plan(
 def predicted(
     module: hlo.Module, target: str, flops: int, known: hardware.Hardware | None, top: int
 ) -> Row:
-    """The predicted time in a row: milliseconds, MFU and the costliest instructions on request."""
+    """The predicted time in a row: milliseconds, MFU; loops and costliest lines on request."""
     found = prediction.predict(module, target)
     if found is None or known is None:
         return {}
-    costliest = {"costliest": prediction.describe(found.costliest(top))} if top else {}
+    lines = [*prediction.describe_loops(found), *prediction.describe(found.costliest(top))]
+    costliest = {"costliest": lines} if top else {}
     return prediction.record(found, flops, 1e12 * known.peak_tflops) | costliest
 
 

@@ -47,6 +47,7 @@ class Cost(NamedTuple):
     Attributes:
       kind: one of `KINDS`.
       instruction: its line.
+      computation: the computation that holds it.
       runs: executions in one step.
       seconds: of all executions together, as those below.
       bound: seconds at least, by FLOPs at the peak and bytes at the full bandwidth.
@@ -56,6 +57,7 @@ class Cost(NamedTuple):
 
     kind: str
     instruction: hlo.Instruction
+    computation: str
     runs: int
     seconds: float
     bound: float
@@ -123,6 +125,23 @@ def predict(module: hlo.Module, target: str) -> Prediction | None:
     )
 
 
+def describe_loops(found: Prediction) -> list[str]:
+    """The loops as lines: iterations, milliseconds of all and of one, where they stand."""
+    bodies: dict[str, list[Cost]] = {}
+    for cost in found.costs:
+        if cost.runs > 1:
+            bodies.setdefault(cost.computation, []).append(cost)
+    lines = []
+    for costs in bodies.values():
+        runs, seconds = costs[0].runs, sum(cost.seconds for cost in costs)
+        source = max(costs, key=lambda cost: cost.seconds).instruction.op_name
+        lines.append(
+            f"{1e3 * seconds:8.2f} ms in {runs} turns of {1e3 * seconds / runs:.3f} ms  "
+            f"{source.rpartition('/body')[0]}"
+        )
+    return lines
+
+
 def describe(costs: Iterable[Cost]) -> list[str]:
     """The costs as lines: time, bound, executions, FLOPs, bytes, kind, name, type, source."""
     return [
@@ -148,7 +167,7 @@ def _costs(name: str, module: hlo.Module, target: str, chip: chips.Chip) -> Iter
         sent = sum(c.link_bytes for c in collectives.inside(found, name, module))
         if sent:
             seconds = sent / chips.link_bandwidth(target)
-            yield Cost(COLLECTIVES, found, 1, seconds, seconds, 0, sent)
+            yield Cost(COLLECTIVES, found, name, 1, seconds, seconds, 0, sent)
         if found.opcode in CONTROL or collectives.kind_of(found):
             continue
         kind = kind_of(found, module)
@@ -159,7 +178,7 @@ def _costs(name: str, module: hlo.Module, target: str, chip: chips.Chip) -> Iter
         seconds = _seconds(found, kind, computing, moving, chip)
         if seconds:
             flops = sum(product.flops for product in products)
-            yield Cost(kind, found, 1, seconds, max(computing, moving), flops, size)
+            yield Cost(kind, found, name, 1, seconds, max(computing, moving), flops, size)
 
 
 def _seconds(

@@ -261,6 +261,12 @@ def test_a_cpu_is_not_predicted():
     assert predict(COPY, "cpu:8") is None
 
 
+def test_loops_are_named_with_their_iterations():
+    (line,) = prediction.describe_loops(predict(SCAN))
+    assert "in 12 turns of 0.005 ms" in line
+    assert line.endswith("  jit(scan)/while")
+
+
 def test_the_costliest_instructions_are_named():
     (line,) = prediction.describe(predict(PRODUCT).costliest(1))
     assert "weight products" in line
