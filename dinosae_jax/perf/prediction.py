@@ -91,6 +91,12 @@ class Prediction:
         """Seconds without the hand-written kernels, of which only estimates by hand are known."""
         return self.seconds - self.by_kind[KERNELS]
 
+    @property
+    def silent_kernels(self) -> int:
+        """Executions of hand-written kernels that state no FLOPs: counted by their arrays alone."""
+        kernels = [cost for cost in self.costs if cost.kind == KERNELS]
+        return sum(c.runs for c in kernels if not roofline.kernel_estimate(c.instruction))
+
     def mfu(self, flops: float, peak: float) -> float:
         """Model FLOPs of the step on one device over what the peak (FLOP/s) would do meanwhile."""
         return flops / (self.seconds * peak)
@@ -243,6 +249,7 @@ def record(prediction: Prediction, flops: float, peak: float) -> dict[str, Any]:
         "predicted_ms": 1e3 * prediction.seconds,
         "predicted_ms_without_kernels": 1e3 * prediction.seconds_without_kernels,
         "predicted_ms_at_least": 1e3 * prediction.bound,
+        "silent_kernels": prediction.silent_kernels,
         "predicted_mfu": prediction.mfu(flops, peak),
         "predicted_ms_by_kind": {kind: 1e3 * s for kind, s in prediction.by_kind.items()},
     }

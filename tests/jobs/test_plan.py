@@ -175,6 +175,8 @@ def test_a_row_and_the_ledger(tmp_path, capsys, monkeypatch):
     assert row["flops"] == step_flops.train_flops(stage)
     # Data parallel: the gradients are summed once, and nothing else moves but scalars.
     assert set(row["collectives"]) == {"all-reduce"}
+    assert set(row["collective_bytes"]) == {"all-reduce f32"}
+    assert "predicted_ms" not in row
     assert row["replicated"]["state"]["path"].startswith("params/")
     (entered,) = json.loads((tmp_path / "ledger.json").read_text())
     assert entered["command"] == (

@@ -199,7 +199,9 @@ def test_a_kernel_counts_by_its_own_estimate_and_both_sums_are_there():
 
 def test_a_kernel_that_is_silent_counts_by_its_arrays():
     text = KERNEL.replace("cost_estimate", "nothing")
-    (cost,) = predict(text).costs
+    found = predict(text)
+    assert (found.silent_kernels, predict(KERNEL).silent_kernels) == (1, 0)
+    (cost,) = found.costs
     assert (cost.kind, cost.flops) == (prediction.KERNELS, 0)
     assert cost.bytes == 2 * (1024 * 512 + 512 * 256 + 1024 * 256)
 
