@@ -42,6 +42,7 @@ class StepSpec(NamedTuple):
       losses: names of the terms with a weight above 0.
       noisy: whether the decoder sees noisy latents.
       accumulation: micro-batches per update.
+      matmul_precision: of products of float32 factors, but for parts that have their own.
     """
 
     modules: autoencoder.AutoencoderModules
@@ -51,6 +52,7 @@ class StepSpec(NamedTuple):
     losses: tuple[str, ...]
     noisy: bool
     accumulation: int
+    matmul_precision: str = "default"
 
     @property
     def encodes(self) -> bool:
