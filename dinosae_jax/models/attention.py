@@ -22,7 +22,6 @@ import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 from dinosae_jax.models import attention_rows, layers
 from dinosae_jax.runtime import fsdp
@@ -95,19 +94,18 @@ def attention(qkv: jax.Array, num_heads: int, rotation: Rotation | None = None) 
       [b, n, d] in qkv's dtype, under the name that the remat policy 'dots' keeps.
     """
     n, d = qkv.shape[1], qkv.shape[2] // 3
-    mesh = jax.sharding.get_abstract_mesh()
     distance = 1 if rotation is None else rotation.distance
     chosen = choose(_platform(), qkv.dtype, n, d, num_heads, distance).implementation
     if chosen == "rows":
         tables = None if rotation is None else _side_by_side(rotation, num_heads)
         rows = lambda x, t: attention_rows.attend(x, t, num_heads, distance)  # noqa: E731
-        out = _per_device(rows, mesh)(qkv, tables)
+        out = fsdp.per_device(rows, shared=1)(qkv, tables)
     else:
         q, k, v = (x.reshape(*x.shape[:2], num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if chosen == "flash":
-            out = _per_device(lambda x, _: _flash(*x), mesh)((q, k, v), None)
+            out = fsdp.per_device(_flash)(q, k, v)
         else:
             run = functools.partial(jax.nn.dot_product_attention, implementation=chosen)
             out = run(q, k, v)
@@ -139,16 +137,6 @@ def _platform() -> str:
 def _core_memory() -> int:
     """Bytes of the vector memory of a core of the mesh's TPUs."""
     return pltpu.get_tpu_info().vmem_capacity_bytes
-
-
-def _per_device(function: Any, mesh: Any) -> Any:
-    """The function (arrays [b, ...], constants) on each device's own examples."""
-    if mesh.empty:
-        return function
-    split = PartitionSpec(tuple(axis for axis in fsdp.BATCH_AXES if axis in mesh.axis_names))
-    return jax.shard_map(
-        function, in_specs=(split, PartitionSpec()), out_specs=split, check_vma=False
-    )
 
 
 def _side_by_side(rotation: Rotation, num_heads: int) -> attention_rows.Tables:

@@ -17,6 +17,7 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
+_SUBLANES = 8  # rows of a TPU's register
 PRODUCT = "product"  # name of what the remat policy 'dots' keeps: products with weights, attention
 
 ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
@@ -67,6 +68,21 @@ def linear(x: Array, kernel: Array, bias: Array | None, precision: Any) -> Array
     return y if bias is None else y + bias.astype(x.dtype)
 
 
+def _sum_of_rows(x: Array) -> Array:
+    """The sum of x [..., f] over all axes but the last, [f], in float32 or better.
+
+    Of bfloat16 it is a product with ones, exact but for the float32 sums of the matrix unit: a
+    TPU's vector unit would take four times as long (compiler's estimate, v6e, [32768, 6144]).
+    """
+    leading = tuple(range(x.ndim - 1))
+    if x.dtype != jnp.bfloat16:
+        return jnp.sum(x, leading)
+    ones = jnp.ones((_SUBLANES, *x.shape[:-1]), x.dtype)  # of one row the compiler makes a sum
+    axes = _contract(tuple(axis + 1 for axis in leading), leading)
+    sums = jax.lax.dot_general(ones, x, axes, preferred_element_type=jnp.float32)
+    return jax.lax.index_in_dim(sums, 0, keepdims=False)
+
+
 def _contract(left: tuple[int, ...], right: tuple[int, ...]) -> Any:
     return ((left, right), ((), ()))
 
@@ -83,7 +99,7 @@ def _linear_backward(precision: Any, residuals: Any, dy: Array) -> Any:
     dkernel = jax.lax.dot_general(
         x, dy, _contract(leading, leading), precision, preferred_element_type=wide
     )
-    dbias = None if bias is None else jnp.sum(dy, leading, wide).astype(bias.dtype)
+    dbias = None if bias is None else _sum_of_rows(dy).astype(bias.dtype)
     return dx, dkernel.astype(kernel.dtype), dbias
 
 
@@ -200,8 +216,7 @@ def _add_bias_forward(x: Array, bias: Array) -> Any:
 
 
 def _add_bias_backward(bias: Array, dy: Array) -> Any:
-    wide = jnp.promote_types(dy.dtype, jnp.float32)
-    return dy, jnp.sum(dy, tuple(range(dy.ndim - 1)), wide).astype(bias.dtype)
+    return dy, _sum_of_rows(dy).astype(bias.dtype)
 
 
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)

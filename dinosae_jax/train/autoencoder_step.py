@@ -150,7 +150,10 @@ def train_step(
     images = batch["image"]
     index = fsdp.shard_by_example(jnp.arange(images.shape[0]))
     one = functools.partial(gradients, spec, state, frozen, hyperparams)
-    grads = accumulate.mean_over_micro_batches(one, (images, index), spec.accumulation)
+    independent = "batch_stats" not in state.extra.get("decoder", {})
+    grads = accumulate.mean_over_micro_batches(
+        one, (images, index), spec.accumulation, independent
+    )
     if grads.adversarial is not None:
         grads = add_adversarial(spec, grads, gan_strength(state, hyperparams))
     norm = optax.tree.norm((grads.params, grads.heads))
