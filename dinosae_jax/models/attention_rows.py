@@ -133,40 +133,41 @@ def _forward_kernel(heads: int, qkv: Any, *refs: Any) -> None:
     q_all, k_all, v_all = _turned(qkv, constants, q_turned, k_turned)
     for head in range(heads):
         lanes, mine = _lanes_of(head, heads, q_all.shape)
-        weights, total = _weights(q_all, k_all, heads, lanes, mine)
+        q = jnp.where(mine, q_all[:, lanes], 0)
+        scores = _dot(q, k_all[:, lanes], 1, 1) * _scale(heads, q_all.shape)
+        weights, total = _exponentials(scores, axis=1)
         mixed = _dot(weights.astype(out.dtype), v_all[:, lanes], 1, 0) / total
         _put(out.at[0], lanes, mine, mixed)
 
 
 def _backward_kernel(heads: int, qkv: Any, cotangent: Any, *refs: Any) -> None:
-    """Refs: qkv [1, n, 3d], cotangent [1, n, d], the constants, gradient [1, n, 3d], scratch."""
+    """Refs: qkv [1, n, 3d], cotangent [1, n, d], the constants, gradient [1, n, 3d], scratch.
+
+    Scores have a row for each key here: that leaves one product of five with a transposed factor.
+    """
     *constants, gradient, q_turned, k_turned = refs
     q_all, k_all, v_all = _turned(qkv, constants, q_turned, k_turned)
     dq_all, dk_all, dv_all = _thirds(gradient)
-    dtype = gradient.dtype
+    scale, dtype = _scale(heads, q_all.shape), gradient.dtype
     for head in range(heads):
         lanes, mine = _lanes_of(head, heads, q_all.shape)
-        weights, total = _weights(q_all, k_all, heads, lanes, mine)
+        q, above = (jnp.where(mine, x, 0) for x in (q_all[:, lanes], cotangent[0, :, lanes]))
+        weights, total = _exponentials(_dot(k_all[:, lanes], q, 1, 1) * scale, axis=0)
         weights = weights / total
-        above = jnp.where(mine, cotangent[0, :, lanes], 0)
-        _put(dv_all, lanes, mine, _dot(weights.astype(dtype), above, 0, 0))
-        d_weights = _dot(above, v_all[:, lanes], 1, 1)
-        centred = d_weights - (weights * d_weights).sum(-1, keepdims=True)
-        d_scores = (weights * centred * _scale(heads, q_all.shape)).astype(dtype)
-        _put(dq_all, lanes, mine, _dot(d_scores, k_all[:, lanes], 1, 0))
-        _put(dk_all, lanes, mine, _dot(d_scores, q_all[:, lanes], 0, 0))
+        _put(dv_all, lanes, mine, _dot(weights.astype(dtype), above, 1, 0))
+        d_weights = _dot(v_all[:, lanes], above, 1, 1)
+        centred = d_weights - (weights * d_weights).sum(0, keepdims=True)
+        d_scores = (weights * centred * scale).astype(dtype)
+        _put(dk_all, lanes, mine, _dot(d_scores, q, 1, 0))
+        _put(dq_all, lanes, mine, _dot(d_scores, k_all[:, lanes], 0, 0))
     for ref in (dq_all, dk_all) if constants else ():
         _turn(ref, ref, constants, backwards=True)
 
 
-def _weights(
-    q_all: Any, k_all: Any, heads: int, lanes: slice, mine: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """exp(scores - their row's maximum) of a head, [n, n] float32, and the sums of rows [n, 1]."""
-    q = jnp.where(mine, q_all[:, lanes], 0)
-    scores = _dot(q, k_all[:, lanes], 1, 1) * _scale(heads, q_all.shape)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    return weights, weights.sum(-1, keepdims=True)
+def _exponentials(scores: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """exp(scores - their maximum along the keys' axis) and the sums along it, float32."""
+    weights = jnp.exp(scores - scores.max(axis, keepdims=True))
+    return weights, weights.sum(axis, keepdims=True)
 
 
 def _scale(heads: int, shape: tuple[int, ...]) -> float:

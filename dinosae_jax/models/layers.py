@@ -106,6 +106,15 @@ def _linear_backward(precision: Any, residuals: Any, dy: Array) -> Any:
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+def materialised(x: Array) -> Array:
+    """The same array, written to memory once.
+
+    Between two products a compiler may fuse an activation into the second, which then computes it
+    once for every block of its columns.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
 class Dense(nn.Module):
     """Linear layer, see `linear`: [..., c] -> [..., features] in `dtype`, a name of remat 'dots'.
 

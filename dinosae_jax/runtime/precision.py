@@ -73,6 +73,11 @@ def matmul_precision(config: ml_collections.ConfigDict, part: str) -> str:
     return float32_products(config.dtype) if part == "compute" else "highest"
 
 
+def products_of(dtype: Any) -> Any:
+    """Context in which a network of this dtype computes in it, where no config says otherwise."""
+    return jax.default_matmul_precision(float32_products(dtype))
+
+
 def float32_products(dtype: Any) -> str:
     """What makes a network of this dtype compute in it: 'highest' for float32, else 'default'."""
     return "highest" if jnp.dtype(dtype) == jnp.float32 else "default"

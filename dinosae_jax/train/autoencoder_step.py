@@ -151,9 +151,7 @@ def train_step(
     index = fsdp.shard_by_example(jnp.arange(images.shape[0]))
     one = functools.partial(gradients, spec, state, frozen, hyperparams)
     independent = "batch_stats" not in state.extra.get("decoder", {})
-    grads = accumulate.mean_over_micro_batches(
-        one, (images, index), spec.accumulation, independent
-    )
+    grads = accumulate.mean_over_micro_batches(one, (images, index), spec.accumulation, independent)
     if grads.adversarial is not None:
         grads = add_adversarial(spec, grads, gan_strength(state, hyperparams))
     norm = optax.tree.norm((grads.params, grads.heads))

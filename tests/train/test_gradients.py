@@ -1,4 +1,4 @@
-"""Gradients as promised: float32 sums, float32 reductions, one reduction a step; float32 products."""
+"""Gradients as promised: float32 sums, reduced in float32, once a step; products as asked for."""
 
 import re
 
