@@ -69,6 +69,10 @@ def run_defaults() -> ml_collections.ConfigDict:
             name="",
             seed=0,
             dtype="auto",  # auto: bfloat16 on accelerators, float32 on CPU
+            # Of products of float32 factors, as in jax.lax.Precision: 'default' rounds them to
+            # bfloat16 on a TPU and TF32 on a GPU, 'highest' is float32 (six times the work on a
+            # TPU). auto: highest; for `compute` default where dtype is bfloat16.
+            matmul_precision=dict(compute="auto", output_head="auto", discriminator_heads="auto"),
             steps=1,
             batch_size=256,
             accumulation=1,

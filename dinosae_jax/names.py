@@ -18,6 +18,7 @@ AUTOENCODER_ROLES = ("stem", "vit", "decoder")
 ENCODER_ROLES = ("stem", "vit")
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+MatmulPrecision = Literal["auto", "default", "high", "highest"]
 Schedule = Literal["constant", "cosine", "linear"]
 Loss = Literal["l1", "lpips", "cosine", "mse", "gan"]
 OnMismatch = Literal["refuse", "continue", "restart"]

@@ -280,6 +280,8 @@ def _validate_run(config: ml_collections.ConfigDict) -> None:
             f"steps={config.steps}; lower it or use optimizer.schedule='constant'"
         )
     _require_member("dtype", config.dtype, get_args(names.Dtype))
+    for part, value in config.matmul_precision.items():
+        _require_member(f"matmul_precision.{part}", value, get_args(names.MatmulPrecision))
     milestones = config.checkpoint.milestones
     if milestones < 0 or milestones % config.checkpoint.every:
         raise ValueError(

@@ -40,7 +40,9 @@ def map_batches(
         kept = array[start : start + size]
         filled = np.concatenate([kept, np.repeat(kept[-1:], size - len(kept), axis=0)])
         batch = jax.make_array_from_callback(filled.shape, place, filled.__getitem__)
-        results.append(jax.tree.map(sharding.gather, function(batch)))
+        with jax.set_mesh(mesh):
+            made = function(batch)
+        results.append(jax.tree.map(sharding.gather, made))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(array)], *results)
 
 

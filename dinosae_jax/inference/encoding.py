@@ -11,7 +11,7 @@ import numpy as np
 from dinosae_jax.data.latents import latent_writer
 from dinosae_jax.inference.batching import one_behind
 from dinosae_jax.models import autoencoder as autoencoder_lib
-from dinosae_jax.runtime import sharding
+from dinosae_jax.runtime import precision, sharding
 
 Encode = Callable[[np.ndarray], jax.Array]
 
@@ -29,7 +29,8 @@ def encode_batches(
     def start(image: np.ndarray) -> jax.Array:
         filled = np.zeros((size, *image.shape[1:]), np.uint8)
         filled[: len(image)] = image
-        return encode(jax.device_put(filled, place))
+        with jax.set_mesh(mesh):
+            return encode(jax.device_put(filled, place))
 
     def running() -> Iterator[tuple[list[jax.Array], np.ndarray]]:
         for batch in batches:
@@ -48,6 +49,7 @@ def compiled_encode(modules: autoencoder_lib.AutoencoderModules) -> Callable[...
 
     def encode(variables: autoencoder_lib.Variables, image: jax.Array) -> jax.Array:
         pixels = autoencoder_lib.unit_interval(image)
-        return autoencoder_lib.encode(modules, variables, pixels).tokens
+        with precision.products_of(modules.vit.dtype):
+            return autoencoder_lib.encode(modules, variables, pixels).tokens
 
     return jax.jit(encode)

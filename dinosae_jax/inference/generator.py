@@ -255,7 +255,8 @@ class Generator:
             padded = np.zeros(size, np.int32)
             padded[: len(kept)] = kept
             noise = self.noise(key, first_index + start + np.arange(size))
-            images = generate(self.variables, noise, self._split(padded), scales)
+            with jax.set_mesh(self.mesh):
+                images = generate(self.variables, noise, self._split(padded), scales)
             drawn.append(sharding.gather(images)[: len(kept)])
         return np.concatenate(drawn)
 

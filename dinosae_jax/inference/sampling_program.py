@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dinosae_jax.flow import guidance, matching, samplers, schedule, sphere
 from dinosae_jax.models import autoencoder
+from dinosae_jax.runtime import precision
 
 Tree = Any
 Variables = Mapping[str, Any]
@@ -56,7 +57,12 @@ def compile_noise(networks: Networks) -> Callable[..., jax.Array]:
 @functools.lru_cache
 def compile_generate(networks: Networks, sampling: Sampling) -> Callable[..., jax.Array]:
     """Jit of (variables, noise, labels, {guidance, decode_radius}) -> images."""
-    return jax.jit(functools.partial(_generate, networks, sampling))
+
+    def generate(*arguments: Any) -> jax.Array:
+        with precision.products_of(networks.dit.dtype):
+            return _generate(networks, sampling, *arguments)
+
+    return jax.jit(generate)
 
 
 def _generate(
