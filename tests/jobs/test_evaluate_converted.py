@@ -133,7 +133,10 @@ def test_samples_get_every_number_of_the_papers(config, tmp_path):
 def test_weights_of_another_kind_or_not_converted_are_one_clear_line(config, converted, tmp_path):
     wanted = config()
     for folder, message in (
-        (converted / "lpips", r"the roles inception are wanted; got .*, which holds the roles lpips;"),
+        (
+            converted / "lpips",
+            r"the roles inception are wanted; got .*, which holds the roles lpips;",
+        ),
         (tmp_path, r"holds no converted weights .*weights_conversion\.convert --kind"),
     ):
         wanted.weights.inception = str(folder)
