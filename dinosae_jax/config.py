@@ -256,8 +256,9 @@ def sample_defaults() -> ml_collections.ConfigDict:
             random_flow=dict(),  # a flow config that is drawn at random where init_from is empty
             labels="balanced",  # balanced | all | random | label numbers joined by commas
             count=0,  # 0: 50 of each class, one of each class, -, as many as are listed
-            batch_size=64,
+            batch_per_device=64,
             chunk=1024,  # images between two saves
+            png=True,  # also a PNG file of each image, in images/
             sampling=dict(
                 sampler=config_dict.placeholder(str),
                 steps=config_dict.placeholder(int),

@@ -423,7 +423,7 @@ def _validate_flow(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_sample(config: ml_collections.ConfigDict) -> None:
-    for field in ("batch_size", "chunk"):
+    for field in ("batch_per_device", "chunk"):
         _require_positive(config, field)
     _require_member("dtype", config.dtype, get_args(names.Dtype))
     if config.count < 0:

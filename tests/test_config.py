@@ -218,7 +218,7 @@ def test_paths_are_no_urls(place):
         (sae_stage1, "output", "mean --workdir?"),
         (sae_stage1, "losses.gam", "mean 'gan'?"),
         (sae_stage1, "workers", "mean --config.data.workers?"),
-        (sample, "batch", "mean 'batch_size'?"),
+        (sample, "batch", "mean 'batch_per_device'?"),
         (sample, "cfg_scale", "mean --config.sampling.guidance?"),
     ],
 )
