@@ -36,7 +36,7 @@ Sampler = Literal[
     "euler_projection", "rodrigues", "geodesic_midpoint", "geodesic_heun", "ab2", "dpm2m"
 ]
 
-Effort = Literal["O0", "O1", "O2", "O3"]  # XLA's levels of optimisation
+Effort = Literal["default", "O0", "O1", "O2", "O3"]  # XLA's levels of optimisation
 Uint8Conversion = Literal["truncate", "round", "round_signed"]
 InceptionResize = Literal["tf1_bilinear", "half_pixel_bilinear"]
 

@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 ledger=docs/ledger.json
 
-# argument of configs/plan.py, target, fsdp, global batch, further fields of the stage
+# argument of configs/plan.py, target, fsdp, global batch, further fields of the stage; effort=...
+# is the compiler's
 rows() {
   cat <<'ROWS'
 rfm_dit,cut v6e:2x4 8 1024 model.dit.remat=full
@@ -63,7 +64,12 @@ rows | grep -E -- "${1:-.}" | while read -r argument target fsdp batch fields; d
   stage="--config.stages.${argument%%,*}"
   flags=("--config=configs/plan.py:$argument" "--config.target=$target")
   flags+=("$stage.mesh.fsdp=$fsdp" "$stage.batch_size=$batch")
-  for field in $fields; do flags+=("$stage.$field"); done
+  for field in $fields; do
+    case $field in
+      effort=*) flags+=("--config.$field") ;;
+      *) flags+=("$stage.$field") ;;
+    esac
+  done
   if grep -qF "dinosae_jax.main ${flags[*]}\"" "$ledger" 2>/dev/null; then continue; fi
   echo "${flags[*]}"
   "$python" -m dinosae_jax.main "${flags[@]}" --workdir="${TMPDIR:-/tmp}/plan" \

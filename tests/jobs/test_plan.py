@@ -196,7 +196,8 @@ def test_configs_by_name_and_variant():
 def test_an_unknown_effort_is_refused():
     config = plan_config.get_config("tiny")
     config.effort = "-1"
-    with pytest.raises(ValueError, match=r"effort must be .*; got '-1'.* known: O0, O1, O2, O3"):
+    message = r"effort must be .*; got '-1'.* known: O0, O1, O2, O3, default"
+    with pytest.raises(ValueError, match=message):
         rules.validate(config)
 
 
