@@ -289,6 +289,7 @@ def measurement_defaults() -> ml_collections.ConfigDict:
                 crop="center",
                 resize=0,
                 flip=False,
+                holdout=0,
                 threads=16,
                 workers=0,
             ),
@@ -337,11 +338,13 @@ def frozen_networks(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 
 def expand_home(config: ml_collections.ConfigDict) -> None:
-    """Replaces `~/` at the start of every path in a config by the home folder, in place."""
+    """Replaces `~` by the home folder in every path of a config, also in `folder:~/x`, in place."""
     with config.unlocked():
         for field, value in list(rules.leaves(config)):
-            if isinstance(value, str) and value.startswith("~"):
-                config.update_from_flattened_dict({field: os.path.expanduser(value)})
+            if isinstance(value, str) and "~" in value:
+                kind, colon, path = value.rpartition(":")
+                whole = f"{kind}{colon}{os.path.expanduser(path)}"
+                config.update_from_flattened_dict({field: whole})
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -13,6 +13,12 @@ too, within JAX's heartbeat timeout of 100 s.
 
 from __future__ import annotations
 
+from dinosae_jax.runtime import terminal
+
+if __name__ == "__main__":
+    terminal.end_on_keyboard()  # before the imports that take time
+
+import contextlib
 import difflib
 import errno
 import importlib
@@ -27,8 +33,6 @@ from typing import Any
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
-
-from dinosae_jax.runtime import terminal
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, configs/X.py[:variant].")
 _WORKDIR = flags.DEFINE_string(
@@ -84,7 +88,7 @@ def _run(argv: Sequence[str]) -> None:
 
     import jax
 
-    from dinosae_jax.runtime import console, distributed, stopping
+    from dinosae_jax.runtime import console, distributed, lease, stopping
 
     distributed.start(config.compile_cache)
     if config.job != "plan":  # which compiles for devices that this machine need not have
@@ -95,7 +99,8 @@ def _run(argv: Sequence[str]) -> None:
         console.report(f"From init_from={config.init_from}: {', '.join(adopted)}")
     job = importlib.import_module(f"dinosae_jax.jobs.{config.job}")
     try:
-        job.run(config, workdir)
+        with contextlib.nullcontext() if config.job == "plan" else lease.hold(workdir):
+            job.run(config, workdir)
     except stopping.Interrupted as stop:
         if jax.process_index() == 0:
             print(f"{stop}; run the same command again to resume.")

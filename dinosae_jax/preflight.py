@@ -272,7 +272,6 @@ def _tfds_folder(name: str, data_dir: str) -> pathlib.Path:
 
 def _has_images(kind: str, folder: pathlib.Path) -> bool:
     """Whether a source of images is there; True for what only the job can tell."""
-    folder = folder.expanduser()
     if kind == "tar":
         return bool(glob.glob(str(folder).replace("{split}", "*")))
     if kind == "array_record":

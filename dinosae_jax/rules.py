@@ -244,7 +244,7 @@ def _validate_comparison(config: ml_collections.ConfigDict) -> None:
     if not 2 <= config.kernel_subset_size <= fewest:
         raise ValueError(
             "kernel_subset_size must lie between 2 and the fewer of samples and reference, "
-            f"{fewest}; got {config.kernel_subset_size}; change one of them"
+            f"{fewest}; got {config.kernel_subset_size}; pass --config.kernel_subset_size={fewest}"
         )
 
 

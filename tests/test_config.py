@@ -234,8 +234,10 @@ def test_paths_in_the_home_folder_are_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = sae_stage1.get_config()
     config.weights.vit, config.init_from = "~/dinov3", "runs/~x"
+    config.data.source = "folder:~/photos"
     config.lock()
     config_lib.expand_home(config)
+    assert config.data.source == "folder:/home/me/photos"
     assert (config.weights.vit, config.init_from) == ("/home/me/dinov3", "runs/~x")
 
 

@@ -22,6 +22,7 @@ FLOORS = (
     {"perf"},
     {"jobs"},
     {"main"},
+    {"__main__"},
 )
 FLOOR_OF = {part: height for height, floor in enumerate(FLOORS) for part in floor}
 

@@ -1,5 +1,6 @@
 """The front door: config files from anywhere, default folders, mistakes answered in one line."""
 
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 
 import dinosae_jax
 from dinosae_jax import config_files, main
+from dinosae_jax.runtime import lease
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -46,7 +48,7 @@ def test_the_package_says_its_version_and_that_it_is_typed():
 
 def test_the_console_script_is_the_entry_point():
     module, name = PROJECT["scripts"]["dinosae"].split(":")
-    assert (module, getattr(main, name)) == (main.__name__, main.run)
+    assert getattr(importlib.import_module(module), name) is main.run
 
 
 def test_the_wheel_holds_every_folder_and_the_configs(monkeypatch):
@@ -98,6 +100,14 @@ def test_a_config_of_the_package_is_found_from_every_folder(tmp_path, monkeypatc
         ValueError, match=r"--config is a path on this machine; got 'https://x/y.py'"
     ):
         config_files.find("https://x/y.py")
+
+
+def test_every_job_refuses_the_workdir_of_another_run(tmp_path):
+    with lease.hold(tmp_path):
+        line = refusal("--config=configs/paper.py", f"--workdir={tmp_path}")
+    assert f"one run at a time; got {tmp_path}, which process {os.getpid()} on" in line
+    assert run_command("--config=configs/paper.py", f"--workdir={tmp_path}").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["paper.md"]
 
 
 def test_a_config_by_its_path_ignores_another_package_called_configs(tmp_path):

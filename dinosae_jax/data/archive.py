@@ -92,7 +92,7 @@ def convert_images(
         "unlabelled": records.unlabelled,
         "num_shards": num_shards,
     }
-    folder = pathlib.Path(output).expanduser() / split
+    folder = pathlib.Path(output) / split
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"partial_{MANIFEST}"
     shards = _finished_shards(folder, partial, plan)

@@ -151,7 +151,7 @@ def prepare(data_dir: str | os.PathLike | None = None, config: str = "112") -> s
             f"the photo set comes at short side {sorted(TILES)}; got photos/{config}; "
             "take one of these"
         )
-    root = pathlib.Path(data_dir or default_data_dir()).expanduser()
+    root = pathlib.Path(data_dir or default_data_dir())
     final = root / "photos" / config / str(Photos.VERSION)
     if final.exists():
         return str(root)

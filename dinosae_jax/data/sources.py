@@ -68,7 +68,7 @@ def open_folder(path: str | os.PathLike) -> Records:
     Raises:
       ValueError: a folder cannot be read, or there are no images.
     """
-    root = folder_tree.open_folder(os.path.expanduser(path))
+    root = folder_tree.open_folder(os.fspath(path))
     left_out = tree.LeftOut()
     found = [(0, name, image) for name, image in tree.images_below(root, "", left_out)]
     if not found:
@@ -109,7 +109,7 @@ def with_synsets(records: Records, path: str | os.PathLike) -> Records:
             f"them; got another one, because {reason}; leave eval_synsets empty, or give both "
             "splits"
         )
-    names = pathlib.Path(path).expanduser().read_text().split()
+    names = pathlib.Path(path).read_text().split()
     if len(names) != len(records):
         raise ValueError(
             f"a list of synsets names the class of each image in a line; got {len(names)} names "
@@ -157,12 +157,12 @@ def _open(source: str, split: str, data_dir: str | None) -> tuple[Records, bool,
     if kind == "tfds" and place:
         return *_open_tfds(place, split, data_dir), tree.LeftOut()
     if kind == "tar" and place:
-        return _open_tree(_tar_part(os.path.expanduser(place), split))
+        return _open_tree(_tar_part(place, split))
     if kind == "folder" and place:
-        root = tree.unwrap(folder_tree.open_folder(os.path.expanduser(place)))
+        root = tree.unwrap(folder_tree.open_folder(place))
         return _open_tree(tree.find_split(root, split))
     if kind == "array_record" and place:
-        return *_open_archive(pathlib.Path(place).expanduser(), split), tree.LeftOut()
+        return *_open_archive(pathlib.Path(place), split), tree.LeftOut()
     raise ValueError(
         "an image source is 'photos/112', 'tfds:NAME', 'folder:PATH', 'tar:PATTERN' or "
         f"'array_record:PATH'; got {source!r}; name one of these"
@@ -175,8 +175,9 @@ def _held_out(records: Records, source: str, split: str, holdout: int) -> Record
         if split == "eval":
             raise ValueError(
                 "evaluation needs images that are kept out of training; got "
-                f"{source}, which has none of {', '.join(SPLIT_NAMES['eval'])}; set data.holdout=10"
-                " to keep every tenth image out of training, or make folders train and val"
+                f"{source}, which has none of {', '.join(SPLIT_NAMES['eval'])}; pass "
+                "--config.data.holdout=10 (of convert_images: --config.holdout=10) to keep every "
+                "tenth image out of training, or make folders train and val"
             )
         return records
     if not 2 <= holdout <= len(records):

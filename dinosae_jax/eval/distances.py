@@ -60,7 +60,7 @@ def check_counts(
         if generated < needed[0]:
             raise ValueError(
                 f"the metric {metric} needs at least {needed[0]} images; got {generated}; make "
-                f"more{_or_less(metric)}"
+                f"more{_or_less(metric, generated)}"
             )
         without_images = ("frechet", "spatial_frechet", "inception_score")
         if reference is None and metric not in without_images:
@@ -71,12 +71,14 @@ def check_counts(
         if reference is not None and reference < needed[1]:
             raise ValueError(
                 f"the metric {metric} needs at least {needed[1]} reference images; got "
-                f"{reference}; give a larger reference{_or_less(metric)}"
+                f"{reference}; give a larger reference{_or_less(metric, reference)}"
             )
 
 
-def _or_less(metric: str) -> str:
-    return " or lower kernel_subset_size" if metric == "kernel" else " or leave it out of metrics"
+def _or_less(metric: str, count: int) -> str:
+    if metric == "kernel" and count >= 2:
+        return f", or pass --config.kernel_subset_size={count}"
+    return ", or leave it out of metrics"
 
 
 def distance(

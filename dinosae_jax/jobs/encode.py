@@ -26,7 +26,7 @@ from dinosae_jax.eval.protocols import inputs, provenance
 from dinosae_jax.inference import encoding
 from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.names import PATCH_SIZE
-from dinosae_jax.runtime import console, lease, sharding, stopping
+from dinosae_jax.runtime import console, sharding, stopping
 from dinosae_jax.weights import role_files
 
 SPLITS = ("train", "eval")
@@ -48,7 +48,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     autoencoder = Autoencoder(inputs.open_weights(config), config.dtype, mesh=mesh)
     sources = {split: images.open_images(config.data, split, labelled=True) for split in SPLITS}
     plans = {split: make_plan(config, autoencoder, sources[split], split) for split in SPLITS}
-    with stopping.StopRequest() as stop, lease.hold(folder):
+    with stopping.StopRequest() as stop:
         for split in SPLITS:
             latent_writer.claim(folder / split, plans[split])
         provenance.prepare_workdir(config, folder)

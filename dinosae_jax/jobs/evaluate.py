@@ -82,7 +82,7 @@ def open_subject(config: ml_collections.ConfigDict) -> Subject:
             "out (`encoder` names the weights for features)"
         )
     if config.samples:
-        path = pathlib.Path(config.samples).expanduser()
+        path = pathlib.Path(config.samples)
         check_file("samples", path)
         return Subject("samples", path.name, None, None, adm_npz.open_archive(path))
     source = inputs.open_weights(config)

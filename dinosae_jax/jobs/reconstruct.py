@@ -90,7 +90,7 @@ def open_images(images: str, data_dir: str = "") -> Records:
     Raises:
       ValueError: where there are no images, or they cannot be read.
     """
-    if pathlib.Path(images).expanduser().is_dir():
+    if pathlib.Path(images).is_dir():
         return sources.open_folder(images)
     if images.startswith(SOURCE_KINDS):
         return sources.open_records(images, "eval", data_dir=data_dir or None)

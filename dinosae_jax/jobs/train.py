@@ -13,7 +13,7 @@ import ml_collections
 
 from dinosae_jax import rules
 from dinosae_jax.report import html_report
-from dinosae_jax.runtime import console, files, lease, stopping
+from dinosae_jax.runtime import console, files, stopping
 from dinosae_jax.train import stages
 
 
@@ -29,7 +29,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       stopping.Interrupted: after a signal, with everything saved.
     """
     stages.check_kind(folder, is_chain="chain" in config)
-    with stopping.StopRequest() as stop, lease.hold(folder):
+    with stopping.StopRequest() as stop:
         try:
             if "chain" in config:
                 _run_chain(config, folder, stop)

@@ -10,6 +10,7 @@ alone holds it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from dinosae_jax.runtime import agreement, console, distributed
+from dinosae_jax.runtime import agreement, console, distributed, terminal
 
 FILE = ".lease"
 HEARTBEAT = 5.0  # seconds
@@ -46,11 +47,14 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     ended = threading.Event()
     beat = threading.Thread(target=_beat, args=(folder, token, ended), daemon=True)
     beat.start()
+    last_act = functools.partial(release, folder, token)
+    terminal.before_end.append(last_act)
     try:
         yield
     finally:
         ended.set()
         beat.join()
+        terminal.before_end.remove(last_act)
         _held.discard(token)
         release(folder, token)
 
@@ -79,9 +83,10 @@ def _take(folder: pathlib.Path) -> str | None:
         name = _name(owner)
         ended = _has_ended(owner)
         if ended or age > STALE:
-            if _remove_stale(path, owner):
+            if _take_over(path, owner, token):
                 why = "has ended" if ended else f"gave no sign for {age:.0f} s"
                 console.report(f"{folder} is taken over from {name}, which {why}")
+                break
             continue
         if ended is None and not waited and age > 2 * HEARTBEAT:  # on another machine, quiet
             console.report(f"{folder} is held by {name}: waiting up to {STALE:.0f} s for a sign")
@@ -97,9 +102,8 @@ def _take(folder: pathlib.Path) -> str | None:
     return token
 
 
-def _create(path: pathlib.Path, token: str) -> bool:
-    """Creates a lease, whole or not at all; False where there is one already."""
-    owner = {
+def _owner(token: str) -> dict[str, Any]:
+    return {
         "token": token,
         "host": socket.gethostname(),
         "machine": _machine(),
@@ -107,8 +111,13 @@ def _create(path: pathlib.Path, token: str) -> bool:
         "process_start": _process_start(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
+
+
+def _create(path: pathlib.Path, token: str) -> bool:
+    """Creates a lease, whole or not at all; False where there is one already."""
+    owner = json.dumps(_owner(token))
     partial = path.with_name(f"{FILE}.{token}")
-    partial.write_text(json.dumps(owner))
+    partial.write_text(owner)
     try:
         os.link(partial, path)
     except FileExistsError:
@@ -116,7 +125,7 @@ def _create(path: pathlib.Path, token: str) -> bool:
     except OSError:  # a file system without links
         try:
             with path.open("x") as file:
-                file.write(json.dumps(owner))
+                file.write(owner)
         except FileExistsError:
             return False
     finally:
@@ -124,19 +133,32 @@ def _create(path: pathlib.Path, token: str) -> bool:
     return True
 
 
-def _remove_stale(path: pathlib.Path, owner: dict[str, Any]) -> bool:
-    """Moves a stale lease away; False where somebody else was quicker."""
-    aside = path.with_name(f"{FILE}.{uuid.uuid4().hex}")
+def _take_over(path: pathlib.Path, owner: dict[str, Any], token: str) -> bool:
+    """Replaces the stale lease of `owner` by ours; False where somebody else was quicker.
+
+    Only who has created the file `.lease.after.<token of the owner>` may replace that owner's
+    lease, and looks once more that it is still there: of many that found it stale one goes on.
+    """
+    claim = path.with_name(f"{FILE}.after.{owner.get('token', '')}")
     try:
-        path.rename(aside)
+        if not _create(claim, token):
+            if _age(claim) > STALE:  # its maker ended in between
+                claim.unlink()
+            time.sleep(0.01)
+            return False
     except FileNotFoundError:
         return False
-    moved = _read(aside)
-    if moved != owner:  # the new lease of another run: it is put back
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
-    aside.unlink()
-    return bool(moved == owner)
+    try:
+        if _read(path) != owner:
+            return False
+        ours = path.with_name(f"{FILE}.{token}")
+        ours.write_text(json.dumps(_owner(token)))
+        ours.replace(path)
+        return True
+    except FileNotFoundError:  # released in this moment
+        return False
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def _beat(folder: pathlib.Path, token: str, ended: threading.Event) -> None:

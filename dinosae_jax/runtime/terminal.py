@@ -10,7 +10,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
+
+# What Ctrl-C still does before the program ends, as quickly as a signal's handler must be.
+before_end: list[Callable[[], None]] = []
 
 
 class LastingStream(io.TextIOBase):
@@ -100,6 +104,9 @@ def end_on_keyboard() -> None:
 def end() -> NoReturn:
     """Ends the program for Ctrl-C, without a word from anything that is running."""
     say(" stopped; what was finished is kept\n")
+    for last_act in before_end:
+        with contextlib.suppress(Exception):
+            last_act()
     os._exit(130)
 
 

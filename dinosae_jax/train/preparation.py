@@ -92,7 +92,7 @@ def choose_source(path: str) -> str:
     Raises:
       ValueError: for a workdir whose run has not reached its last step.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = pathlib.Path(path)
     step = None if weight_source.is_folder_of_weights(folder) else checkpoint.newest(folder)
     if step is None:
         return path

@@ -39,6 +39,10 @@ UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")
 NEWEST = "checkpoints.json"  # in the workdir: the newest step that was ever committed
 
 
+# Words in a key of random numbers -> jax's name of the implementation.
+KEY_SIZES = {2: "threefry2x32", 4: "rbg"}
+
+
 class Damaged(ValueError):
     """The bytes of a checkpoint are not those that were saved."""
 
@@ -47,25 +51,31 @@ class NoneWhole(ValueError):
     """Every checkpoint of a workdir is damaged."""
 
 
-def open_manager(workdir: pathlib.Path, keep: int, milestones: int = 0) -> ocp.CheckpointManager:
-    """The manager of `workdir/checkpoints`, which saves in the background.
+@contextlib.contextmanager
+def open_manager(
+    workdir: pathlib.Path, keep: int, milestones: int = 0
+) -> Iterator[ocp.CheckpointManager]:
+    """The manager of `workdir/checkpoints`, which saves in the background until its block ends.
 
     Args:
       workdir: of the run.
       keep: how many of the newest checkpoints are kept.
       milestones: checkpoints whose step is a multiple of it are kept for ever; 0: none.
     """
-    folder = (workdir / FOLDER).absolute()
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        keep_period=milestones or None,
-        enable_async_checkpointing=True,
-        create=True,
-        async_options=ocp.options.AsyncOptions(
-            post_finalization_callback=functools.partial(_seal_unfinished, folder)
-        ),
-    )
-    return ocp.CheckpointManager(folder, options=options)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with files.path_for_glob(workdir) as place:
+        folder = place / FOLDER
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=milestones or None,
+            enable_async_checkpointing=True,
+            create=True,
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=functools.partial(_seal_unfinished, folder)
+            ),
+        )
+        with ocp.CheckpointManager(folder, options=options) as manager:
+            yield manager
 
 
 def save(manager: ocp.CheckpointManager, state: Tree, record: dict[str, Any]) -> None:
@@ -122,7 +132,7 @@ def restore_newest(
     """
     damaged: list[str] = []
     while (step := agreement.from_first(functools.partial(_newest_step, manager))) is not None:
-        folder = pathlib.Path(manager.directory) / str(step)
+        folder = workdir_of(manager) / FOLDER / str(step)
         try:
             restored = _restore(folder, target)
             _agree_on_steps(manager)
@@ -133,8 +143,8 @@ def restore_newest(
             manager.reload()
     if damaged:
         raise NoneWhole(
-            f"a run resumes from a checkpoint that is whole; got none in {manager.directory}, they "
-            f"are kept as {', '.join(damaged)}; put a good one back, or pass "
+            f"a run resumes from a checkpoint that is whole; got none in {workdir_of(manager)}, "
+            f"they are kept as {', '.join(damaged)}; put a good one back, or pass "
             "--config.on_mismatch=restart to start from step 0"
         )
     return None
@@ -433,8 +443,8 @@ def explain_full_disk(manager: ocp.CheckpointManager) -> Iterator[None]:
         step = manager.latest_step()
         kept = "no checkpoint is complete yet" if step is None else f"that of step {step} is safe"
         raise OSError(
-            f"the disk of {manager.directory} is full; {kept}; free some space and run the same "
-            "command again"
+            f"the disk of {workdir_of(manager) / FOLDER} is full; {kept}; free some space and run "
+            "the same command again"
         ) from error
 
 
@@ -454,6 +464,12 @@ def _shapes(tree: Tree) -> dict[str, list[Any]]:
 def _check_shapes(saved: dict[str, Any], wanted: dict[str, Any], path: Any) -> None:
     names = sorted({*saved, *wanted})
     wrong = [n for n in names if saved.get(n) != wanted.get(n)]
+    if wrong == ["key"]:
+        made_by = KEY_SIZES.get(saved["key"][0][-1], "another one")
+        raise ValueError(
+            f"a run keeps its random number generator; got {path} of {made_by}, where this process "
+            f"uses {jax.random.key_impl(jax.random.key(0))}; set JAX_DEFAULT_PRNG_IMPL={made_by}"
+        )
     if wrong:
         name = wrong[0]
         raise ValueError(
@@ -507,8 +523,9 @@ def _newest_step(manager: ocp.CheckpointManager) -> int | None:
 
 
 def workdir_of(manager: ocp.CheckpointManager) -> pathlib.Path:
-    """The workdir whose checkpoints a manager keeps."""
-    return pathlib.Path(manager.directory).parent
+    """The workdir whose checkpoints a manager keeps, by its own name."""
+    folder = pathlib.Path(manager.directory).parent
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def _path(folder: pathlib.Path) -> epath.Path:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dinosae_jax import config as config_lib
 from dinosae_jax import names, rules
 from dinosae_jax.latent_convention import LatentConvention
-from dinosae_jax.runtime import files, untrusted
+from dinosae_jax.runtime import files, lease, untrusted
 from dinosae_jax.weights import checkpoint, conversion, role_files
 
 Tree = Any
@@ -137,7 +137,7 @@ def export(source: WeightSource, output: pathlib.Path, wanted: tuple[str, ...]) 
     Raises:
       ValueError: where the folder already holds something.
     """
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and any(path.name != lease.FILE for path in output.iterdir()):
         raise ValueError(f"an export needs an empty folder; got {output}; name another folder")
     written = {
         role: list(role_files.write(output, role, source.variables[role])) for role in wanted
@@ -229,22 +229,42 @@ def adopt_model(config: Any, explicit: Collection[str]) -> list[str]:
 
 def _stated_model(path: str | pathlib.Path) -> tuple[dict[str, Any], int | None]:
     """The model config that a workdir, checkpoint, export or conversion records; image size."""
-    folder = pathlib.Path(path).expanduser()
+    folder = pathlib.Path(path)
     again = "take the folder from where it came once more"
     if (folder / EXPORT_FILE).exists():
         record = untrusted.read_json(folder / EXPORT_FILE, again)
-        tokens = record.get("convention", {}).get("tokens")
-        return record["model"], names.PATCH_SIZE * math.isqrt(tokens) if tokens else None
+        tokens = _section(record, "convention", folder).get("tokens")
+        side = math.isqrt(tokens) if isinstance(tokens, int) and tokens > 0 else None
+        return _model_section(record, folder), names.PATCH_SIZE * side if side else None
     if conversion.is_conversion(folder):
         return conversion.read_metadata(folder)["config"], None
     step = folder.parent.parent if folder.name.isdigit() else folder
     if (step / "config.json").exists():
         record = untrusted.read_json(step / "config.json", again)
-        return record["model"], record["data"]["image_size"]
+        size = _section(record, "data", folder).get("image_size")
+        return _model_section(record, folder), size if isinstance(size, int) else None
     raise ValueError(
         "weights come from a stage's workdir, a checkpoint, an export or a conversion; got "
         f"{str(path)!r}, which {_why_not(folder)}"
     )
+
+
+def _model_section(record: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    model = _section(record, "model", folder)
+    for role in names.AUTOENCODER_ROLES:
+        _section({role: {}} | model, role, folder)
+    return model
+
+
+def _section(record: dict[str, Any], name: str, folder: pathlib.Path) -> dict[str, Any]:
+    """One group of fields of a record; ValueError where it is missing or something else."""
+    section = record.get(name)
+    if not isinstance(section, dict):
+        raise ValueError(
+            f"the record of weights has a group of fields {name!r}; got "
+            f"{untrusted.short(repr(section))} in {folder}; take it from where it came once more"
+        )
+    return section
 
 
 def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -55,6 +56,24 @@ def test_a_second_run_is_refused_by_the_name_of_the_first(tmp_path):
         first.kill()
     with lease.hold(tmp_path):  # it has ended, so nobody has to wait
         assert read(tmp_path)["pid"] == os.getpid()
+
+
+def test_ctrl_c_releases_the_lease(tmp_path):
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from dinosae_jax.runtime import lease, terminal\n"
+        "terminal.end_on_keyboard()\n"
+        "with lease.hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
+        "    while True: time.sleep(0.01)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as owner:
+        assert owner.stdout.readline() == "held\n"
+        owner.send_signal(signal.SIGINT)
+        assert owner.wait(timeout=60) == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dead_owner_is_told_from_a_process_that_has_its_number(tmp_path, capsys):

@@ -28,6 +28,19 @@ def test_restores_on_another_number_of_devices(tmp_path, devices):
     assert state.params["decoder"]["kernel"].sharding.device_set == set(mesh.devices.flat)
 
 
+def test_a_folder_with_letters_of_a_pattern_keeps_its_checkpoints(tmp_path):
+    workdir = tmp_path / "run[1]*"
+    save_steps(workdir, [1, 2])
+    mesh = sharding.make_mesh(1, jax.devices()[:1])
+    with checkpoint.open_manager(workdir, keep=3) as manager:
+        state, record = checkpoint.restore_newest(manager, abstract(make_state(0), mesh))
+        assert checkpoint.workdir_of(manager) == workdir
+    equal(state, make_state(2))
+    assert record["note"] == 2
+    params, _ = checkpoint.load_fields(checkpoint.newest(workdir), ("params",))
+    equal(params["params"], jax.device_get(make_state(2).params))
+
+
 def test_every_damage_is_seen_and_the_one_before_is_used(tmp_path, capsys):
     save_steps(tmp_path, [1, 2])
     folder = tmp_path / checkpoint.FOLDER / "2"
@@ -143,6 +156,18 @@ def test_checksums_see_one_bit_and_an_exchange():
         after = checkpoint.checksums(other)
         differing = {name for name in before if before[name] != after[name]}
         assert differing == {"params/decoder/kernel"}
+
+
+def test_another_random_number_generator_is_named(tmp_path):
+    save_steps(tmp_path, [1])
+    state = make_state(0)
+    state = state.replace(key=jnp.zeros((4,), jnp.uint32))
+    target = abstract(state, sharding.make_mesh(1, jax.devices()[:1]))
+    with (
+        checkpoint.open_manager(tmp_path, keep=3) as manager,
+        pytest.raises(ValueError, match=r"number generator; got .* of threefry2x32, where this"),
+    ):
+        checkpoint.restore_newest(manager, target)
 
 
 def test_another_architecture_is_refused_not_set_aside(tmp_path):

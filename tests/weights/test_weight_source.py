@@ -78,6 +78,22 @@ def test_nothing_to_take_the_model_from_is_refused(tmp_path):
         weight_source.adopt_model(small_flow(init_from=str(tmp_path / "none")), ())
 
 
+@pytest.mark.parametrize(
+    ("file", "record", "got"),
+    [
+        ("config.json", {"model": [1]}, "'data'; got None"),
+        ("config.json", {"model": [1], "data": {"image_size": "x"}}, r"'model'; got \[1\]"),
+        ("config.json", {"model": {"vit": 3}, "data": {}}, "'vit'; got 3"),
+        ("export.json", {"model": {}}, "'convention'; got None"),
+        ("export.json", {"convention": {"tokens": -4}}, "'model'; got None"),
+    ],
+)
+def test_a_record_of_another_form_is_one_line(tmp_path, file, record, got):
+    (tmp_path / file).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"a group of fields {got} in {tmp_path}; take"):
+        weight_source.adopt_model(small_flow(init_from=str(tmp_path)), ())
+
+
 def test_the_radius_is_the_flows_own(tmp_path):
     source = weight_source.open_weights(exported(tmp_path))
     weight_source.check_agreement(source, MODEL, OURS, ("vit",))

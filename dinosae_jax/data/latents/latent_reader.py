@@ -116,26 +116,27 @@ def open_latents(data_config: Mapping[str, Any], split: str) -> LatentSource:
     Raises:
       ValueError: a missing or damaged cache, or one of other images.
     """
-    folder = pathlib.Path(data_config["latents"]).expanduser() / split
+    folder = pathlib.Path(data_config["latents"]) / split
     manifest = read_manifest(folder / MANIFEST, ENCODE)
     recipe = manifest.get("images")
     recipe = recipe if isinstance(recipe, dict) else {}
+    differing, flags = [], []
     for field, ours in image_recipe(data_config).items():
         theirs = recipe.get(field)
         if ours != theirs:
             shown = untrusted.short(theirs if isinstance(theirs, str) else repr(theirs))
-            flag = f"pass --config.data.{field}={shown}, or " if field in IMAGE_FIELDS else ""
-            raise ValueError(
-                "a latent cache must be of the images that the flow is to learn; got "
-                f"{folder} with data.{field}={shown}, where this config says {ours!r}; {flag}"
-                "encode again"
-            )
-    check_classes(folder, manifest)
+            differing.append(f"data.{field}={shown}, where this config says {ours!r}")
+            flags += [f"--config.data.{field}={shown}"] if field in IMAGE_FIELDS else []
     if split == "train" and data_config["flip"] and not manifest.get("flipped"):
+        differing.append("no flipped images, where this config says data.flip=True")
+        flags.append("--config.data.flip=False")
+    if differing:
+        way = f"pass {' '.join(flags)}, or encode again" if flags else "encode again"
         raise ValueError(
-            f"data.flip=True needs a cache with flipped images; got {folder}, which has none; pass "
-            "--config.data.flip=False, or encode again with it"
+            "a latent cache must be of the images that the flow is to learn; got "
+            f"{folder} with {'; '.join(differing)}; {way}"
         )
+    check_classes(folder, manifest)
     check_form(folder, manifest, ENCODE)
     _check_sizes(folder, manifest)
     total = sum(shard["bytes"] for shard in manifest["shards"])

@@ -66,7 +66,7 @@ def open_reference(
     """
     if not config.reference:
         return _dataset_reference(config, network, taps)
-    path = pathlib.Path(config.reference).expanduser()
+    path = pathlib.Path(config.reference)
     check_file("reference", path)
     with zipfile.ZipFile(path) as file:
         members = set(file.namelist())
