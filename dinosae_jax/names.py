@@ -36,6 +36,23 @@ Sampler = Literal[
     "euler_projection", "rodrigues", "geodesic_midpoint", "geodesic_heun", "ab2", "dpm2m"
 ]
 
+CardRow = Literal[  # of configs/bench.py:card
+    "rfm_dit",
+    "rfm_ddt",
+    "sae_stage1",
+    "sae_stage2",
+    "sae_stage3",
+    "sae_stage4",
+    "sample_dit",
+    "sample_ddt",
+    "encode",
+    "attention",
+    "heads",
+    "bias",
+    "repeat_dit",
+    "repeat_sae",
+    "loader",
+]
 Effort = Literal["default", "O0", "O1", "O2", "O3"]  # XLA's levels of optimisation
 Uint8Conversion = Literal["truncate", "round", "round_signed"]
 InceptionResize = Literal["tf1_bilinear", "half_pixel_bilinear"]

@@ -262,6 +262,14 @@ def _validate_bench(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"warmup must not be negative; got {config.warmup}; 0 is none")
 
 
+def _validate_card(config: ml_collections.ConfigDict) -> None:
+    _validate_bench(config)
+    for name in config.card.rows:
+        _require_member("card.rows", name, get_args(names.CardRow))
+    for field in ("card.seconds", "card.row_seconds"):
+        _require_positive(config, field)
+
+
 def _validate_run(config: ml_collections.ConfigDict) -> None:
     for field in POSITIVE:
         _require_positive(config, field)
@@ -609,6 +617,7 @@ def _require_member(field: str, value: str, allowed: Iterable[str]) -> None:
 RULES: dict[str, Callable[[ml_collections.ConfigDict], None]] = {  # of each file of jobs/
     "ablation": _validate_ablation,
     "bench": _validate_bench,
+    "card": _validate_card,
     "convert_images": _validate_conversion,
     "encode": _validate_encode,
     "evaluate": _validate_evaluation,

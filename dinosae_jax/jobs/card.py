@@ -23,7 +23,7 @@ import ml_collections
 
 from dinosae_jax.eval.protocols import provenance
 from dinosae_jax.perf import card_rows, cards
-from dinosae_jax.runtime import console, files
+from dinosae_jax.runtime import files
 
 FEWEST_SECONDS = 5.0  # with less time left no row is started
 # Of a child that compiles beside others, and of one that measures alone.
@@ -39,7 +39,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       folder: of the results.
 
     Raises:
-      ValueError: where no device is such a card, or this is one of several processes' devices.
+      ValueError: where this machine's device is no such card, or one of several.
     """
     deadline = time.monotonic() + config.card.seconds
     (folder / "rows").mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": provenance.commit(),
     }
-    console.say(f"{about['card']}, jax {about['jax']}, commit {about['commit'][:9] or 'unknown'}")
+    _say(f"{about['card']}, jax {about['jax']}, commit {about['commit'][:9] or 'unknown'}")
     records = {} if config.card.again else _measured_before(config, folder, about)
     wanted = [name for name in config.card.rows if name not in records]
     _compile_ahead(wanted, config, folder, deadline)
@@ -61,13 +61,18 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         if left > FEWEST_SECONDS:
             record = _measure(name, config, folder, min(left, config.card.row_seconds))
         records[name] = {**record, **about}
-        _keep(config, folder, [records[row] for row in config.card.rows if row in records])
-        console.say(_describe(records[name]))
+        _keep(folder, [records[row] for row in config.card.rows if row in records])
+        _say(_describe(records[name]))
     if config.card.ledger:
         cards.enter(pathlib.Path(config.card.ledger), list(records.values()))
 
 
-def _keep(config: ml_collections.ConfigDict, folder: pathlib.Path, rows: list[Any]) -> None:
+def _say(text: str) -> None:
+    """Prints lines; `console` would ask jax for this process's number, which takes the card."""
+    print(text, flush=True)
+
+
+def _keep(folder: pathlib.Path, rows: list[cards.Record]) -> None:
     files.write_json(folder / "card.json", rows)
     files.write_text(folder / "card.md", cards.table(rows))
 
@@ -154,8 +159,8 @@ def _end(child: Any) -> None:
 
 def _child(name: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """What a process does: measures one row and writes its file."""
-    _keep_programs(config, folder)
-    rows = {"machine": card_rows.machine, **card_rows.ROWS}
+    _keep_programs(folder)
+    rows: dict[str, Callable[..., Any]] = {"machine": card_rows.machine, **card_rows.ROWS}
     try:
         measured = rows[name](config)
         lines = measured if name == "machine" else [line._asdict() for line in measured]
@@ -167,11 +172,11 @@ def _child(name: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -
 
 
 def _compile(name: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    _keep_programs(config, folder)
+    _keep_programs(folder)
     card_rows.compile_ahead(name, config)
 
 
-def _keep_programs(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def _keep_programs(folder: pathlib.Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -143,7 +143,8 @@ def encode(config: ml_collections.ConfigDict) -> list[Line]:
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (size, side, side, 3)).astype(np.uint8)
     placed = jax.device_put(image, sharding.batch_sharding(mesh))
-    compiled = encoding.compiled_encode(modules).lower(drawn.variables, placed).compile()
+    program: Any = encoding.compiled_encode(modules)
+    compiled = program.lower(drawn.variables, placed).compile()
     seconds = _seconds(lambda: compiled(drawn.variables, placed), config.repeats)
     image_flops = flops.vit_flops(modules.vit, side, side)
     image_flops += flops.stem_flops(modules.stem, side, side)
@@ -272,26 +273,24 @@ def compile_ahead(name: str, config: ml_collections.ConfigDict) -> None:
         step_speed.compile_step(config, name)
 
 
-def _speed(
-    seconds: float, predicted: float | None, images: int, image_flops: int
-) -> list[Line]:
+def _speed(seconds: float, predicted: float | None, images: int, image_flops: int) -> list[Line]:
     """Time, images/s and utilisation of a program that does `images` images."""
     devices = jax.device_count()
 
     def tflops(duration: float) -> float:
         return image_flops * images / devices / duration / 1e12
 
-    def of(scale: Callable[[float], float]) -> tuple[float, float | None]:
-        return scale(seconds), scale(predicted) if predicted else None
+    def line(quantity: str, unit: str, scale: Callable[[float], float]) -> Line:
+        return Line(quantity, scale(seconds), scale(predicted) if predicted else None, unit)
 
-    return [
-        Line(f"time at batch {images}", *of(lambda s: 1e3 * s), "ms"),
-        Line("speed", *of(lambda s: images / s), "images/s"),
-        *(
-            Line(f"of {peak} TFLOP/s", *of(lambda s, peak=peak: 100 * tflops(s) / peak), "%")
-            for peak in PEAKS
-        ),
+    lines = [
+        line(f"time at batch {images}", "ms", lambda duration: 1e3 * duration),
+        line("speed", "images/s", lambda duration: images / duration),
     ]
+    for peak in PEAKS:
+        share = functools.partial(lambda peak, s: 100 * tflops(s) / peak, peak)
+        lines.append(line(f"of {peak} TFLOP/s", "%", share))
+    return lines
 
 
 def _predicted(compiled: Any) -> float | None:

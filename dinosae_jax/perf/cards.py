@@ -25,9 +25,9 @@ python -m dinosae_jax.main --config=configs/bench.py:card --workdir=runs/card \\
 Each row runs in a process of its own, so one that fails costs that row alone. Run it again with the
 same `--workdir`, and it measures the rows that are missing; compiled programs are kept there.
 `--config.card.again=True` measures all rows again, `--config.card.rows="('rfm_dit',)"` picks some.
-The workdir holds `card.json`, `card.md` (this table for one run) and `rows/`, one file for each row.
+The workdir holds `card.json`, `card.md` (the table of this run) and `rows/`, a file for each row.
 With `ledger` the rows are also entered here. `card,tiny` rehearses all of it on a CPU in some
-minutes; its numbers mean nothing, and its rows are not entered.
+minutes; its numbers mean nothing: do not enter them.
 
 - `rfm_*`, `sae_*`: a training step with synthetic batches, `sample_*`: a sampler of 50 steps, from
   noise to images, `encode`: images to tokens. Time and memory are predicted from the program that

@@ -30,7 +30,7 @@ SHARD_BYTES = 2**30
 PLAN = "plan.json"
 BATCHES_AHEAD = 4  # handed over by the encoder and not written yet
 # tokens float32 [b, v, n, d] (v: plain, flipped; b and v may be sequences) and labels int32 [b]
-Encoded = tuple[Sequence[Sequence[NDArray[np.float32]]], NDArray[np.int32]]
+Encoded = tuple[Iterable[Any], NDArray[np.int32]]
 Packed = tuple[NDArray[np.float64], list[bytes]]  # norms [v, n] and records of one image
 
 
