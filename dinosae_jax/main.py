@@ -92,11 +92,12 @@ def _run(argv: Sequence[str]) -> None:
 
     from dinosae_jax.runtime import console, distributed, lease, stopping
 
-    distributed.start(config.compile_cache)
+    distributed.start()
     if config.job not in DEVICELESS:
         distributed.require_devices()
         if not _WORKDIR.value:
             console.report(f"This run's folder is {workdir} (--workdir names another)")
+    distributed.keep_programs(config.compile_cache)
     if adopted:
         console.report(f"From init_from={config.init_from}: {', '.join(adopted)}")
     job = importlib.import_module(f"dinosae_jax.jobs.{config.job}")

@@ -24,6 +24,7 @@ import numpy as np
 
 from dinosae_jax.inference import encoding, generator
 from dinosae_jax.models import dit_blocks, flops, layers
+from dinosae_jax.names import PATCH_SIZE
 from dinosae_jax.perf import hlo, loader_speed, prediction, programs, step_speed, targets
 from dinosae_jax.runtime import hardware, precision, sharding
 from dinosae_jax.train import step_flops
@@ -146,7 +147,8 @@ def encode(config: ml_collections.ConfigDict) -> list[Line]:
     program: Any = encoding.compiled_encode(modules)
     compiled = program.lower(drawn.variables, placed).compile()
     seconds = _seconds(lambda: compiled(drawn.variables, placed), config.repeats)
-    image_flops = flops.vit_flops(modules.vit, side, side)
+    tokens = side // PATCH_SIZE
+    image_flops = flops.vit_flops(modules.vit, tokens, tokens)
     image_flops += flops.stem_flops(modules.stem, side, side)
     return _speed(seconds, _predicted(compiled), size, image_flops)
 
