@@ -218,6 +218,8 @@ def _validate_chain(config: ml_collections.ConfigDict) -> None:
 def _validate_plan(config: ml_collections.ConfigDict) -> None:
     _validate_chain(config)
     _require_member("effort", config.effort, get_args(names.Effort))
+    if config.top < 0:
+        raise ValueError(f"top counts instructions; got {config.top}; 0 lists none")
 
 
 def _validate_ablation(config: ml_collections.ConfigDict) -> None:

@@ -57,6 +57,25 @@ sae_stage3 h200:8 1 256
 sae_stage4 h200:8 1 256
 sample_dit h200:8 1 512
 sample_ddt h200:8 1 512
+sample_dit h200:8 1 512 effort=default
+sample_ddt h200:8 1 512 effort=default
+rfm_dit v6e:2x4 8 1024 model.dit.remat=full effort=default
+rfm_dit v5p:2x2x4 16 1024 effort=default
+rfm_dit h200:8 8 1024 effort=default
+rfm_ddt v5p:2x2x4 16 1024 effort=default
+rfm_ddt v6e:2x4 8 1024 model.dit.remat=full effort=default
+rfm_ddt h200:8 8 1024 effort=default
+sample_dit v6e:2x2 1 256 effort=default
+sample_dit v5p:2x2x1 1 256 effort=default
+sae_stage1 h200:8 1 256 effort=default
+sae_stage2 h200:8 1 256 effort=default
+sae_stage4 h200:8 1 256 effort=default
+sae_stage1 v6e:4x4 1 256 effort=default
+sae_stage1 v5p:2x2x2 1 256 effort=default
+sae_stage2 v6e:4x4 1 256 accumulation=2 effort=default
+sae_stage2 v5p:2x2x2 1 256 effort=default
+sae_stage4 v6e:4x4 1 256 effort=default
+sae_stage4 v5p:2x2x2 1 256 effort=default
 ROWS
 }
 

@@ -19,7 +19,7 @@ import jax
 import ml_collections
 
 from dinosae_jax import names
-from dinosae_jax.perf import collectives, hlo, prediction, programs, targets
+from dinosae_jax.perf import collectives, dtypes, hlo, prediction, programs, targets
 from dinosae_jax.runtime import console, files, hardware, sharding
 from dinosae_jax.train import step_flops
 
@@ -124,6 +124,7 @@ def plan(
     return {
         **row,
         **{f"{part}_bytes": size for part, size in memory.items()},
+        **dtypes.record(module),
         **predicted(module, target, flops, known, top),
         "collectives": {kind: dataclasses.asdict(use) for kind, use in uses.items()},
         "fits": memory["peak"] <= LARGEST_SHARE * room if room else None,
@@ -135,11 +136,12 @@ def plan(
 def predicted(
     module: hlo.Module, target: str, flops: int, known: hardware.Hardware | None, top: int
 ) -> Row:
-    """The predicted time in a row: milliseconds, MFU and the costliest instructions on request."""
+    """The predicted time in a row: milliseconds, MFU; loops and costliest lines on request."""
     found = prediction.predict(module, target)
     if found is None or known is None:
         return {}
-    costliest = {"costliest": prediction.describe(found.costliest(top))} if top else {}
+    lines = [*prediction.describe_loops(found), *prediction.describe(found.costliest(top))]
+    costliest = {"costliest": lines} if top else {}
     return prediction.record(found, flops, 1e12 * known.peak_tflops) | costliest
 
 
@@ -187,6 +189,8 @@ def describe(row: Row) -> str:
     )
     for kind, use in row["collectives"].items():
         lines.append(f"  {kind:<24} {use['runs']} per step, {_gib(use['bytes'])}")
+    sums = ", ".join(f"{count} in {dtype}" for dtype, count in row["long_sums"].items())
+    lines.append(f"  sums of {dtypes.LONG} or more     {sums or 'none'}")
     room = row["memory_bytes"]
     if room:
         verdict = "fits" if row["fits"] else "does not fit"
@@ -200,9 +204,11 @@ def describe_prediction(row: Row) -> list[str]:
         return []
     total, bare = row["predicted_ms"], row["predicted_ms_without_kernels"]
     kernels = f", {bare:.4g} ms without kernels" if bare < total else ""
+    silent = row["silent_kernels"]
     lines = [
         f"  predicted                {total:.4g} ms, {row['predicted_mfu']:.1%} of peak{kernels}; "
         f"at least {row['predicted_ms_at_least']:.4g} ms",
+        *([f"    {silent} kernels state no FLOPs, count by their arrays"] if silent else []),
         *(
             f"    {kind:<22} {ms:.4g} ms, {ms / total:.1%}"
             for kind, ms in row["predicted_ms_by_kind"].items()

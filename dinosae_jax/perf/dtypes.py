@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from dinosae_jax.perf import collectives, hlo
 
+LONG = 4096  # elements of a sum that bfloat16 (8 bits) visibly rounds
+
 
 class Sum(NamedTuple):
     """A reduction by addition.
@@ -48,6 +50,18 @@ def of_sums(module: hlo.Module, least: int) -> list[Sum]:
         for operand, result in zip(_operands(found, module, name), found.results, strict=False)
         if operand.size >= least * result.size
     ]
+
+
+def record(module: hlo.Module) -> dict[str, dict[str, int]]:
+    """The part of a row of the ledger: bytes of collectives and number of long sums by dtype."""
+    sums = Counter[str]()
+    for found in of_sums(module, LONG):
+        sums[found.dtype] += found.runs
+    moved = of_collectives(module)
+    return {
+        "collective_bytes": {" ".join(key): use.bytes for key, use in moved.items()},
+        "long_sums": dict(sorted(sums.items())),
+    }
 
 
 def _adds(found: hlo.Instruction, module: hlo.Module) -> bool:

@@ -34,8 +34,11 @@ KERNEL_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
 MOVES = {"copy", "transpose", "reshape", "bitcast", "slice", "dynamic-slice", "concatenate", "pad"}
 MOVES |= {"dynamic-update-slice", "copy-start", "parameter", "constant", "tuple", "broadcast"}
 MOVES |= {"get-tuple-element", "iota", "gather", "reverse", "bitcast-convert"}
-# Paths of attention without its projections: the einsums of scores and mixture, the softmax.
-_ATTENTION = re.compile(r"dot_product_attention|\w{3,4},\w{3,4}->\w{3,4}|softmax")
+# Paths of attention without its projections: a scope of that name; `jax.nn.dot_product_attention`
+# as it is without a kernel, which maps its einsums and its softmax over groups of heads.
+_ATTENTION = re.compile(r"\battention/|\bvmap\((?:\w{4},\w{4}->\w{4})?\)|softmax")
+# A call of cuBLAS with batch dimensions, which has lost its path: both factors are activations.
+_BATCHED = r'("lhs_batch_dimensions":\["\d)'
 
 
 class Cost(NamedTuple):
@@ -44,6 +47,7 @@ class Cost(NamedTuple):
     Attributes:
       kind: one of `KINDS`.
       instruction: its line.
+      computation: the computation that holds it.
       runs: executions in one step.
       seconds: of all executions together, as those below.
       bound: seconds at least, by FLOPs at the peak and bytes at the full bandwidth.
@@ -53,6 +57,7 @@ class Cost(NamedTuple):
 
     kind: str
     instruction: hlo.Instruction
+    computation: str
     runs: int
     seconds: float
     bound: float
@@ -85,6 +90,12 @@ class Prediction:
     def seconds_without_kernels(self) -> float:
         """Seconds without the hand-written kernels, of which only estimates by hand are known."""
         return self.seconds - self.by_kind[KERNELS]
+
+    @property
+    def silent_kernels(self) -> int:
+        """Executions of hand-written kernels that state no FLOPs: counted by their arrays alone."""
+        kernels = [cost for cost in self.costs if cost.kind == KERNELS]
+        return sum(c.runs for c in kernels if not roofline.kernel_estimate(c.instruction))
 
     def mfu(self, flops: float, peak: float) -> float:
         """Model FLOPs of the step on one device over what the peak (FLOP/s) would do meanwhile."""
@@ -120,6 +131,23 @@ def predict(module: hlo.Module, target: str) -> Prediction | None:
     )
 
 
+def describe_loops(found: Prediction) -> list[str]:
+    """The loops as lines: iterations, milliseconds of all and of one, where they stand."""
+    bodies: dict[str, list[Cost]] = {}
+    for cost in found.costs:
+        if cost.runs > 1:
+            bodies.setdefault(cost.computation, []).append(cost)
+    lines = []
+    for costs in bodies.values():
+        runs, seconds = costs[0].runs, sum(cost.seconds for cost in costs)
+        source = max(costs, key=lambda cost: cost.seconds).instruction.op_name
+        lines.append(
+            f"{1e3 * seconds:8.2f} ms in {runs} turns of {1e3 * seconds / runs:.3f} ms  "
+            f"{source.rpartition('/body')[0]}"
+        )
+    return lines
+
+
 def describe(costs: Iterable[Cost]) -> list[str]:
     """The costs as lines: time, bound, executions, FLOPs, bytes, kind, name, type, source."""
     return [
@@ -145,7 +173,7 @@ def _costs(name: str, module: hlo.Module, target: str, chip: chips.Chip) -> Iter
         sent = sum(c.link_bytes for c in collectives.inside(found, name, module))
         if sent:
             seconds = sent / chips.link_bandwidth(target)
-            yield Cost(COLLECTIVES, found, 1, seconds, seconds, 0, sent)
+            yield Cost(COLLECTIVES, found, name, 1, seconds, seconds, 0, sent)
         if found.opcode in CONTROL or collectives.kind_of(found):
             continue
         kind = kind_of(found, module)
@@ -156,7 +184,7 @@ def _costs(name: str, module: hlo.Module, target: str, chip: chips.Chip) -> Iter
         seconds = _seconds(found, kind, computing, moving, chip)
         if seconds:
             flops = sum(product.flops for product in products)
-            yield Cost(kind, found, 1, seconds, max(computing, moving), flops, size)
+            yield Cost(kind, found, name, 1, seconds, max(computing, moving), flops, size)
 
 
 def _seconds(
@@ -178,12 +206,15 @@ def kind_of(found: hlo.Instruction, module: hlo.Module) -> str:
     target = found.attribute(r'custom_call_target="([^"]*)"')
     if target.startswith(KERNEL_CALLS):
         return KERNELS
-    if target.startswith(roofline.ATTENTION) or _ATTENTION.search(found.op_name):
-        return ATTENTION
     inside = _opcodes(found, module)
-    if inside & set(roofline.PRODUCTS) or target.startswith((roofline.GEMM, roofline.CONVOLUTION)):
-        return PRODUCTS
-    return COPIES if inside <= MOVES else ELEMENTWISE
+    if inside <= MOVES:
+        return COPIES
+    fused = target.startswith(roofline.ATTENTION)
+    if fused or _ATTENTION.search(found.op_name) or found.attribute(_BATCHED):
+        return ATTENTION
+    libraries = (roofline.GEMM, roofline.CONVOLUTION)
+    products = inside & set(roofline.PRODUCTS) or target.startswith(libraries)
+    return PRODUCTS if products else ELEMENTWISE
 
 
 def _opcodes(found: hlo.Instruction, module: hlo.Module) -> set[str]:
@@ -218,6 +249,7 @@ def record(prediction: Prediction, flops: float, peak: float) -> dict[str, Any]:
         "predicted_ms": 1e3 * prediction.seconds,
         "predicted_ms_without_kernels": 1e3 * prediction.seconds_without_kernels,
         "predicted_ms_at_least": 1e3 * prediction.bound,
+        "silent_kernels": prediction.silent_kernels,
         "predicted_mfu": prediction.mfu(flops, peak),
         "predicted_ms_by_kind": {kind: 1e3 * s for kind, s in prediction.by_kind.items()},
     }

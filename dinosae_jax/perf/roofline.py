@@ -18,6 +18,7 @@ FREE |= {"partition-id", "replica-id", "while", "conditional", "call", "opt-barr
 # Read a part of their first operand, as large as their result; change a part of it in place.
 SLICES = ("slice", "dynamic-slice", "gather")
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode -> the operand with the new values
+WORKSPACE = ("s8", "u8")
 GEMM = "__cublas$"
 CONVOLUTION = "__cudnn$conv"
 ATTENTION = "__cudnn$fmha"
@@ -220,7 +221,10 @@ def _parameter(body: hlo.Computation, index: int) -> list[str]:
 
 def _written(instruction: hlo.Instruction, module: hlo.Module, body: hlo.Computation) -> int:
     """Bytes of main memory that an instruction writes."""
-    results = [shape.bytes for shape in instruction.results if not shape.space]
+    made = instruction.results
+    if instruction.opcode == "custom-call":  # a library's last array is its workspace
+        made = tuple(shape for shape in made if shape.dtype not in WORKSPACE)
+    results = [shape.bytes for shape in made if not shape.space]
     if instruction.opcode in UPDATES and results:
         update = instruction.operands[UPDATES[instruction.opcode]]
         return sum(shape.bytes for shape in body[update].results)
@@ -229,11 +233,10 @@ def _written(instruction: hlo.Instruction, module: hlo.Module, body: hlo.Computa
     inner = module.computations.get(instruction.called[0], {})
     roots = [found for found in inner.values() if found.root]
     roots = [inner[n] for r in roots for n in r.operands] if _is_tuple(roots) else roots
-    made = [_made(root, inner) for root in roots]
-    kept = [not shape.space for shape in instruction.results]
-    if len(made) != len(kept):
+    sizes = [_made(root, inner) for root in roots]
+    if len(sizes) != len(made):
         return sum(results)
-    return sum(size for size, counts in zip(made, kept, strict=True) if counts)
+    return sum(size for size, shape in zip(sizes, made, strict=True) if not shape.space)
 
 
 def _is_tuple(roots: list[hlo.Instruction]) -> bool:

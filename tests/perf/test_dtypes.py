@@ -51,6 +51,11 @@ def test_long_sums_with_their_dtype_and_source():
     module = hlo.parse(TEXT)
     assert dtypes.of_sums(module, 1000) == [dtypes.Sum("bf16", 4096, 1, "jit(step)/qkv/reduce_sum")]
     assert [found.elements for found in dtypes.of_sums(module, 3)] == [3, 4096]
+    assert dtypes.record(module)["long_sums"] == {"bf16": 1}
+    assert dtypes.record(module)["collective_bytes"] == {
+        "all-reduce bf16": 16,
+        "all-reduce f32": 24,
+    }
 
 
 def test_the_dtypes_of_a_compiled_sum():

@@ -199,7 +199,9 @@ def test_a_kernel_counts_by_its_own_estimate_and_both_sums_are_there():
 
 def test_a_kernel_that_is_silent_counts_by_its_arrays():
     text = KERNEL.replace("cost_estimate", "nothing")
-    (cost,) = predict(text).costs
+    found = predict(text)
+    assert (found.silent_kernels, predict(KERNEL).silent_kernels) == (1, 0)
+    (cost,) = found.costs
     assert (cost.kind, cost.flops) == (prediction.KERNELS, 0)
     assert cost.bytes == 2 * (1024 * 512 + 512 * 256 + 1024 * 256)
 
@@ -213,6 +215,7 @@ def test_of_branches_the_longest_counts():
 def test_a_gpu_by_roofline_and_libraries_by_their_shapes():
     costs = {cost.instruction.name: cost for cost in predict(GPU, "h200:8").costs}
     assert costs["gemm"].flops == 2 * 8192**3
+    assert costs["gemm"].bytes == 3 * 2 * 8192**2  # without the workspace
     assert costs["gemm"].seconds == pytest.approx(2 * 8192**3 / 791.2e12, rel=1e-3)
     assert costs["fmha"].flops == 4 * 32 * 16 * 256 * 256 * 72
     assert costs["fmha"].kind == prediction.ATTENTION
@@ -221,6 +224,12 @@ def test_a_gpu_by_roofline_and_libraries_by_their_shapes():
     assert costs["stored"].bytes == 2 * 2 * 1024**2 + 4  # reads and writes one, not the stack
     assert costs["ar"].bytes == 2 * 4000 * 3 // 4  # a ring of four, there and back
     assert costs["ar"].seconds == pytest.approx(6000 / 450e9)
+
+
+def test_a_batched_product_of_cublas_is_attention():
+    text = GPU.replace('"lhs_batch_dimensions":[]', '"lhs_batch_dimensions":["0"]')
+    kinds = {cost.instruction.name: cost.kind for cost in predict(text, "h200:8").costs}
+    assert kinds["gemm"] == prediction.ATTENTION
 
 
 def test_convolutions_count_the_taps_that_meet_an_input():
@@ -252,6 +261,12 @@ def test_links_of_a_slice(target, links):
 
 def test_a_cpu_is_not_predicted():
     assert predict(COPY, "cpu:8") is None
+
+
+def test_loops_are_named_with_their_iterations():
+    (line,) = prediction.describe_loops(predict(SCAN))
+    assert "in 12 turns of 0.005 ms" in line
+    assert line.endswith("  jit(scan)/while")
 
 
 def test_the_costliest_instructions_are_named():
