@@ -36,22 +36,22 @@ Sampler = Literal[
     "euler_projection", "rodrigues", "geodesic_midpoint", "geodesic_heun", "ab2", "dpm2m"
 ]
 
-CardRow = Literal[  # of configs/bench.py:card
+CardRow = Literal[  # of configs/bench.py:card, in the order in which they are measured
     "rfm_dit",
     "rfm_ddt",
-    "sae_stage1",
-    "sae_stage2",
-    "sae_stage3",
-    "sae_stage4",
     "sample_dit",
-    "sample_ddt",
     "encode",
     "attention",
     "heads",
     "bias",
+    "loader",
+    "sae_stage1",
+    "sae_stage2",
     "repeat_dit",
     "repeat_sae",
-    "loader",
+    "sample_ddt",
+    "sae_stage3",
+    "sae_stage4",
 ]
 Effort = Literal["default", "O0", "O1", "O2", "O3"]  # XLA's levels of optimisation
 Uint8Conversion = Literal["truncate", "round", "round_signed"]
