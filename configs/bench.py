@@ -18,8 +18,6 @@ bitwise repetition, loader. `card,tiny` rehearses it on a CPU.
 
 from __future__ import annotations
 
-from typing import get_args
-
 import ml_collections
 
 from configs import rfm_ddt, rfm_dit, sae_stage1, sae_stage2, sae_stage3, sae_stage4
@@ -141,7 +139,7 @@ def get_config(argument=None):
             latents=dict(images=512, tokens=256, width=1024, batch_size=64, batches=32),
             flow=dict(stage="rfm_dit", batch_per_device=64, sampling_steps=50),
             card=dict(
-                rows=get_args(names.CardRow),
+                rows=names.CARD_ROWS,
                 device="NVIDIA H",  # what the name of the device contains
                 seconds=470.0,  # all rows together
                 row_seconds=120.0,

@@ -267,7 +267,7 @@ def _validate_bench(config: ml_collections.ConfigDict) -> None:
 def _validate_card(config: ml_collections.ConfigDict) -> None:
     _validate_bench(config)
     for name in config.card.rows:
-        _require_member("card.rows", name, get_args(names.CardRow))
+        _require_member("card.rows", name, names.CARD_ROWS)
     for field in ("card.seconds", "card.row_seconds"):
         _require_positive(config, field)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any, get_args
+from typing import Any
 
 from dinosae_jax import names
 from dinosae_jax.runtime import files
@@ -60,8 +60,8 @@ def enter(path: pathlib.Path, records: list[Record]) -> None:
 
 def page(records: list[Record]) -> str:
     """The whole page: how to run it, and every row that was ever measured."""
-    absent = set(get_args(names.CardRow)) - {record["row"] for record in records}
-    missing = [_not_run(row) for row in get_args(names.CardRow) if row in absent]
+    absent = set(names.CARD_ROWS) - {record["row"] for record in records}
+    missing = [_not_run(row) for row in names.CARD_ROWS if row in absent]
     return "\n".join([INTRODUCTION, table([*records, *missing])])
 
 

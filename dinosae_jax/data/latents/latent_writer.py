@@ -28,6 +28,7 @@ from dinosae_jax.runtime.files import file_sha256, write_json
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read; noise does not compress
 SHARD_BYTES = 2**30
 PLAN = "plan.json"
+HASHING_THREADS = 2  # of whole shards; a sha256 takes as long as writing
 BATCHES_AHEAD = 4  # handed over by the encoder and not written yet
 # tokens float32 [b, v, n, d] (v: plain, flipped; b and v may be sequences) and labels int32 [b]
 Encoded = tuple[Iterable[Any], NDArray[np.int32]]
@@ -86,7 +87,7 @@ def missing_shards(
 
 
 class ShardWriter:
-    """Writes shards behind the encoder: threads pack, one writes in order, one hashes.
+    """Writes shards behind the encoder: threads pack, one writes in order, two hash.
 
     Leaving the `with` block waits for every shard that was handed over whole, also after a signal.
     """
@@ -102,7 +103,7 @@ class ShardWriter:
         self._folder, self._plan = folder, plan
         self._packing = concurrent.futures.ThreadPoolExecutor(threads)
         self._writing = concurrent.futures.ThreadPoolExecutor(1)
-        self._hashing = concurrent.futures.ThreadPoolExecutor(1)
+        self._hashing = concurrent.futures.ThreadPoolExecutor(HASHING_THREADS)
         self._entries: list[concurrent.futures.Future[None]] = []
 
     def __enter__(self) -> ShardWriter:
