@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,8 +33,8 @@ BALANCED_EACH = 50  # images per class, the usual 50,000 of ImageNet
 CONTINUABLE = ("batch_per_device", "chunk", "compile_cache")
 
 
-def draw_series(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Draws what the config describes; finished chunks are kept.
+def draw_series(config: ml_collections.ConfigDict, folder: pathlib.Path) -> Sequence[str]:
+    """Draws what the config describes; finished chunks are kept. Returns the classes' names.
 
     Args:
       config: of `config.sample_defaults`.
@@ -57,6 +58,7 @@ def draw_series(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None
         )
     with stopping.StopRequest(), lease.hold(folder):
         _draw_held(generator, config, labels, settings, folder)
+    return generator.label_names
 
 
 def _draw_held(

@@ -9,6 +9,7 @@ import pathlib
 
 import jax
 import ml_collections
+import numpy as np
 
 from dinosae_jax.data import adm_npz, png
 from dinosae_jax.inference import drawing
@@ -29,8 +30,9 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       ValueError: see `drawing.draw_series`.
       stopping.Interrupted: after a signal, with every finished chunk saved.
     """
-    drawing.draw_series(config, folder)
+    label_names = drawing.draw_series(config, folder)
     if jax.process_index() == 0 and not (folder / "grid.png").exists():
         first = next(adm_npz.open_archive(folder / "samples.npz").batches(GRID_IMAGES))
-        png.write_png(folder / "grid.png", pictures.grid(first, GRID_COLUMNS))
+        shown = [label_names[label] for label in np.load(folder / "labels.npy")[: len(first)]]
+        png.write_png(folder / "grid.png", pictures.labelled_grid(first, shown, GRID_COLUMNS))
         console.report(f"{config.name}: wrote {folder / 'grid.png'}")
