@@ -62,6 +62,6 @@ def get_config(argument=None):
     for stage in stages.values():  # short runs end better with a decay
         stage.optimizer.schedule, stage.optimizer.final_learning_rate = "cosine", 1e-4
     config = ml_collections.ConfigDict(
-        dict(job="train", chain=tuple(STAGES), stages=stages, notes=NOTES, compile_cache="")
+        dict(job="train", chain=tuple(STAGES), stages=stages, notes=NOTES, compile_cache="auto")
     )
     return config_lib.apply_variants(config, argument, VARIANTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -44,6 +44,19 @@ def map_batches(
             made = function(batch)
         results.append(jax.tree.map(sharding.gather, made))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(array)], *results)
+
+
+def regroup(batches: Iterable[NDArray[Any]], size: int) -> Iterator[NDArray[Any]]:
+    """The rows of arrays [b, ...] of any lengths as arrays [size, ...]; the last may be shorter."""
+    held: list[NDArray[Any]] = []
+    for batch in batches:
+        held.append(batch)
+        while (total := sum(len(array) for array in held)) >= size:
+            rows = np.concatenate(held)
+            yield rows[:size]
+            held = [rows[size:]] if total > size else []
+    if held:
+        yield np.concatenate(held)
 
 
 def one_behind(items: Iterator[Any]) -> Iterator[Any]:
