@@ -28,6 +28,24 @@ LatentNorm = Literal["layernorm_affine", "layernorm"]
 PixelRange = Literal["imagenet", "unit", "symmetric"]
 
 StemKind = Literal["conv", "patch"]
+DecoderKind = Literal["conv", "vit"]
+Encoder = Literal[
+    "dinov3",
+    "dinov2",
+    "siglip2",
+    "mae",
+    "eupe",
+    "rae_dinov2",
+    "rae_siglip2",
+    "rae_mae",
+    "raev2_dinov3",
+    "raev2_dinov2",
+    "raev2_siglip2",
+    "raev2_eupe",
+]
+Positions = Literal["rope", "learned", "sincos"]
+Resize = Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"]
+TableResize = Literal["bicubic", "bicubic_antialias", "bicubic_offset"]
 DitModel = Literal["LightningDiT", "DiTDH"]
 FlowPath = Literal["geodesic", "linear", "trigonometric", "projected_linear"]
 TimeDistribution = Literal["uniform", "logit-normal"]

@@ -151,7 +151,7 @@ def load(directory: str | Path, roles: Collection[str] | None = None) -> Weights
     wanted = config if roles is None else roles
     try:
         variables = {role: as_float32(stored[role]) for role in wanted}
-        if "vit" in variables:
+        if "vit" in variables and has_masked_keys(config):
             mask_key_bias(variables["vit"]["params"], buffers)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
@@ -281,6 +281,11 @@ def as_float32(tree: Tree) -> Tree:
         return {key: as_float32(value) for key, value in tree.items()}
     is_float = np.issubdtype(tree.dtype, np.floating) or tree.dtype.name == "bfloat16"
     return tree.astype(np.float32, copy=False) if is_float else tree
+
+
+def has_masked_keys(config: Mapping[str, Any]) -> bool:
+    """Whether the weights have a ViT of DINOv3's code base, which masks the bias of its keys."""
+    return "vit" in config and config["vit"].get("positions", "rope") == "rope"
 
 
 def mask_key_bias(vit: Tree, buffers: Mapping[str, np.ndarray]) -> None:
