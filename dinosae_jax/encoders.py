@@ -176,6 +176,42 @@ READING = ("final_norm", "final_norm_eps", "layers", "layer_sum", "token_mean", 
 """The fields that say how an encoder is read; the weights of all readings are the same."""
 
 
+def conversion(role: str, model: Mapping[str, Any]) -> names.Conversion:
+    """How the weights of a frozen network of a model are converted.
+
+    Args:
+      role: a key of `names.CONVERSIONS`.
+      model: the model config.
+    """
+    kind = family(model).kind if role == "vit" else ""
+    return names.ENCODER_CONVERSIONS.get(kind, names.CONVERSIONS[role])
+
+
+def reading(model: Mapping[str, Any]) -> str:
+    """How a model reads which encoder, in words to compare: 'siglip2 layers=(3, 8)'; '' for DINOv3.
+
+    Two models with the same weights and another reading have other latents.
+    """
+    found = family(model)
+    own = {**DINOV3, **found.vit}
+    vit = model["vit"]
+    values = {name: _hashable(vit.get(name, DINOV3[name])) for name in READING}
+    changed = [f"{name}={value}" for name, value in values.items() if value != own[name]]
+    name = model.get("encoder") or "dinov3"
+    return " ".join([name, *changed]) if changed or name != "dinov3" else ""
+
+
+def _hashable(value: Any) -> Any:
+    """A list of JSON as the tuple that it was."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def run_depth(vit: Mapping[str, Any]) -> int:
+    """Blocks that a config of `model.vit` computes: up to the last of `layers`."""
+    layers = vit.get("layers") or ()
+    return layers[-1] + 1 if layers else vit["depth"]
+
+
 def vit_fields(network: str) -> dict[str, Any]:
     """The fields of `model.vit` for a published network, those with DINOv3's values left out.
 

@@ -82,6 +82,12 @@ class Conversion(NamedTuple):
         )
 
 
+ENCODER_CONVERSIONS = {  # kind of an encoder -> its conversion, in the place of DINOv3's
+    "dinov2": Conversion("DINOv2 ViT", "dinov2", "model.safetensors", "weights/dinov2"),
+    "siglip2": Conversion("SigLIP2 ViT", "siglip2", "model.safetensors", "weights/siglip2"),
+    "mae": Conversion("MAE ViT", "mae", "model.safetensors", "weights/mae"),
+    "eupe": Conversion("EUPE ViT", "eupe", "EUPE-ViT-B.pt", "weights/eupe"),
+}
 CONVERSIONS = {  # field of config.weights ->
     "vit": Conversion(
         "DINOv3 ViT", "dinov3", "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", "weights/dinov3"

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "dinosae_jax"
 # From the ground up: a part imports itself and the floors below it, nothing beside or above it.
 FLOORS = (
     {"names", "sizes"},
-    {"rules", "latent_convention", "encoders", "flow", "losses"},
+    {"encoders"},
+    {"rules", "latent_convention", "flow", "losses"},
     {"config", "config_files", "runtime"},
     {"preflight", "data", "models", "weights"},
     {"inference"},

@@ -120,7 +120,7 @@ def initial_variables(
     found = preparation.find_variables(config, draw, trained, LatentConvention.of(config))
     if spec.aligns and not autoencoder.has_teacher(found.variables):
         raise ValueError(
-            "alignment needs the teacher, DINOv3 with its own patch convolution; got "
+            "alignment needs the teacher, the encoder with its own patch convolution; got "
             f"{config.init_from} without it (the official DINO-SAE file leaves it out); set "
             "losses.cosine and losses.mse to 0, or start from a converted DINOv3"
         )

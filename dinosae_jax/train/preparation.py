@@ -68,13 +68,15 @@ def find_variables(
     for role in weight_source.NETWORKS:
         path = config.get("weights", {}).get(role)
         if role in found and path:
-            weight_source.check_effective(role, path, found[role], config.init_from)
+            weight_source.check_effective(role, path, found[role], config.init_from, config.model)
         if role not in needed or role in found or role in trained:
             continue
         if path:
             found[role] = weight_source.load_frozen(role, path, config.model)
         else:
-            notes.append(weight_source.require_frozen(role, tuple(config.random_frozen_ok)))
+            notes.append(
+                weight_source.require_frozen(role, tuple(config.random_frozen_ok), config.model)
+            )
     missing = [role for role in needed if role not in found]
     if missing:  # the compiler drops what is not returned
 
