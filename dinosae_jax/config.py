@@ -346,6 +346,8 @@ def use_encoder(config: ml_collections.ConfigDict, network: str) -> None:
         )
         model.vit.update(fields)
         model.stem.embed_dim = model.decoder.latent_channels = width
+        if model.stem.get("kind") == "patch":
+            model.stem.patch_size = fields.get("patch_size", names.PATCH_SIZE)
         if "dit" in model:
             model.dit.in_channels = width
         if family != "dinov3" or "encoder" in model:

@@ -93,7 +93,7 @@ class Survey:
           field -> value of the flags that the command lacks.
         """
         found = SETTLED if follows_stage else self._start(config)
-        for field in ("weaker", "encoder"):
+        for field in ("weaker", "encoder", "autoencoder"):
             self._start(config, field)
         flags = self._weights(config, found)
         for field in ("samples", "reference"):

@@ -334,7 +334,8 @@ def _validate_autoencoder(config: ml_collections.ConfigDict) -> None:
                 f"losses.{name} needs 'stem' in trainable (a frozen encoder gets no gradient from "
                 f"it); got trainable={tuple(config.trainable)}; set losses.{name}=0"
             )
-    if "stem" not in config.trainable and not config.init_from:
+    own_patches = config.model.stem.get("kind") == "patch"  # the encoder's, which weights.vit has
+    if "stem" not in config.trainable and not config.init_from and not own_patches:
         raise ValueError(
             "a stage with a frozen stem continues another one; got an empty init_from; name the "
             "workdir, checkpoint or export that holds the trained stem"

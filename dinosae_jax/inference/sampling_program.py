@@ -26,6 +26,7 @@ class Networks(NamedTuple):
     path: str
     radius: float
     shift: float
+    end: float = 0.0  # the last time, before the shift
     weaker: Any = None  # transformer of a weaker flow, see `Generator.guided_by`
 
 
@@ -72,7 +73,7 @@ def _generate(
     path = matching.make_path(networks.path, networks.radius)
 
     velocity = _velocity(networks, sampling, variables, labels, scales["guidance"], path.tangent)
-    times = schedule.time_grid(sampling.steps, networks.shift)
+    times = schedule.time_grid(sampling.steps, networks.shift, networks.end)
     z = samplers.sample(velocity, noise, times, sampling.sampler, path.radius)
     if path.keeps_norms:
         z = vit_decoder.restore(variables["decoder"].get("statistics", {}), z)

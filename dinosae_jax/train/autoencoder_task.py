@@ -59,7 +59,7 @@ def prepare(
     train_source = images.open_images(config.data, "train")
     eval_source = images.open_images(config.data, "eval")
     spec = step_spec(config)
-    variables, notes, source = initial_variables(config, spec)
+    variables, notes, source, weights = initial_variables(config, spec)
     frozen_files = preparation.store_frozen(workdir, variables, (*spec.trainable, "disc_heads"))
     record = {
         "config": json.loads(json.dumps(config.to_dict())),
@@ -68,6 +68,7 @@ def prepare(
         "data": train_source.fingerprint,
         "notes": notes,
         "source": source,
+        "weights": weights,
     }
     preparation.agree_on_inputs(record, variables, (train_source, eval_source))
     frozen = {role: variables[role] for role in frozen_files}

@@ -59,7 +59,7 @@ def prepare(
     train_source, eval_source = (open_flow_data(config, split) for split in ("train", "eval"))
     check_classes(config, train_source)
     spec = step_spec(config)
-    variables, notes, source = initial_variables(config, spec)
+    variables, notes, source, weights = initial_variables(config, spec)
     check_encoder((train_source, eval_source), variables)
     frozen_files = preparation.store_frozen(workdir, variables, ("dit",))
     flow = flow_record(config, train_source.label_names)
@@ -70,6 +70,7 @@ def prepare(
         "data": train_source.fingerprint,
         "notes": notes,
         "source": source,
+        "weights": weights,
     }
     preparation.agree_on_inputs(record, variables, (train_source, eval_source))
     # Latents of a cache need no encoder on the devices, but for the KID of samples.

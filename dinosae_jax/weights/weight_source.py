@@ -16,7 +16,7 @@ import ml_collections
 from flax import traverse_util
 
 from dinosae_jax import config as config_lib
-from dinosae_jax import encoders, names, rules
+from dinosae_jax import encoders, licences, names, rules
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.runtime import files, untrusted
 from dinosae_jax.weights import checkpoint, conversion, role_files
@@ -50,6 +50,8 @@ class WeightSource(NamedTuple):
       flow: how a flow was trained and is to be sampled, plain (`inference.generator.flow_record`);
         empty for an autoencoder.
       sha256: of the record that was read, which has checksums of the weights.
+      weights: the manifest of the published weights among them, or that they were trained around:
+        role -> an entry of `licences.entries`.
     """
 
     variables: Variables
@@ -59,6 +61,7 @@ class WeightSource(NamedTuple):
     path: pathlib.Path
     flow: dict[str, Any] = {}  # noqa: RUF012  (never changed)
     sha256: str = ""
+    weights: dict[str, Any] = {}  # noqa: RUF012
 
 
 def open_weights(path: str | pathlib.Path) -> WeightSource:
@@ -77,7 +80,10 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
         note = f"Starts from converted weights: {titles}."
         sha256 = files.file_sha256(folder / conversion.METADATA_FILE)
         model = {**converted.config, **converted.metadata.get("model", {})}
-        return WeightSource(converted.variables, model, {}, [note], folder, sha256=sha256)
+        weights = licences.entries(converted.metadata)
+        return WeightSource(
+            converted.variables, model, {}, [note], folder, sha256=sha256, weights=weights
+        )
     step = folder if _is_checkpoint(folder) else checkpoint.newest(folder)
     if step is None:
         raise ValueError(
@@ -114,7 +120,8 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
         if role not in variables:
             variables[role] = role_files.read(frozen, role_files.file_from(file, step))
     digest = checkpoint.digest(record)
-    return WeightSource(variables, *stated, step, record.get("flow", {}), digest)
+    weights = record.get("weights", {})
+    return WeightSource(variables, *stated, step, record.get("flow", {}), digest, weights)
 
 
 def is_folder_of_weights(folder: pathlib.Path) -> bool:
@@ -150,6 +157,7 @@ def export(source: WeightSource, output: pathlib.Path, wanted: tuple[str, ...]) 
         "convention": source.convention,
         "notes": source.notes,
         "flow": source.flow,
+        "weights": source.weights,
         "source": source.path.name,
     }
     files.write_json(output / EXPORT_FILE, record)
@@ -301,6 +309,11 @@ def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:
     return read_blocks(variables, model["vit"]) if role == "vit" else variables
 
 
+def manifest(path: str) -> dict[str, Any]:
+    """The entries of `licences.entries` for converted weights, by role."""
+    return licences.entries(conversion.read_metadata(path))
+
+
 def _check_encoder(path: str, model: Any, kind: str) -> None:
     """Raises ValueError where converted weights are of another encoder than the config's."""
     wanted = encoders.family(model).kind
@@ -374,7 +387,7 @@ def _open_export(folder: pathlib.Path) -> WeightSource:
     record = untrusted.read_json(path, again)
     fields = {"roles": dict, "model": dict, "convention": dict, "notes": list}
     wrong = [name for name, kind in fields.items() if not isinstance(record.get(name), kind)]
-    wrong += [] if isinstance(record.get("flow", {}), dict) else ["flow"]
+    wrong += [n for n in ("flow", "weights") if not isinstance(record.get(n, {}), dict)]
     if wrong:
         raise ValueError(
             f"{path} is written by the job export; got another form of {', '.join(wrong)}; {again}"
@@ -391,6 +404,7 @@ def _open_export(folder: pathlib.Path) -> WeightSource:
         folder,
         record.get("flow", {}),
         files.file_sha256(folder / EXPORT_FILE),
+        record.get("weights", {}),
     )
 
 

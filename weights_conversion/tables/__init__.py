@@ -14,7 +14,7 @@ Shapes = dict[str, Shape]
 
 KINDS: dict[str, Callable[[Shapes], Layout]] = {
     "dinov3": dinov3.layout,
-    "eupe": dinov3.layout,
+    "eupe": dinov3.eupe_layout,
     "dinov2": encoders.dinov2,
     "siglip2": encoders.siglip2,
     "mae": encoders.mae,

@@ -97,7 +97,7 @@ def dinov2(shapes: Shapes, prefix: str = "") -> Layout:
             config["table_resize"] = "bicubic"
         rows = _embeddings(prefix) | {"vit/storage_tokens": f"{prefix}embeddings.register_tokens"}
         rows |= block_rows("vit/blocks", f"{prefix}encoder.layer.{{i}}", names)
-        return _layout("huggingface_5" if newer else "huggingface", config, rows)
+        return _layout("dinov2", "huggingface_5" if newer else "huggingface", config, rows)
     config = _plain_config(shapes, "dinov2")
     is_timm = "mask_token" not in shapes
     if is_timm:
@@ -106,17 +106,17 @@ def dinov2(shapes: Shapes, prefix: str = "") -> Layout:
             "vit/blocks/mlp/w12": "blocks.{i}.mlp.fc1",
             "vit/blocks/mlp/w3": "blocks.{i}.mlp.fc2",
         }
-        return _layout("timm", config, rows)
+        return _layout("dinov2", "timm", config, rows)
     if not config["num_storage_tokens"]:
         config["table_resize"] = "bicubic_offset"
-    return _layout("facebook", config, _PLAIN | {"vit/storage_tokens": "register_tokens"})
+    return _layout("dinov2", "facebook", config, _PLAIN | {"vit/storage_tokens": "register_tokens"})
 
 
 def siglip2(shapes: Shapes, prefix: str = "") -> Layout:
     """The vision tower of SigLIP and SigLIP2 at a fixed resolution, without its pooling head."""
     if not has(shapes, rf"^{re.escape(prefix)}embeddings\."):
         buffers: dict[str, Shape | None] = {r"attn_pool\..*": None}
-        return _layout("timm", _plain_config(shapes, "siglip2"), _PLAIN, buffers)
+        return _layout("siglip2", "timm", _plain_config(shapes, "siglip2"), _PLAIN, buffers)
     config = _config(shapes, "siglip2", prefix, f"{prefix}encoder.layers.", SIGLIP)
     rows: dict[str, Row] = {
         "vit/patch_embed/proj": f"{prefix}embeddings.patch_embedding",
@@ -126,7 +126,7 @@ def siglip2(shapes: Shapes, prefix: str = "") -> Layout:
     }
     before = re.escape(prefix)
     buffers = {before + r"head\..*": None, before + r"embeddings\.position_ids": None}
-    return _layout("huggingface", config, rows, buffers)
+    return _layout("siglip2", "huggingface", config, rows, buffers)
 
 
 def mae(shapes: Shapes, prefix: str = "") -> Layout:
@@ -134,12 +134,12 @@ def mae(shapes: Shapes, prefix: str = "") -> Layout:
     if not has(shapes, rf"^{re.escape(prefix)}embeddings\."):
         config = _plain_config(shapes, "mae") | {"norm_eps": 1e-6}  # facebook's and timm's
         buffers: dict[str, Shape | None] = {r"decoder_.*": None, r"mask_token": None}
-        return _layout("facebook", config, _PLAIN, buffers)
+        return _layout("mae", "facebook", config, _PLAIN, buffers)
     newer = has(shapes, rf"^{re.escape(prefix)}layers\.")
     names, block = (MAE_5, "layers") if newer else (MAE, "encoder.layer")
     config = _config(shapes, "mae", prefix, f"{prefix}{block}.", names)
     rows = _embeddings(prefix) | block_rows("vit/blocks", f"{prefix}{block}.{{i}}", names)
-    return _layout("huggingface_5" if newer else "huggingface", config, rows)
+    return _layout("mae", "huggingface_5" if newer else "huggingface", config, rows)
 
 
 _PLAIN: dict[str, Row] = {"vit": "", "vit/blocks": "blocks.{i}"}
@@ -156,13 +156,21 @@ def _embeddings(prefix: str) -> dict[str, Row]:
 
 
 def _layout(
+    kind: str,
     name: str,
     config: dict[str, Any],
     rows: dict[str, Row],
     buffers: dict[str, Shape | None] | None = None,
 ) -> Layout:
     tokens: dict[str, Row] = {f"vit/{token}": token for token in TOKENS}
-    return Layout(name, {"vit": config}, tokens | rows, buffers=buffers or {}, derive=_derived)
+    return Layout(
+        name,
+        {"vit": config},
+        tokens | rows,
+        buffers=buffers or {},
+        derive=_derived,
+        model={"encoder": kind},
+    )
 
 
 def _derived(path: str, shape: Shape) -> np.ndarray | None:

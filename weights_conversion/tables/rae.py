@@ -58,6 +58,11 @@ def decoder_layout(shapes: Shapes) -> Layout:
     buffers: dict[str, Shape | None] = {CONSTANTS: (1, 3, 1, 1), r"encoder\..*": None}
     buffers |= {re.escape(prefix) + r"mask_token": None}
     derive = _diffusers_table if is_diffusers else (lambda path, shape: None)
+    if mean in shapes and shapes[mean][:1] != (config["latent_channels"],):
+        raise UnknownLayoutError(
+            "statistics of latents have the decoder's channels, "
+            f"{config['latent_channels']}; got {shapes[mean]} in {mean}; give those of this decoder"
+        )
     return Layout(name, {"decoder": config}, rows, buffers=buffers, derive=derive)
 
 
@@ -71,6 +76,12 @@ def autoencoder_layout(shapes: Shapes) -> Layout:
     config = {**vit.config["vit"], **RAE_FAMILIES[kind].vit}
     # What the file shows of the tokens and the table is the file's.
     config |= {name: value for name, value in vit.config["vit"].items() if name in _SHOWN}
+    if config["embed_dim"] != decoder.config["decoder"]["latent_channels"]:
+        raise UnknownLayoutError(
+            f"an RAE's decoder reads the tokens of its encoder, {config['embed_dim']} wide; got a "
+            f"decoder of {decoder.config['decoder']['latent_channels']} channels; give the files "
+            "of one autoencoder"
+        )
     stem = {"kind": "patch", "embed_dim": config["embed_dim"], "patch_size": config["patch_size"]}
     rows = {**vit.rows, "stem/proj": vit.rows["vit/patch_embed/proj"], **decoder.rows}
     norm = str(vit.rows["vit/norm"])
@@ -86,6 +97,10 @@ def autoencoder_layout(shapes: Shapes) -> Layout:
         rows,
         buffers=buffers,
         derive=derive,
+        model={
+            "encoder": f"rae_{kind}",
+            "pixel_range": "symmetric" if kind == "siglip2" else "imagenet",
+        },
     )
 
 
