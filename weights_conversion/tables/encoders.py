@@ -251,6 +251,19 @@ def _plain_config(shapes: Shapes, kind: str) -> dict[str, Any]:
     )
 
 
+def _check_family(shapes: Shapes, kind: str, family: dict[str, Any]) -> None:
+    """Refuses the state dict of another encoder by what it has and the kind lacks, or reversed."""
+    for what, pattern, wanted in (
+        ("LayerScale", r"layer_scale1|\bls1\b", family.get("layer_scale", True)),
+        ("a class token", r"\bcls_token$", family.get("class_token", True)),
+    ):
+        if has(shapes, pattern) != wanted:
+            raise UnknownLayoutError(
+                f"a {kind} state dict has {what if wanted else f'no {what}'}; got one "
+                f"{'without' if wanted else 'with it'}, of another encoder; check --kind"
+            )
+
+
 def _family_config(
     shapes: Shapes,
     kind: str,
@@ -264,6 +277,7 @@ def _family_config(
     gated: bool,
 ) -> dict[str, Any]:
     family = dict(KINDS[kind].vit)
+    _check_family(shapes, kind, family)
     has_class = family.get("class_token", True)
     side = math.isqrt(rows)
     in_table = bool(has_class and side**2 != rows)  # timm leaves the class token's position out

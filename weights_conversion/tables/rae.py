@@ -33,6 +33,7 @@ STATISTICS = {
     "rae": ("mean", "var", "variance"),
 }
 RAE_FAMILIES = {kind: FAMILIES[f"rae_{kind}"] for kind in encoders.KINDS}  # type: ignore[index]
+DECODER = r"decoder_|trainable_cls_token"  # the beginnings of keys in RAE's decoder file
 CONSTANTS = r"encoder_(mean|std)"  # of the encoder's preprocessing
 
 
@@ -70,7 +71,7 @@ def autoencoder_layout(shapes: Shapes) -> Layout:
     """Roles stem (the encoder's own patch convolution), vit and decoder."""
     decoder = decoder_layout(shapes)
     prefix = "encoder." if decoder.name == "diffusers" else ""
-    own = {k: s for k, s in shapes.items() if k.startswith(prefix)}
+    own = {k: s for k, s in shapes.items() if k.startswith(prefix) and not re.match(DECODER, k)}
     kind, read = _encoder(own, prefix)
     vit = read(own, prefix)
     config = {**vit.config["vit"], **RAE_FAMILIES[kind].vit}
