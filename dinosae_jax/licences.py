@@ -100,10 +100,8 @@ def _published(metadata: Mapping[str, Any], role: str) -> str:
 
 def sentence(role: str, entry: Mapping[str, Any]) -> str:
     """One line about the weights of a role, for the terminal."""
-    return (
-        f"{role}: weights of {entry['origin']}, {entry['licence']}; passing on what is derived "
-        f"from them: {entry['asks']}"
-    )
+    origin, licence, asks = (entry.get(name, "unknown") for name in ("origin", "licence", "asks"))
+    return f"{role}: weights of {origin}, {licence}; passing on what is derived from them: {asks}"
 
 
 def require_permissive(weights: Mapping[str, Mapping[str, Any]]) -> None:

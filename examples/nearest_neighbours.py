@@ -17,7 +17,7 @@ from PIL import Image
 from dinosae_jax import encoders
 from dinosae_jax.models import preprocessing, registry
 from dinosae_jax.models.vit import VisionTransformer
-from dinosae_jax.weights import conversion, weight_source
+from dinosae_jax.weights import conversion
 
 BATCH = 50
 
@@ -36,22 +36,26 @@ def read_split(folder, each, side):
     return np.stack(images).astype(np.float32) / 255, np.array(labels)
 
 
-def features(loaded, family, blocks, images):
-    """Class token and mean patch token after so many blocks, [b, d] each, of norm 1."""
-    fields = {**loaded.config["vit"], "layers": (blocks - 1,)}
-    module = registry.build("vit", fields)
-    variables = weight_source.read_blocks(loaded.variables["vit"], fields)
+def features(loaded, family, images):
+    """Class token and mean patch token after each block, [2, depth, b, d], of norm 1."""
+    module = registry.build("vit", loaded.config["vit"])
+    variables = loaded.variables["vit"]
 
     @jax.jit
     def extract(batch):
         prepared = preprocessing.fit(batch, family.preprocessing, batch.shape[1:3])
         patches = module.apply(variables, prepared, method=VisionTransformer.embed_patches)
-        output = module.apply(variables, patches)
-        rows = jnp.stack([output.cls, output.patches.mean(axis=1)])
+        output = module.apply(variables, patches, intermediates=True)
+        tokens = module.apply(
+            variables, output.intermediates["out"], method=lambda vit, x: vit.norm(x)
+        )
+        first = output.prenorm.shape[1] - output.patches.shape[1]
+        mean = tokens[:, :, first:].mean(axis=2)
+        rows = jnp.stack([tokens[:, :, 0] if module.class_token else mean, mean])
         return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
 
     parts = [extract(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
-    return np.concatenate(parts, axis=1)
+    return np.concatenate(parts, axis=2)
 
 
 def accuracy(rows, labels, known, known_labels, neighbours=5):
@@ -75,9 +79,10 @@ def main():
     family = encoders.family(loaded.metadata.get("model", {}))
     known, known_labels = read_split(args.images / "train", args.train, args.side)
     held, labels = read_split(args.images / "val", args.val, args.side)
+    train, val = (features(loaded, family, images) for images in (known, held))
     for blocks in args.blocks:
-        train, val = (features(loaded, family, blocks, images) for images in (known, held))
-        found = [accuracy(val[i], labels, train[i], known_labels) for i in (0, 1)]
+        at = blocks - 1
+        found = [accuracy(val[i, at], labels, train[i, at], known_labels) for i in (0, 1)]
         print(f"{blocks} blocks: class token {found[0]:.3f}, mean patch {found[1]:.3f}")
 
 

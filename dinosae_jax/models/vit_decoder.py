@@ -6,6 +6,7 @@ are a MAE decoder whose mask token is never used. The blocks are those of the en
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from flax.typing import Dtype
 from dinosae_jax.models import layers, positions, resize
 from dinosae_jax.models.layers import layer_norm, normal_init
 from dinosae_jax.models.vit import Block, dense
+from dinosae_jax.runtime import fsdp
 
 Array = jax.Array
 EPSILON = 1e-12
@@ -71,7 +73,10 @@ class ViTDecoder(nn.Module):
         shape = (1, 1, self.hidden_size)
         self.cls_token = self.param("cls_token", normal_init(0.02), shape, jnp.float32)
         self.pos_embed = self.param("pos_embed", self._table)
-        block = layers.rematerialised(Block, self.remat, prevent_cse=not self.scan_layers)
+        # Whole weights are gathered inside the rematerialised region, so that they are never kept.
+        gather = functools.partial(fsdp.gather_block, depth=self.depth)
+        block: Any = nn.map_variables(Block, "params", gather, init=True)
+        block = layers.rematerialised(block, self.remat, prevent_cse=not self.scan_layers)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -124,7 +129,8 @@ class ViTDecoder(nn.Module):
         tokens = embedded.reshape(len(z), -1, self.hidden_size)
         cls_token = jnp.broadcast_to(self.cls_token, (len(z), 1, self.hidden_size))
         tokens = jnp.concatenate([cls_token, tokens], axis=1)
-        return self.blocks(tokens + jax.lax.stop_gradient(self.pos_embed), None)[0]
+        tokens = fsdp.shard_by_example(tokens + jax.lax.stop_gradient(self.pos_embed))
+        return self.blocks(tokens, None)[0]
 
     def head(self, features: Array) -> Array:
         """The last layer alone, its outputs laid out as pixels: [b, h, w, c] -> the image."""

@@ -87,6 +87,9 @@ def _check_record(path: Path, metadata: dict[str, Any]) -> None:
     """Raises ValueError where conversion.json is not what `convert` writes."""
     fields = {"kind": str, "layout": str, "files": list, "config": dict, "tensors": list}
     wrong = [name for name, kind in fields.items() if not isinstance(metadata.get(name), kind)]
+    model = metadata.get("model", {})  # which older conversions lack
+    if not isinstance(model, dict) or not all(isinstance(text, str) for text in model.values()):
+        wrong.append("model")
     empty = metadata.get("empty")
     if not isinstance(empty, dict) or not all(map(_is_empty_array, empty.values())):
         wrong.append("empty")

@@ -388,6 +388,9 @@ def _open_export(folder: pathlib.Path) -> WeightSource:
     fields = {"roles": dict, "model": dict, "convention": dict, "notes": list}
     wrong = [name for name, kind in fields.items() if not isinstance(record.get(name), kind)]
     wrong += [n for n in ("flow", "weights") if not isinstance(record.get(n, {}), dict)]
+    manifest = record.get("weights", {})
+    if "weights" not in wrong and not all(isinstance(e, dict) for e in manifest.values()):
+        wrong.append("weights")
     if wrong:
         raise ValueError(
             f"{path} is written by the job export; got another form of {', '.join(wrong)}; {again}"
