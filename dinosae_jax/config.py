@@ -344,7 +344,7 @@ def use_encoder(config: ml_collections.ConfigDict, network: str) -> None:
         model.vit.update(
             {name: value for name, value in encoders.DINOV3.items() if name in model.vit}
         )
-        model.vit.update(fields)
+        model.vit.update(fields if family == "dinov3" else {"layers": (), **fields})
         model.stem.embed_dim = model.decoder.latent_channels = width
         if model.stem.get("kind") == "patch":
             model.stem.patch_size = fields.get("patch_size", names.PATCH_SIZE)

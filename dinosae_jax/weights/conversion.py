@@ -88,7 +88,7 @@ def _check_record(path: Path, metadata: dict[str, Any]) -> None:
     fields = {"kind": str, "layout": str, "files": list, "config": dict, "tensors": list}
     wrong = [name for name, kind in fields.items() if not isinstance(metadata.get(name), kind)]
     model = metadata.get("model", {})  # which older conversions lack
-    if not isinstance(model, dict) or not all(isinstance(text, str) for text in model.values()):
+    if not isinstance(model, dict) or not all(map(_is_stated, model.items())):
         wrong.append("model")
     empty = metadata.get("empty")
     if not isinstance(empty, dict) or not all(map(_is_empty_array, empty.values())):
@@ -102,6 +102,11 @@ def _check_record(path: Path, metadata: dict[str, Any]) -> None:
             f"{untrusted.short(path, 300)} is written by weights_conversion.convert; got another "
             f"form of {untrusted.short(', '.join(wrong))}; {AGAIN}"
         )
+
+
+def _is_stated(item: tuple[str, Any]) -> bool:
+    """Whether a field of `model` is one that a model config has beside its roles."""
+    return item[0] in ("encoder", "pixel_range") and isinstance(item[1], str)
 
 
 def _is_file(record: Any) -> bool:

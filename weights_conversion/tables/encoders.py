@@ -232,10 +232,7 @@ def _plain_config(shapes: Shapes, kind: str) -> dict[str, Any]:
         {"cls_token": "--n", kernel: "n---", r"norm\.(weight|bias)": "n", "pos_embed": "--n"},
     )
     gated = has(shapes, r"^blocks\.\d+\.mlp\.w12\.")
-    hidden = {
-        r"blocks\.\d+\.mlp\.(fc2|w3)\.weight": "-n",
-    }
-    found = measure(shapes, kind, hidden, 4 * width)
+    found = measure(shapes, kind, {r"blocks\.\d+\.mlp\.(fc2|w3)\.weight": "-n"}, 4 * width)
     first = measure(shapes, kind, {r"blocks\.\d+\.mlp\.(fc1|w12)\.weight": "n-"}, found)
     registers = shapes.get("register_tokens", shapes.get("reg_token", (1, 0, width)))
     return _family_config(
