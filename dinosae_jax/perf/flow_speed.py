@@ -162,7 +162,7 @@ def measure_encoders(config: ml_collections.ConfigDict) -> dict[str, dict[str, f
         grid = side // names.PATCH_SIZE
         speeds[network] = row = {
             "batch_size": size,
-            "images_per_second": size / _seconds(lambda run=run: run(placed)),
+            "images_per_second": size / _seconds(functools.partial(run, placed)),
             "gflops_per_image": flops.vit_flops(modules.vit, grid, grid) / 1e9,
         }
         console.report(
