@@ -94,7 +94,7 @@ def test_mistakes_are_named(changes, message):
 def test_a_vit_decoder_has_the_grid_of_its_images():
     config = rae_decoder.get_config("tiny")
     config.data.image_size = 96
-    with pytest.raises(ValueError, match=r"6 tokens of 16 pixels .* got grid=4 .* grid=6"):
+    with pytest.raises(ValueError, match=r"6 tokens of 16 pixels .* got grid=4 .*grid=6"):
         rules.validate(config)
 
 
