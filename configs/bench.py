@@ -6,8 +6,8 @@ No argument: the paper's sizes, for accelerators. Variants: large (a width for t
 `--config.chain="('sae_stage1',)"` picks steps, `"()"` none of them;
 `--config.batch_per_device.sae_stage1=8` sets a batch. Also measured: what a run adds to its steps,
 the loader, reading of the latent cache (GB/s of one core), encoding and sampling with the networks
-of `flow.stage` ('' for none), and the metrics at the papers' size. Batches are synthetic and
-parameters random; LPIPS counts except in `tiny`.
+of `flow.stage` ('' for none), `encoders.networks`, and the metrics at the papers' size. Batches
+are synthetic and parameters random; LPIPS counts except in `tiny`.
 
 The variant `card` measures one H100 or H200 in at most eight minutes, each row in a process of its
 own (docs/cards.md): steps, samplers, encoding, attention, errors of heads and of bias gradients,
@@ -70,6 +70,7 @@ VARIANTS = {
         "overhead.repeats": 0,
         **{f"batch_per_device.{row}": 4 for row in ROWS},
         "flow.batch_per_device": 4,
+        "encoders.batch_per_device": 4,
         **{
             f"stages.{row}.{field}": value
             for row in ROWS
@@ -88,6 +89,9 @@ VARIANTS = {
         "metrics.samples": 1000,
         "metrics.features": 128,
         "latents.images": 64,
+        "encoders.networks": ("dinov2_vits14",),
+        "encoders.image_size": 32,
+        "encoders.batch_per_device": 1,
         "flow.batch_per_device": 8,
         "flow.sampling_steps": 4,
         "card.device": "",
@@ -137,6 +141,11 @@ def get_config(argument=None):
             ),
             metrics=dict(reference=10_000, samples=50_000, features=2048),
             latents=dict(images=512, tokens=256, width=1024, batch_size=64, batches=32),
+            encoders=dict(  # with random weights, as teachers
+                networks=("dinov3_vitb16", "dinov2_vitb14_reg", "siglip2_vitb16", "mae_vitb16"),
+                image_size=256,
+                batch_per_device=64,
+            ),
             flow=dict(stage="rfm_dit", batch_per_device=64, sampling_steps=50),
             card=dict(
                 rows=names.CARD_ROWS,

@@ -4,9 +4,9 @@
         --config.target=v5e:4x4 --config.stages.sae_stage2.mesh.fsdp=16
 
 The argument names a training config or a sampler (sample_dit, sample_ddt) and its variants, joined
-by commas; `tiny` alone is stage 2, tiny, on eight CPU devices, which needs no extra. `cut` keeps
-two layers of every transformer: the collectives and shardings of the real step, compiled faster.
-TPU targets need the `plan` extra.
+by commas, published encoders among them (sae_stage1,dinov2_vitb14_reg); `tiny` alone is stage 2,
+tiny, on eight CPU devices, which needs no extra. `cut` keeps two layers of every transformer: the
+collectives and shardings of the real step, compiled faster. TPU targets need the `plan` extra.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from dinosae_jax import names, rules, sizes
+from dinosae_jax import encoders, names, rules, sizes
 
 # What a finished run may change when it is continued in the same workdir.
 CONTINUABLE = (
@@ -310,6 +310,9 @@ def apply_variants(
 ) -> ml_collections.ConfigDict:
     """Applies the variants named in a config argument, `configs/X.py:tiny,fast`.
 
+    The published encoders (`encoders.NETWORKS`) are variants of every config with a model:
+    `configs/sae_stage1.py:dinov2_vitb14_reg`.
+
     Args:
       config: changed in place.
       argument: variant names joined by commas; None or empty for the paper's values.
@@ -322,11 +325,42 @@ def apply_variants(
       ValueError: a name that is not in `variants`.
     """
     for name in filter(None, (argument or "").split(",")):
+        if name in encoders.NETWORKS and "model" in config:
+            use_encoder(config, name)
+            continue
         if name not in variants:
             hint = rules.nearest(name, variants)
             raise ValueError(f"a config argument names variants; got {name!r}{hint}")
         config.update_from_flattened_dict(dict(variants[name]))
     return config
+
+
+def use_encoder(config: ml_collections.ConfigDict, network: str) -> None:
+    """Puts a published encoder in the place of DINOv3 ViT-L, in place.
+
+    Sets the family, the fields of model.vit, and the widths of what is around it.
+
+    Args:
+      config: of a stage or flow; it has `model`.
+      network: a key of `encoders.NETWORKS`.
+    """
+    model, family = config.model, encoders.NETWORKS[network][0]
+    fields = encoders.vit_fields(network)
+    width = fields["embed_dim"]
+    with config.unlocked(), model.ignore_type():
+        model.vit.update(
+            {name: value for name, value in encoders.DINOV3.items() if name in model.vit}
+        )
+        model.vit.update(fields if family == "dinov3" else {"layers": (), **fields})
+        model.stem.embed_dim = model.decoder.latent_channels = width
+        if model.stem.get("kind") == "patch":
+            model.stem.patch_size = fields.get("patch_size", names.PATCH_SIZE)
+        if "dit" in model:
+            model.dit.in_channels = width
+        if family != "dinov3" or "encoder" in model:
+            model.encoder = family
+        if model.decoder.get("kind", "conv") == "conv" and model.decoder.width_list[-1] % width:
+            model.decoder.in_shortcut = None  # a duplicating one needs a divisor of its width
 
 
 def frozen_networks(config: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, get_args
 
-from dinosae_jax import names
+from dinosae_jax import encoders, names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,7 @@ class LatentConvention:
       radius: R of the sphere the flow runs on; sqrt(d) by default of the configs.
       decode_radius: token norm that the decoder is given; None until it is measured.
       norm: the encoder's last layer: 'layernorm_affine' (DINOv3) or 'layernorm' (no scale).
+      encoder: the encoder and its reading where that is not DINOv3's, see `encoders.reading`.
       pixels: what the decoder emits: 'imagenet' (mean/std normalised), 'unit' (in [0, 1]) or
         'symmetric' (in [-1, 1]).
 
@@ -32,6 +33,7 @@ class LatentConvention:
     decode_radius: float | None = None
     norm: str = "layernorm_affine"
     pixels: str = "imagenet"
+    encoder: str = ""
 
     def __post_init__(self) -> None:
         """Checks ranges and names."""
@@ -70,12 +72,15 @@ class LatentConvention:
             width=width,
             radius=flow.get("radius") or math.sqrt(width),
             decode_radius=decode_radius or flow.get("decode_radius") or None,
+            norm=norm_of(config.model.vit),
             pixels=config.model.pixel_range,
+            encoder=encoders.reading(config.model),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON-ready values."""
-        return dataclasses.asdict(self)
+        """Returns the fields as JSON-ready values; without `encoder` where that is DINOv3."""
+        fields = dataclasses.asdict(self)
+        return fields if self.encoder else {n: v for n, v in fields.items() if n != "encoder"}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LatentConvention:
@@ -85,11 +90,12 @@ class LatentConvention:
           ValueError: if a field is missing or unknown.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != known:
+        given = {*fields, "encoder"}
+        if given != known:
             raise ValueError(
                 f"latent convention: its fields are {', '.join(sorted(known))}; got missing "
-                f"{sorted(known - set(fields))}, unknown {sorted(set(fields) - known)}; another "
-                "version wrote it, save it again"
+                f"{sorted(known - given)}, unknown {sorted(given - known)}; another version wrote "
+                "it, save it again"
             )
         return cls(**fields)
 
@@ -112,9 +118,9 @@ class LatentConvention:
         Raises:
           ValueError: one line that names every differing field with both values.
         """
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         differing = [
-            f"{name} {mine[name]} != {theirs[name]}"
+            f"{name} {_shown(mine[name])} != {_shown(theirs[name])}"
             for name in mine
             if name not in leave_out and not _agree(mine[name], theirs[name])
         ]
@@ -125,6 +131,15 @@ class LatentConvention:
                 f"latent conventions of {here} and {there} must agree; got "
                 f"{', '.join(differing)} ({here} != {there}); load parts that were trained together"
             )
+
+
+def norm_of(vit: Any) -> str:
+    """The name of the norm of a config of `model.vit`."""
+    return "layernorm" if vit.get("final_norm") == "plain" else "layernorm_affine"
+
+
+def _shown(value: Any) -> Any:
+    return value if value != "" else "dinov3"
 
 
 def _agree(a: Any, b: Any) -> bool:

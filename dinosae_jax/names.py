@@ -29,6 +29,24 @@ LatentNorm = Literal["layernorm_affine", "layernorm"]
 PixelRange = Literal["imagenet", "unit", "symmetric"]
 
 StemKind = Literal["conv", "patch"]
+DecoderKind = Literal["conv", "vit"]
+Encoder = Literal[
+    "dinov3",
+    "dinov2",
+    "siglip2",
+    "mae",
+    "eupe",
+    "rae_dinov2",
+    "rae_siglip2",
+    "rae_mae",
+    "raev2_dinov3",
+    "raev2_dinov2",
+    "raev2_siglip2",
+    "raev2_eupe",
+]
+Positions = Literal["rope", "learned", "sincos"]
+Resize = Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"]
+TableResize = Literal["bicubic", "bicubic_antialias", "bicubic_offset"]
 DitModel = Literal["LightningDiT", "DiTDH"]
 FlowPath = Literal["geodesic", "linear", "trigonometric", "projected_linear"]
 TimeDistribution = Literal["uniform", "logit-normal"]
@@ -83,6 +101,12 @@ class Conversion(NamedTuple):
         )
 
 
+ENCODER_CONVERSIONS = {  # kind of an encoder -> its conversion, in the place of DINOv3's
+    "dinov2": Conversion("DINOv2 ViT", "dinov2", "model.safetensors", "weights/dinov2"),
+    "siglip2": Conversion("SigLIP2 ViT", "siglip2", "model.safetensors", "weights/siglip2"),
+    "mae": Conversion("MAE ViT", "mae", "model.safetensors", "weights/mae"),
+    "eupe": Conversion("EUPE ViT", "eupe", "EUPE-ViT-B.pt", "weights/eupe"),
+}
 CONVERSIONS = {  # field of config.weights ->
     "vit": Conversion(
         "DINOv3 ViT", "dinov3", "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", "weights/dinov3"

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 import ml_collections
 
 from dinosae_jax import config as config_lib
-from dinosae_jax import config_files, names
+from dinosae_jax import config_files, encoders, names
 
 SOURCES = ("tfds", "folder", "tar", "array_record")
 PROGRAM = "python -m dinosae_jax.main"
@@ -93,7 +93,7 @@ class Survey:
           field -> value of the flags that the command lacks.
         """
         found = SETTLED if follows_stage else self._start(config)
-        for field in ("weaker", "encoder"):
+        for field in ("weaker", "encoder", "autoencoder"):
             self._start(config, field)
         flags = self._weights(config, found)
         for field in ("samples", "reference"):
@@ -118,7 +118,7 @@ class Survey:
         given = config.get("weights", {})
         needed = [role for role in config_lib.frozen_networks(config) if role not in found]
         for role in dict.fromkeys((*needed, *(role for role in given if given[role]))):
-            path, conversion = given[role], names.CONVERSIONS[role]
+            path, conversion = given[role], encoders.conversion(role, config.get("model", {}))
             if not path and role in config.random_frozen_ok:
                 continue
             if path and holds(path, role):

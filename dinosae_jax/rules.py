@@ -346,7 +346,8 @@ def _validate_autoencoder(config: ml_collections.ConfigDict) -> None:
                 f"losses.{name} needs 'stem' in trainable (a frozen encoder gets no gradient from "
                 f"it); got trainable={tuple(config.trainable)}; set losses.{name}=0"
             )
-    if "stem" not in config.trainable and not config.init_from:
+    own_patches = config.model.stem.get("kind") == "patch"  # the encoder's, which weights.vit has
+    if "stem" not in config.trainable and not config.init_from and not own_patches:
         raise ValueError(
             "a stage with a frozen stem continues another one; got an empty init_from; name the "
             "workdir, checkpoint or export that holds the trained stem"
@@ -375,6 +376,35 @@ def _validate_autoencoder(config: ml_collections.ConfigDict) -> None:
     for role in config.random_frozen_ok:
         _require_member("random_frozen_ok", role, ("vit", "lpips", "dino"))
     _validate_data(config.data)
+    _validate_model(config)
+
+
+def _validate_model(config: ml_collections.ConfigDict) -> None:
+    """The rules of encoder and decoder: known names, blocks that exist, one grid."""
+    model = config.model
+    vit, decoder = model.vit, model.decoder
+    _require_member("model.encoder", model.get("encoder", "dinov3"), get_args(names.Encoder))
+    _require_member("model.vit.positions", vit.get("positions", "rope"), get_args(names.Positions))
+    layers = tuple(vit.get("layers", ()))
+    if list(layers) != sorted(set(layers)) or any(not 0 <= i < vit.depth for i in layers):
+        raise ValueError(
+            "model.vit.layers are increasing block numbers, counted from 0; got "
+            f"{layers} of {vit.depth} blocks; () reads the last"
+        )
+    if (vit.get("positions", "rope") == "rope") != (vit.get("table_side", 0) == 0):
+        raise ValueError(
+            "model.vit.table_side is the side of a stored table of positions, which rotary ones "
+            f"lack; got table_side={vit.get('table_side', 0)} with "
+            f"positions={vit.get('positions', 'rope')!r}; take the variant of a published encoder"
+        )
+    _require_member("model.decoder.kind", decoder.get("kind", "conv"), get_args(names.DecoderKind))
+    side = config.data.image_size // names.PATCH_SIZE
+    if decoder.get("kind") == "vit" and (decoder.grid, decoder.patch_size) != (side, 16):
+        raise ValueError(
+            f"a ViT decoder has the grid of its images, {side} tokens of 16 pixels a side for "
+            f"data.image_size={config.data.image_size}; got grid={decoder.grid} and "
+            f"patch_size={decoder.patch_size}; set --config.model.decoder.grid={side}"
+        )
 
 
 def _validate_flow(config: ml_collections.ConfigDict) -> None:
@@ -412,6 +442,7 @@ def _validate_flow(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"flow.time.max_time must lie in (0, 1]; got {flow.time.max_time}; 0.999 as in RAE"
         )
+    _validate_model(config)
     _require_member("model.dit.model", dit.model, get_args(names.DitModel))
     if not 0 <= dit.class_dropout_prob < 1:
         raise ValueError(

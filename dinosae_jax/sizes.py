@@ -59,6 +59,22 @@ LIGHTNING_DIT: dict[str, dict[str, int]] = {
 """Keyword arguments of `LightningDiT`; S to XL are also the encoders of `DiTDH`."""
 
 
+RAE_DECODER: dict[str, dict[str, Any]] = {
+    name: {
+        "kind": "vit",
+        "latent_channels": 768,
+        "grid": 16,
+        "hidden_size": width,
+        "depth": depth,
+        "num_heads": heads,
+        "ffn_hidden": 4096 if name == "XL" else 4 * width,
+        "patch_size": 16,
+    }
+    for name, width, depth, heads in (("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16))
+}
+"""Keyword arguments of `ViTDecoder` for RAE's decoders at 256 pixels."""
+
+
 _HEAD = {"hidden_size": 2048, "depth": 2, "num_heads": 16}
 DIT_DH: dict[str, dict[str, tuple[int, int]]] = {
     name: {field: (value, _HEAD[field]) for field, value in LIGHTNING_DIT[name].items()}

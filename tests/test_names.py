@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from dinosae_jax import names
+from dinosae_jax import encoders, names
 from dinosae_jax.eval import features, image_quality
 from dinosae_jax.flow import matching, samplers
 from dinosae_jax.models import autoencoder, registry
@@ -19,6 +19,8 @@ TABLES = {
     "StemKind": registry.CLASSES["stem"],
     "CardRow": card_rows.ROWS,
     "Effort": targets.EFFORT_LEVELS,
+    "DecoderKind": registry.CLASSES["decoder"],
+    "Encoder": encoders.FAMILIES,
     "DitModel": registry.CLASSES["dit"],
 }
 

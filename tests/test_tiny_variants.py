@@ -26,6 +26,7 @@ SLOW = (
     "hae_stage1",
     "hae_stage2",
     "quickstart",
+    "rae_dit",
     "rfm_ddt",
     "rfm_dit",
     "sae_stage1",

@@ -19,6 +19,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from dinosae_jax import encoders
 from dinosae_jax.runtime import files
 from dinosae_jax.weights.conversion import FORMAT_VERSION, METADATA_FILE, WEIGHTS_FOLDER
 from weights_conversion import mapping, modules, tables
@@ -61,6 +62,7 @@ def convert_file(
     tensors = _merge(states)
     layout = tables.plan(kind, {k: tuple(t.shape) for k, t in tensors.items()}, overrides)
     converted = mapping.convert(tensors, layout, modules.shapes(layout.config))
+    _check_constants(converted, layout)
     if round_periods_to_bf16:
         _round_periods(converted, layout.name)
     metadata = {
@@ -69,6 +71,7 @@ def convert_file(
         "layout": layout.name,
         "files": sources,
         "config": layout.config,
+        "model": dict(layout.model),
         "round_periods_to_bf16": round_periods_to_bf16,
         "derived": converted.derived,
         "absent": converted.absent,
@@ -81,6 +84,21 @@ def convert_file(
     }
     _write(output, converted.arrays, metadata)
     return metadata
+
+
+def _check_constants(converted: mapping.Converted, layout: mapping.Layout) -> None:
+    """Raises ValueError where RAE's file normalises images in another way than its encoder's."""
+    if "encoder" not in layout.model:
+        return
+    how = encoders.family(layout.model).preprocessing
+    for key, wanted in (("encoder_mean", how.mean), ("encoder_std", how.std)):
+        stored = converted.arrays.get(f"buffers/{key}")
+        if stored is not None and not np.allclose(stored.reshape(-1), wanted, atol=1e-4):
+            raise ValueError(
+                f"an RAE normalises images as its encoder {layout.model['encoder']} does, with "
+                f"{key} {list(wanted)}; got {stored.reshape(-1)[:3].tolist()}; this file is of "
+                "another family"
+            )
 
 
 def _round_periods(converted: mapping.Converted, layout: str) -> None:

@@ -45,6 +45,7 @@ class Layout:
         shape that they must have, or None.
       optional: Paths below which leaves may be absent from a file.
       derive: Gives the value of a leaf that the layout never stores, from its path and shape.
+      model: What a model config says beside its roles: encoder, pixel_range.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Layout:
     buffers: Mapping[str, Shape | None] = dataclasses.field(default_factory=dict)
     optional: tuple[str, ...] = ()
     derive: Callable[[str, Shape], np.ndarray | None] = lambda path, shape: None
+    model: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,8 +52,10 @@ def _check_sizes(role: str, kwargs: Config) -> None:
     Tables of positions are computed while a module is described: tokens times width numbers.
     """
     numbers = [value for field in kwargs.values() for value in _integers(field)]
-    side = max(_integers(kwargs.get("input_size")), default=1)
-    width = max(_integers(kwargs.get("hidden_size")), default=1)
+    sides = (kwargs.get(name) for name in ("input_size", "table_side", "grid", "statistics_side"))
+    side = max((number for field in sides for number in _integers(field)), default=1)
+    widths = (kwargs.get(name) for name in ("hidden_size", "embed_dim", "latent_channels"))
+    width = max((number for field in widths for number in _integers(field)), default=1)
     if max(numbers, default=0) > MAX_SIZE or side**2 * width > MAX_TABLE:
         raise ValueError(
             f"a {role} has sizes up to {MAX_SIZE}, and at most {MAX_TABLE} numbers in a table of "

@@ -33,8 +33,10 @@ def shift_time(t: Times, shift: float) -> Times:
     return t / (t + (1 - t) / shift)
 
 
-def time_grid(steps: int, shift: float = 1.0) -> np.ndarray:
-    """Returns the float64 times [steps+1] of `steps` updates, from exactly 1 down to exactly 0.
+def time_grid(steps: int, shift: float = 1.0, end: float = 0.0) -> np.ndarray:
+    """Returns the float64 times [steps+1] of `steps` updates, from exactly 1 down to `end`.
+
+    RAE's grid ends at 0.001 (before the shift), its 50 points are 49 updates.
 
     Raises:
       ValueError: if `steps` is below 1 or `shift` is not positive.
@@ -42,7 +44,7 @@ def time_grid(steps: int, shift: float = 1.0) -> np.ndarray:
     if steps < 1:
         raise ValueError(f"a sampler makes at least 1 step; got steps={steps}; ask for 1 or more")
     _check_shift(shift)
-    return shift_time(np.linspace(1.0, 0.0, steps + 1), shift)
+    return shift_time(np.linspace(1.0, end, steps + 1), shift)
 
 
 def training_times(

@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dinosae_jax import encoders
 from dinosae_jax.inference import batching
-from dinosae_jax.latent_convention import LatentConvention
+from dinosae_jax.latent_convention import LatentConvention, norm_of
 from dinosae_jax.models import autoencoder
+from dinosae_jax.models.vit_decoder import ViTDecoder
 from dinosae_jax.names import AUTOENCODER_ROLES, PATCH_SIZE
 from dinosae_jax.runtime import jit, precision, sharding
 from dinosae_jax.weights import weight_source
@@ -33,6 +35,7 @@ Floats = NDArray[np.float32]
 
 
 ROUNDING = 1e-4  # tolerance around [0, 1] for float arithmetic
+STATED = ("pixel_range", "encoder")  # fields of a model config beside its roles
 CONVERTED_TOKENS = 256  # for 256 x 256 pixels; converted weights do not state it
 
 
@@ -108,7 +111,7 @@ class Autoencoder:
           images: [b, h, w, 3] floating point in [0, 1], sides multiples of 16.
 
         Returns:
-          [b, n, d] float32, the patch tokens after DINOv3's final norm; row-major grid of
+          [b, n, d] float32, the patch tokens after the final norm; row-major grid of
           h/16 x w/16.
 
         Raises:
@@ -140,16 +143,16 @@ class Autoencoder:
         return self.decode(self.encode(checked), grid)
 
     def encode_teacher(self, images: ArrayLike) -> Floats:
-        """Tokens of the frozen DINOv3 teacher on the same images, as `encode` returns them.
+        """Tokens of the frozen teacher on the same images, as `encode` returns them.
 
         Raises:
           ValueError: see `encode`; also where the weights have no patch convolution of the teacher.
         """
         if "patch_embed" not in self.variables["vit"]["params"]:
             raise ValueError(
-                "the teacher's tokens need DINOv3's own patch convolution; got weights without it "
-                "(the official DINO-SAE file leaves it out); use weights trained from a converted "
-                "DINOv3"
+                "the teacher's tokens need the encoder's own patch convolution; got weights "
+                "without it (the official DINO-SAE file leaves it out); use weights trained from a "
+                "converted DINOv3"
             )
         return self._map(_compiled_encode_teacher(self.modules), check_images(images))
 
@@ -179,6 +182,12 @@ class Autoencoder:
                 f"the grid of the latents has height * width = n; got {tokens} tokens and "
                 f"{f'the grid {tuple(grid)}' if grid else 'no grid, which stands for a square'}; "
                 "pass grid=(image height / 16, image width / 16)"
+            )
+        decoder = self.modules.decoder
+        if isinstance(decoder, ViTDecoder) and (height, across) != (decoder.grid,) * 2:
+            raise ValueError(
+                f"a ViT decoder has one grid, {decoder.grid} tokens a side; got a grid of "
+                f"{height} x {across}; resize images to {PATCH_SIZE * decoder.grid} pixels a side"
             )
         return latents, (int(height), int(across))
 
@@ -215,7 +224,15 @@ def complete(
         return source
     pixels = stated or pixel_range or "imagenet"
     width = source.model["vit"]["embed_dim"]
-    convention = LatentConvention(CONVERTED_TOKENS, width, math.sqrt(width), pixels=pixels)
+    grid = source.model["decoder"].get("grid")
+    convention = LatentConvention(
+        tokens=grid**2 if grid else CONVERTED_TOKENS,
+        width=width,
+        radius=math.sqrt(width),
+        norm=norm_of(source.model["vit"]),
+        pixels=pixels,
+        encoder=encoders.reading(source.model),
+    )
     note = (
         f"The weights state no latent convention; {convention.tokens} tokens, radius "
         f"{convention.radius:.4g} and pixel_range={pixels!r} are taken."
@@ -229,7 +246,7 @@ def complete(
 
 def random_source(model: Mapping[str, Any], seed: int) -> weight_source.WeightSource:
     """Random weights of a model config (stem, vit, decoder), for trials without weights."""
-    parts = {name: model[name] for name in (*AUTOENCODER_ROLES, "pixel_range") if name in model}
+    parts = {name: model[name] for name in (*AUTOENCODER_ROLES, *STATED) if name in model}
     draw = _compiled_draw(autoencoder.build(parts))
     return weight_source.WeightSource(
         jax.device_get(draw(jax.random.PRNGKey(seed))),

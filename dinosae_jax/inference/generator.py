@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from dinosae_jax import rules
 from dinosae_jax.flow import matching, schedule
-from dinosae_jax.inference import batching, sampling_program
+from dinosae_jax.inference import batching, published, sampling_program
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder, registry
 from dinosae_jax.runtime import jit, precision, sharding, stopping
@@ -73,7 +73,12 @@ class Generator:
         modules = autoencoder.build(model, dtype)
         _check_convention(convention, network, modules)
         self.networks = sampling_program.Networks(
-            modules, network, flow["path"], convention.radius, float(flow["shift"])
+            modules,
+            network,
+            flow["path"],
+            convention.radius,
+            float(flow["shift"]),
+            float(flow.get("end", 0.0)),
         )
         self.variables = {role: variables[role] for role in ("dit", "decoder")}
         self.convention = convention
@@ -88,8 +93,9 @@ class Generator:
         directory: str | pathlib.Path,
         dtype: str = "auto",
         mesh: jax.sharding.Mesh | None = None,
+        autoencoder: str | pathlib.Path = "",
     ) -> Generator:
-        """Reads a flow's workdir (its newest checkpoint), a checkpoint, or an export.
+        """Reads a flow's workdir (its newest checkpoint), a checkpoint, an export or a conversion.
 
         The weights are the moving averages; layers that compute in bfloat16 store them in it.
 
@@ -97,11 +103,12 @@ class Generator:
           directory: folder of the flow, which includes its frozen autoencoder.
           dtype: 'float32', 'bfloat16', or 'auto' for bfloat16 on accelerators.
           mesh: the devices; all of them by default.
+          autoencoder: folder of the autoencoder of a converted flow, which comes without one.
 
         Raises:
           ValueError: where there is no flow, or a part of it does not fit the others.
         """
-        source = weight_source.open_weights(directory)
+        source = published.complete_flow(weight_source.open_weights(directory), autoencoder)
         if "dit" not in source.variables or not source.flow:
             raise ValueError(
                 f"sampling needs a flow; got {source.path} with only "
@@ -391,6 +398,7 @@ def _check_convention(
         radius=convention.radius,
         norm=convention.norm,
         pixels=modules.pixel_range,
+        encoder=convention.encoder,
     )
     networks.check_equal(convention, here="networks", there="saved convention")
     if convention.decode_radius is None:

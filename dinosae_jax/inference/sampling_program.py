@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dinosae_jax.flow import guidance, matching, samplers, schedule, sphere
-from dinosae_jax.models import autoencoder
+from dinosae_jax.models import autoencoder, vit_decoder
 from dinosae_jax.runtime import precision
 
 Tree = Any
@@ -26,6 +27,7 @@ class Networks(NamedTuple):
     path: str
     radius: float
     shift: float
+    end: float = 0.0  # the last time, before the shift
     weaker: Any = None  # transformer of a weaker flow, see `Generator.guided_by`
 
 
@@ -91,9 +93,11 @@ def _generate(
     path = matching.make_path(networks.path, networks.radius)
 
     velocity = _velocity(networks, sampling, variables, labels, scales["guidance"], path.tangent)
-    times = schedule.time_grid(sampling.steps, networks.shift)
+    times = schedule.time_grid(sampling.steps, networks.shift, networks.end)
     z = samplers.sample(velocity, noise, times, sampling.sampler, path.radius)
-    if not path.keeps_norms:
+    if path.keeps_norms:
+        z = vit_decoder.restore(variables["decoder"].get("statistics", {}), z)
+    else:
         z = sphere.project(z, scales["decode_radius"])
     side = networks.dit.input_size
 
@@ -105,7 +109,7 @@ def _generate(
     # Example i is in part i % parts, so that every part is split over all devices.
     parts = jnp.swapaxes(z.reshape(-1, sampling.parts, *z.shape[1:]), 0, 1)
     rows = jnp.swapaxes(jax.lax.map(decode, parts), 0, 1)
-    height = side * networks.modules.vit.patch_size
+    height = math.isqrt(rows.shape[-1] // 3)
     return rows.reshape(len(z), height, height, 3)
 
 

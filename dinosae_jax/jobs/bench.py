@@ -1,10 +1,10 @@
 """Speed and memory of training steps, and the speed of data loading and of metrics.
 
 Prints one line per row and writes `bench.json`: {'machine', 'steps', 'overhead', 'loader',
-'metrics', 'latents', 'flow'}; the last two are reading of the latent cache, and encoding and
-sampling. Steps run on synthetic batches with random parameters. After the warm-up, groups of steps
-are timed as the training loop runs them (the host waits at the end of a group); the result is the
-median group's.
+'metrics', 'latents', 'flow', 'encoders'}; the last three are reading of the latent cache, encoding
+and sampling, and the published encoders. Steps run on synthetic batches with random parameters.
+After the warm-up, groups of steps are timed as the training loop runs them (the host waits at the
+end of a group); the result is the median group's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
 
     Args:
       config: chain, stages, batch_per_device, warmup, repeats, steps, overhead, loader, metrics,
-        latents, flow (configs/bench.py).
+        latents, flow, encoders (configs/bench.py).
       folder: where bench.json goes.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +60,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         console.report(f"{name}: {seconds['wall']:.1f} s, {seconds['cpu']:.1f} s of all cores")
     result["latents"] = flow_speed.measure_latents(config.latents)
     result["flow"] = flow_speed.measure_flow(config)
+    result["encoders"] = flow_speed.measure_encoders(config)
     result["process_peak_memory_bytes"] = hardware.peak_memory()
     if jax.process_index() == 0:
         files.write_json(folder / "bench.json", result)

@@ -79,6 +79,7 @@ def make_plan(
         },
         "dtype": str(jnp.dtype(autoencoder.modules.vit.dtype)),
         "norm": convention.norm,
+        **({"encoder_reading": convention.encoder} if convention.encoder else {}),
         "format": config.format,
         "tokens": tokens,
         "width": convention.width,

@@ -7,8 +7,9 @@ import pathlib
 import jax
 import ml_collections
 
+from dinosae_jax import licences
 from dinosae_jax.eval.protocols import inputs
-from dinosae_jax.inference import autoencoder
+from dinosae_jax.inference import autoencoder, published
 from dinosae_jax.names import AUTOENCODER_ROLES
 from dinosae_jax.runtime import console, lease
 from dinosae_jax.weights import weight_source
@@ -25,14 +26,20 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
       folder: the new folder.
 
     Raises:
-      ValueError: where the workdir is not empty, or init_from is not an autoencoder.
+      ValueError: where the workdir is not empty, init_from is not an autoencoder, or a licence
+        does not allow it.
     """
-    source = autoencoder.complete(inputs.open_weights(config), config.pixel_range)
+    source = published.complete_flow(inputs.open_weights(config), config.autoencoder)
+    source = autoencoder.complete(source, config.pixel_range)
+    if config.permissive:
+        licences.require_permissive(source.weights)
     if jax.process_index() != 0:
         return
     roles = tuple(role for role in EXPORTED if role in source.variables)
     weight_source.export(source, folder, roles)
     for note in source.notes:
         console.report(f"{config.name}: {note}")
+    for role, entry in source.weights.items():
+        console.report(f"{config.name}: {licences.sentence(role, entry)}")
     size = sum(file.stat().st_size for file in folder.iterdir() if file.name != lease.FILE)
     console.report(f"{config.name}: wrote {', '.join(roles)} to {folder} ({size / 1e6:,.1f} MB)")

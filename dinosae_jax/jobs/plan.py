@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from dinosae_jax import names
+from dinosae_jax import encoders, names
 from dinosae_jax.perf import collectives, dtypes, hlo, prediction, programs, targets
 from dinosae_jax.runtime import console, files, hardware, sharding
 from dinosae_jax.train import step_flops
@@ -325,7 +325,9 @@ def _markdown(head: list[str]) -> list[str]:
 
 
 def _line(row: Row, cells: list[str]) -> str:
-    name = row["name"] + (" (cut)" if ",cut" in row["command"] else "")
+    words = re.split(r"[:, ]", row["command"])
+    marks = [word for word in words if word == "cut" or word in encoders.NETWORKS]
+    name = row["name"] + (f" ({', '.join(marks)})" if marks else "")
     return f"| {' | '.join([name, row['target'], str(row['fsdp']), *cells])} |"
 
 

@@ -1,7 +1,8 @@
-"""The autoencoder: stem, frozen DINOv3 and decoder as one set of pure functions.
+"""The autoencoder: stem, frozen encoder and decoder as one set of pure functions.
 
 Parameters are passed by role, {"stem": {"params": ...}, "vit": ..., "decoder": ...}; a decoder
-with batch norm has "batch_stats" beside its "params". The student and the teacher share the ViT.
+with batch norm has "batch_stats" beside its "params", one with statistics of its latents
+"statistics". The student and the teacher share the ViT.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 
-from dinosae_jax import names
-from dinosae_jax.models import registry
+from dinosae_jax import encoders, names
+from dinosae_jax.models import preprocessing, registry
 from dinosae_jax.models.decoder import Decoder
 from dinosae_jax.models.stem import ConvStem, PatchStem
 from dinosae_jax.models.vit import VisionTransformer
+from dinosae_jax.models.vit_decoder import ViTDecoder
 
 Array = jax.Array
 Variables = Mapping[str, Any]
@@ -46,18 +48,20 @@ class AutoencoderModules:
       vit: from a patch grid to tokens.
       decoder: from a latent grid to pixels.
       pixel_range: a key of `PIXEL_RANGES`.
+      preprocessing: how the encoder's images are resized and normalised.
     """
 
     stem: ConvStem | PatchStem
     vit: VisionTransformer
-    decoder: Decoder
+    decoder: Decoder | ViTDecoder
     pixel_range: names.PixelRange = "imagenet"
+    preprocessing: encoders.Preprocessing = encoders.FAMILIES["dinov3"].preprocessing
 
 
 class EncoderOutput(NamedTuple):
     """Tokens of an image.
 
-    tokens: [b, n, d] float32 patch tokens after DINOv3's final norm, row-major grid: the latent z.
+    tokens: [b, n, d] float32 patch tokens after the final norm, row-major grid: the latent z.
     cls: [b, d] float32 class token after the final norm.
     grid: (height, width) of the patch grid, n = height * width.
     """
@@ -73,7 +77,8 @@ def build(model_config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> Autoen
     Args:
       model_config: "stem", "vit" and "decoder" hold the keyword arguments of `ConvStem`,
         `VisionTransformer` and `Decoder`; the stem's may hold kind="patch" for `PatchStem`
-        (default "conv"). "pixel_range" is a key of `PIXEL_RANGES` (default "imagenet").
+        (default "conv"), the decoder's kind="vit" for `ViTDecoder`. "pixel_range" is a key of
+        `PIXEL_RANGES` (default "imagenet"), "encoder" of `encoders.FAMILIES` (default "dinov3").
       dtype: of matmuls and convolutions.
 
     Returns:
@@ -92,6 +97,7 @@ def build(model_config: Mapping[str, Any], dtype: Dtype = jnp.float32) -> Autoen
         registry.build("vit", model_config["vit"], dtype=dtype),
         registry.build("decoder", model_config["decoder"], dtype=dtype),
         pixel_range,
+        encoders.family(model_config).preprocessing,
     )
     widths = (modules.stem.embed_dim, modules.vit.embed_dim, modules.decoder.latent_channels)
     if len(set(widths)) > 1:
@@ -116,7 +122,8 @@ def init(modules: AutoencoderModules, key: Array, image_size: int) -> dict[str, 
     """
     keys = jax.random.split(key, 3)
     images = jnp.zeros((1, image_size, image_size, 3))
-    patches, stem = modules.stem.init_with_output(keys[0], images)
+    prepared = preprocessing.prepare(images, modules.preprocessing, modules.stem.patch_size)
+    patches, stem = modules.stem.init_with_output(keys[0], prepared)
     vit = modules.vit.init(keys[1], patches)
     decoder = modules.decoder.init(keys[2], patches)
     return {"stem": dict(stem), "vit": dict(vit), "decoder": dict(decoder)}
@@ -125,13 +132,6 @@ def init(modules: AutoencoderModules, key: Array, image_size: int) -> dict[str, 
 def unit_interval(images: Any) -> Any:
     """8-bit images [...] uint8, of numpy or jax, as float32 in [0, 1]: what `encode` takes."""
     return images.astype(np.float32) / np.float32(255.0)
-
-
-def normalise(images: Array) -> Array:
-    """Removes ImageNet's mean and deviation: [b, h, w, 3] in [0, 1] -> the same shape, float32."""
-    return (images.astype(jnp.float32) - jnp.array(names.IMAGENET_MEAN)) / jnp.array(
-        names.IMAGENET_STD
-    )
 
 
 def to_pixels(modules: AutoencoderModules, output: Array) -> Array:
@@ -151,14 +151,15 @@ def encode(modules: AutoencoderModules, variables: Variables, images: Array) -> 
     Returns:
       The tokens; a convolutional stem rounds the grid up, (ceil(h/16), ceil(w/16)).
     """
-    patches = modules.stem.apply(variables["stem"], normalise(images))
+    prepared = preprocessing.prepare(images, modules.preprocessing, modules.stem.patch_size)
+    patches = modules.stem.apply(variables["stem"], prepared)
     return _transform(modules, variables, patches)
 
 
 def encode_teacher(
     modules: AutoencoderModules, variables: Variables, images: Array
 ) -> EncoderOutput:
-    """Tokens of the teacher: DINOv3's own patch convolution, then the same ViT.
+    """Tokens of the teacher: the encoder's own patch convolution, then the same ViT.
 
     Args:
       modules: what `build` returned.
@@ -169,9 +170,8 @@ def encode_teacher(
       The tokens; the patch convolution rounds the grid down, so it is the student's for sides
       that are multiples of 16.
     """
-    patches = modules.vit.apply(
-        variables["vit"], normalise(images), method=VisionTransformer.embed_patches
-    )
+    prepared = preprocessing.prepare(images, modules.preprocessing, modules.vit.patch_size)
+    patches = modules.vit.apply(variables["vit"], prepared, method=VisionTransformer.embed_patches)
     return _transform(modules, variables, patches)
 
 
@@ -236,7 +236,7 @@ def decode_features(
         variables["decoder"],
         z.reshape(b, *grid, d),
         train,
-        method=Decoder.features,
+        method="features",
         mutable=["batch_stats"] if train else [],
     )
     stats = updates if train else variables["decoder"]
@@ -255,10 +255,10 @@ def decode_head(modules: AutoencoderModules, variables: Variables, features: Arr
     Returns:
       [b, 16*height, 16*width, 3] float32 in about [0, 1], not clipped.
     """
-    output: Any = modules.decoder.apply(variables["decoder"], features, method=Decoder.head)
+    output: Any = modules.decoder.apply(variables["decoder"], features, method="head")
     return to_pixels(modules, output)
 
 
 def has_teacher(variables: Variables) -> bool:
-    """Whether the ViT has DINOv3's own patch convolution, which official DINO-SAE files lack."""
+    """Whether the ViT has its own patch convolution, which official DINO-SAE files lack."""
     return "patch_embed" in variables["vit"]["params"]

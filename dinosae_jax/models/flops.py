@@ -20,6 +20,7 @@ from dinosae_jax.models.dit_blocks import mlp_hidden
 from dinosae_jax.models.lpips import STAGES as VGG_STAGES
 from dinosae_jax.models.stem import ConvStem, PatchStem
 from dinosae_jax.models.vit import VisionTransformer
+from dinosae_jax.models.vit_decoder import ViTDecoder
 
 
 def forward_flops(model: LightningDiT | DiTDH) -> int:
@@ -102,9 +103,9 @@ def vit_flops(model: VisionTransformer, height: int, width: int) -> int:
 
     The stem is not counted.
     """
-    n, d = height * width + 1 + model.num_storage_tokens, model.embed_dim
-    gated = model.ffn_layer == "swiglu"
-    return model.depth * (_attention(n, d) + _feed_forward(n, d, model.ffn_hidden, gated))
+    n, d = height * width + model.class_token + model.num_storage_tokens, model.embed_dim
+    gated = model.ffn_layer.startswith("swiglu")
+    return model.run_depth * (_attention(n, d) + _feed_forward(n, d, model.ffn_hidden, gated))
 
 
 def stem_flops(model: ConvStem | PatchStem, height: int, width: int) -> int:
@@ -144,8 +145,13 @@ def _upsampling(model: Decoder, pixels: int, c_in: int, c_out: int) -> int:
     return _conv(pixels, c_in, 4 * c_out) if shuffle else _conv(4 * pixels, c_in, c_out)
 
 
-def decoder_flops(model: Decoder, height: int, width: int) -> int:
+def decoder_flops(model: Decoder | ViTDecoder, height: int, width: int) -> int:
     """FLOPs of a decoder on a grid of height x width latents (16x16: preset A 382 G, B 688 G)."""
+    if isinstance(model, ViTDecoder):
+        n, d = model.grid**2, model.hidden_size
+        block = _attention(n + 1, d) + _feed_forward(n + 1, d, model.ffn_hidden, gated=False)
+        embedding = _linear(height * width, model.latent_channels, d)
+        return embedding + model.depth * block + head_flops(model, height, width)
     widths, last = model.width_list, len(model.width_list) - 1
     kinds = (
         [model.block_type] * (last + 1) if isinstance(model.block_type, str) else model.block_type
@@ -197,8 +203,11 @@ def heads_flops(model: DiscriminatorHeads, tokens: int) -> int:
     return model.num_heads * _linear(tokens, c, (1 + model.kernel_size) * c + 1)
 
 
-def head_flops(model: Decoder, height: int, width: int) -> int:
+def head_flops(model: Decoder | ViTDecoder, height: int, width: int) -> int:
     """FLOPs of the decoder's last layer, whose gradients give the GAN's adaptive weight."""
+    if isinstance(model, ViTDecoder):
+        outputs = model.in_channels * model.patch_size**2
+        return _linear(model.grid**2, model.hidden_size, outputs)
     pixels = 4 ** (len(model.width_list) - 1) * height * width
     if model.depth_list[0] == 0:
         return _upsampling(model, pixels // 4, model.width_list[1], model.in_channels)

@@ -331,9 +331,19 @@ class BatchNorm(nn.Module):
         return (x - mean) * jax.lax.rsqrt(var + 1e-5) * scale + bias
 
 
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """Layer norm over the last axis in float32, eps 1e-5, variance in two passes."""
-    return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=name)
+def layer_norm(
+    name: str | None = None, epsilon: float = 1e-5, affine: bool = True, **others: Any
+) -> nn.LayerNorm:
+    """Layer norm over the last axis in float32, variance in two passes."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=jnp.float32,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
+        name=name,
+        **others,
+    )
 
 
 def apply_norm(kind: str | None, x: Array, train: bool, name: str) -> Array:

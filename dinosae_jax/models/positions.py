@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def sincos_table(grid: int, width: int) -> np.ndarray:
+def sincos_table(grid: int, width: int, spacing: float = 1.0) -> np.ndarray:
     """Fixed 2-D sin-cos position table of a square grid.
 
     Channels [0, width/2) encode the column, [width/2, width) the row; each half is
@@ -20,6 +20,7 @@ def sincos_table(grid: int, width: int) -> np.ndarray:
     Args:
       grid: tokens per side.
       width: number of channels, a multiple of 4.
+      spacing: distance of two tokens; diffusers' AutoencoderRAE has 16 / grid.
 
     Returns:
       [grid * grid, width] float32 (computed in float64), row-major.
@@ -33,7 +34,7 @@ def sincos_table(grid: int, width: int) -> np.ndarray:
         )
     frequency = 10000.0 ** (-np.arange(width // 4) / (width / 4))
     row, column = np.divmod(np.arange(grid * grid), grid)
-    phases = [position[:, None] * frequency for position in (column, row)]
+    phases = [spacing * position[:, None] * frequency for position in (column, row)]
     halves = [f(phase) for phase in phases for f in (np.sin, np.cos)]
     return np.concatenate(halves, axis=1).astype(np.float32)
 

@@ -18,11 +18,12 @@ from dinosae_jax.models.inception import InceptionFID
 from dinosae_jax.models.lpips import LPIPS
 from dinosae_jax.models.stem import ConvStem, PatchStem
 from dinosae_jax.models.vit import VisionTransformer
+from dinosae_jax.models.vit_decoder import ViTDecoder
 
 CLASSES: dict[str, Any] = {
     "stem": {"conv": ConvStem, "patch": PatchStem},
     "vit": VisionTransformer,
-    "decoder": Decoder,
+    "decoder": {"conv": Decoder, "vit": ViTDecoder},
     "disc_heads": DiscriminatorHeads,
     "dino": DinoV1,
     "lpips": LPIPS,
@@ -31,7 +32,11 @@ CLASSES: dict[str, Any] = {
     "dit": {"LightningDiT": LightningDiT, "DiTDH": DiTDH},
 }
 # Role with several classes -> the field that names the class, and the name where it is absent.
-CHOICES = {"stem": ("kind", "conv"), "dit": ("model", "LightningDiT")}
+CHOICES = {
+    "stem": ("kind", "conv"),
+    "decoder": ("kind", "conv"),
+    "dit": ("model", "LightningDiT"),
+}
 
 
 def build(role: str, config: Mapping[str, Any], **others: Any) -> Any:
@@ -39,8 +44,8 @@ def build(role: str, config: Mapping[str, Any], **others: Any) -> Any:
 
     Args:
       role: a key of `CLASSES`.
-      config: keyword arguments of its class, lists instead of tuples allowed; for a stem also
-        `kind`, for a dit also `model`, which name the class.
+      config: keyword arguments of its class, lists instead of tuples allowed; for a stem and a
+        decoder also `kind`, for a dit also `model`, which name the class.
       **others: more keyword arguments, such as dtype.
 
     Returns:

@@ -1,4 +1,4 @@
-"""From the image to a grid of patch tokens: the convolutional stem, and DINOv3's own patches."""
+"""From the image to a grid of patch tokens: a convolutional stem, or an encoder's patches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from dinosae_jax import names
 from dinosae_jax.models.layers import Conv2d, ConvLayer
 
 Array = jax.Array
@@ -27,6 +28,11 @@ class ConvStem(nn.Module):
     widths: tuple[int, ...] = (64, 128, 256)
     dtype: Dtype = jnp.float32
     norm: str | None = "trms2d"
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per side of a token: its stride."""
+        return names.PATCH_SIZE
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -53,7 +59,7 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """DINOv3's patch embedding: one convolution of the patch's size; incomplete patches are cut.
+    """An encoder's patch embedding: one convolution of a patch's size; incomplete patches are cut.
 
     [b, h, w, 3] float32 normalised pixels -> [b, h//patch, w//patch, embed_dim] float32.
     """

@@ -1,4 +1,4 @@
-"""What `bench` measures of the flow besides its training step: latent cache, encoder, sampler."""
+"""What `bench` measures besides training steps: latent cache, encoders, the flow's sampler."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from dinosae_jax import config as config_lib
+from dinosae_jax import names
 from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
 from dinosae_jax.inference import encoding
 from dinosae_jax.inference.generator import random_generator
+from dinosae_jax.models import autoencoder, flops
 from dinosae_jax.runtime import console, precision, sharding
 
 
@@ -130,6 +134,53 @@ def measure_flow(config: ml_collections.ConfigDict) -> dict[str, float]:
         f"{rates['sampled_images_per_second']:.2f} images/s in {config.flow.sampling_steps} steps"
     )
     return rates
+
+
+def measure_encoders(config: ml_collections.ConfigDict) -> dict[str, dict[str, float]]:
+    """Speed of published encoders with random weights, as the teacher runs them.
+
+    Args:
+      config: encoders (networks, names in `dinosae_jax.encoders`; image_size; batch_per_device).
+
+    Returns:
+      network -> batch_size, images_per_second, gflops_per_image.
+    """
+    mesh = sharding.make_mesh()
+    size, side = config.encoders.batch_per_device * mesh.size, config.encoders.image_size
+    image = np.random.default_rng(0).integers(0, 256, (size, side, side, 3)).astype(np.uint8)
+    placed = jax.device_put(image, sharding.batch_sharding(mesh))
+    speeds: dict[str, dict[str, float]] = {}
+    for network in config.encoders.networks:
+        stage = config_lib.autoencoder_defaults()
+        config_lib.use_encoder(stage, network)
+        dtype = precision.resolve_config(stage).dtype
+        modules = autoencoder.build(stage.model.to_dict(), jnp.dtype(dtype))
+        patches = jnp.zeros((1, 1, 1, modules.vit.embed_dim))
+        drawn = {"vit": jax.jit(modules.vit.init)(jax.random.PRNGKey(0), patches)}
+        variables = sharding.replicate(precision.frozen(drawn, dtype), mesh)
+        run = functools.partial(_compiled_teacher(modules), variables)
+        grid = side // names.PATCH_SIZE
+        speeds[network] = row = {
+            "batch_size": size,
+            "images_per_second": size / _seconds(functools.partial(run, placed)),
+            "gflops_per_image": flops.vit_flops(modules.vit, grid, grid) / 1e9,
+        }
+        console.report(
+            f"{network} at batch {size}, {side} pixels: encodes {row['images_per_second']:.1f} "
+            f"images/s ({row['gflops_per_image']:.1f} GFLOPs each)"
+        )
+    return speeds
+
+
+@functools.lru_cache
+def _compiled_teacher(modules: autoencoder.AutoencoderModules) -> Callable[..., jax.Array]:
+    """Jit of (variables, images uint8 [b, h, w, 3]) -> the teacher's tokens [b, n, d]."""
+
+    def encode(variables: autoencoder.Variables, image: jax.Array) -> jax.Array:
+        pixels = autoencoder.unit_interval(image)
+        return autoencoder.encode_teacher(modules, variables, pixels).tokens
+
+    return jax.jit(encode)
 
 
 def _seconds(function: Callable[[], Any]) -> float:

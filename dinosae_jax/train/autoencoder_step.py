@@ -242,8 +242,8 @@ def gradients(
     scalars = {**pixels.terms, **aligned.terms, "loss": pixels.loss + aligned.loss}
     scalars["psnr"] = jnp.mean(image_quality.psnr(jnp.clip(reconstruction, 0.0, 1.0), image))
     extra = dict(state.extra)
-    if extra["decoder"]:
-        extra["decoder"] = {"batch_stats": statistics}
+    if "batch_stats" in extra["decoder"]:
+        extra["decoder"] = {**extra["decoder"], "batch_stats": statistics}
 
     heads, gan_params, pixel_cotangent = None, None, pixels.cotangent
     if spec.discriminator:

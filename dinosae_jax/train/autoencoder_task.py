@@ -62,7 +62,7 @@ def prepare(
     train_source = images.open_images(config.data, "train")
     eval_source = images.open_images(config.data, "eval")
     spec = step_spec(config)
-    variables, notes, source = initial_variables(config, spec)
+    variables, notes, source, weights = initial_variables(config, spec)
     frozen_files = preparation.store_frozen(workdir, variables, (*spec.trainable, "disc_heads"))
     record = {
         "config": json.loads(json.dumps(config.to_dict())),
@@ -71,6 +71,7 @@ def prepare(
         "data": train_source.fingerprint,
         "notes": notes,
         "source": source,
+        "weights": weights,
     }
     preparation.agree_on_inputs(record, variables, (train_source, eval_source))
     frozen = {role: variables[role] for role in frozen_files}
@@ -123,7 +124,7 @@ def initial_variables(
     found = preparation.find_variables(config, draw, trained, LatentConvention.of(config))
     if spec.aligns and not autoencoder.has_teacher(found.variables):
         raise ValueError(
-            "alignment needs the teacher, DINOv3 with its own patch convolution; got "
+            "alignment needs the teacher, the encoder with its own patch convolution; got "
             f"{config.init_from} without it (the official DINO-SAE file leaves it out); set "
             "losses.cosine and losses.mse to 0, or start from a converted DINOv3"
         )

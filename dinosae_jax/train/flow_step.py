@@ -20,7 +20,7 @@ from flax import traverse_util
 
 from dinosae_jax.data.latents import latent_record
 from dinosae_jax.flow import matching, schedule
-from dinosae_jax.models import autoencoder, dit
+from dinosae_jax.models import autoencoder, dit, vit_decoder
 from dinosae_jax.runtime import fsdp
 from dinosae_jax.train import accumulate, optim
 from dinosae_jax.train import state as state_lib
@@ -206,9 +206,16 @@ def gradients(
 
 
 def flow_data(spec: StepSpec, frozen: Variables, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The data x0 of a batch, in the space of the path: float32 [b, n, d]."""
+    """The data x0 of a batch, in the space of the path: float32 [b, n, d].
+
+    A path that keeps norms runs between noise and latents of deviation 1, where the autoencoder
+    has statistics of them.
+    """
     tokens = tokens_of(spec, frozen, batch)
-    return matching.make_path(spec.path, spec.radius).place(tokens)
+    path = matching.make_path(spec.path, spec.radius)
+    if path.keeps_norms:
+        tokens = vit_decoder.standardise(frozen.get("decoder", {}).get("statistics", {}), tokens)
+    return path.place(tokens)
 
 
 def tokens_of(spec: StepSpec, frozen: Variables, batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -65,7 +65,7 @@ def prepare(
     train_source, eval_source = (open_flow_data(config, split) for split in ("train", "eval"))
     check_classes(config, train_source)
     spec = step_spec(config)
-    variables, notes, source = initial_variables(config, spec)
+    variables, notes, source, weights = initial_variables(config, spec)
     check_encoder((train_source, eval_source), variables)
     frozen_files = preparation.store_frozen(workdir, variables, ("dit",))
     flow = flow_record(config, train_source.label_names)
@@ -76,11 +76,14 @@ def prepare(
         "data": train_source.fingerprint,
         "notes": notes,
         "source": source,
+        "weights": weights,
     }
     preparation.agree_on_inputs(record, variables, (train_source, eval_source))
     # Latents of a cache need no encoder on the devices, but for the KID of samples.
     needed = ("stem", "vit") if config.eval.samples or not config.data.latents else ()
     frozen = {role: variables[role] for role in needed}
+    if statistics := variables["decoder"].get("statistics"):
+        frozen["decoder"] = {"statistics": statistics}
     frozen = sharding.replicate(precision.frozen(frozen, config.dtype), mesh)
     norms = latent_norms.token_norms(
         config, spec, frozen, train_source, workdir, mesh, latent_norms.identity(record)
@@ -176,8 +179,10 @@ def open_flow_data(config: ml_collections.ConfigDict, split: str) -> loading.Sou
         return images.open_images(config.data, split, labelled=True)
     source = latent_reader.open_latents(config.data, split)
     convention = LatentConvention.of(config)
-    for name in ("tokens", "width", "norm"):
-        ours, theirs = getattr(convention, name), source.manifest[name]
+    stated = {"encoder": source.manifest.get("encoder_reading", "")}
+    stated |= {name: source.manifest[name] for name in ("tokens", "width", "norm")}
+    for name, theirs in stated.items():
+        ours = getattr(convention, name)
         if ours != theirs:
             raise ValueError(
                 f"a latent cache must hold this encoder's latents, with {name} {ours!r}; got "

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 from numpy.typing import NDArray
 
+from dinosae_jax import encoders
 from dinosae_jax.data import loading
 from dinosae_jax.data.latents import latent_reader
 from dinosae_jax.models import autoencoder
@@ -37,6 +38,7 @@ def identity(record: dict[str, Any]) -> str:
             "data": record["data"],
             "images": {field: config["data"][field] for field in IMAGE_FIELDS},
             "seed": config["seed"],
+            **({"reading": reading} if (reading := encoders.reading(config["model"])) else {}),
         }
     )
 

@@ -29,11 +29,13 @@ class Found(NamedTuple):
       variables: every role.
       notes: sentences that travel with the weights.
       source: of `init_from`: path, step and sha256 of the record; empty without one.
+      weights: the manifest of the published weights, see `licences.entries`.
     """
 
     variables: Variables
     notes: list[str]
     source: dict[str, Any]
+    weights: dict[str, Any]
 
 
 def find_variables(
@@ -58,6 +60,7 @@ def find_variables(
     found: Variables = {}
     notes: list[str] = []
     origin: dict[str, Any] = {}
+    manifest: dict[str, Any] = {}
     if config.init_from:
         path = agreement.from_first(lambda: choose_source(config.init_from))
         source = weight_source.open_weights(path)
@@ -65,17 +68,24 @@ def find_variables(
         weight_source.check_agreement(source, config.model.to_dict(), convention, tuple(found))
         notes += source.notes
         origin = weight_source.identity(source)
+        manifest |= source.weights
+    # A frozen stem of the encoder's own patches comes with the encoder.
+    own_patches = config.model.stem.get("kind") == "patch" and "stem" not in (*found, *trained)
+    borrowed = ("stem",) if own_patches and "stem" in needed else ()
     for role in weight_source.NETWORKS:
         path = config.get("weights", {}).get(role)
         if role in found and path:
-            weight_source.check_effective(role, path, found[role], config.init_from)
-        if role not in needed or role in found or role in trained:
+            weight_source.check_effective(role, path, found[role], config.init_from, config.model)
+        if role not in needed or role in found or role in trained or role in borrowed:
             continue
         if path:
             found[role] = weight_source.load_frozen(role, path, config.model)
+            entries = weight_source.manifest(path)
+            manifest |= {name: entry for name, entry in entries.items() if name == role}
         else:
-            notes.append(weight_source.require_frozen(role, tuple(config.random_frozen_ok)))
-    missing = [role for role in needed if role not in found]
+            allowed = tuple(config.random_frozen_ok)
+            notes.append(weight_source.require_frozen(role, allowed, config.model))
+    missing = [role for role in needed if role not in found and role not in borrowed]
     if missing:  # the compiler drops what is not returned
 
         def draw_missing(key: jax.Array) -> Variables:
@@ -83,7 +93,9 @@ def find_variables(
             return {role: drawn[role] for role in missing}
 
         found |= jax.device_get(jit.jit_once(draw_missing)(key))
-    return Found(found, notes, origin)
+    if borrowed:
+        found["stem"] = {"params": found["vit"]["params"]["patch_embed"]}
+    return Found(found, notes, origin, manifest)
 
 
 def choose_source(path: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import ml_collections
 
+from dinosae_jax import names
 from dinosae_jax.models import autoencoder, dino_v1, flops, registry
 from dinosae_jax.train import discriminator_step
 
@@ -44,17 +45,24 @@ def train_flops(config: ml_collections.ConfigDict) -> int:
     return sum(step_flops(config).values())
 
 
+def _seen_by_stem(modules: autoencoder.AutoencoderModules, side: int) -> tuple[int, int]:
+    """The image that the stem sees: an encoder's own patches may have another size than tokens."""
+    return (side * modules.stem.patch_size // names.PATCH_SIZE,) * 2
+
+
 def _encoder(modules: autoencoder.AutoencoderModules, side: int) -> int:
-    grid = side // modules.vit.patch_size
-    return flops.stem_flops(modules.stem, side, side) + flops.vit_flops(modules.vit, grid, grid)
+    grid = side // names.PATCH_SIZE
+    return flops.stem_flops(modules.stem, *_seen_by_stem(modules, side)) + flops.vit_flops(
+        modules.vit, grid, grid
+    )
 
 
 def _reconstruction(
     config: ml_collections.ConfigDict, modules: autoencoder.AutoencoderModules, side: int
 ) -> dict[str, int]:
     """FLOPs of student, teacher, decoder and perceptual loss."""
-    grid = side // modules.vit.patch_size
-    stem = flops.stem_flops(modules.stem, side, side)
+    grid = side // names.PATCH_SIZE
+    stem = flops.stem_flops(modules.stem, *_seen_by_stem(modules, side))
     transformer = flops.vit_flops(modules.vit, grid, grid)
     decoder = flops.decoder_flops(modules.decoder, grid, grid)
     terms = {
@@ -64,9 +72,9 @@ def _reconstruction(
         "decoder backward": 2 * decoder,
     }
     if "stem" in config.trainable:
-        tokens = grid * grid + 1 + modules.vit.num_storage_tokens
+        tokens = grid * grid + modules.vit.class_token + modules.vit.num_storage_tokens
         products = flops.attention_products(tokens, modules.vit.embed_dim)
-        terms["vit backward"] = transformer + modules.vit.depth * products
+        terms["vit backward"] = transformer + modules.vit.run_depth * products
         terms["stem backward"] = 2 * stem
     if config.losses.cosine > 0 or config.losses.mse > 0:
         patches = 2 * grid * grid * 3 * modules.vit.patch_size**2 * modules.vit.embed_dim
@@ -82,7 +90,7 @@ def _adversarial(
 ) -> dict[str, int]:
     """FLOPs of the generator's adversarial loss, the adaptive weight and the discriminator."""
     network = discriminator_step.build(config.model.dino, jnp.float32)
-    grid = side // modules.vit.patch_size
+    grid = side // names.PATCH_SIZE
     tokens = (dino_v1.IMAGE_SIDE // network.trunk.patch_size) ** 2
     trunk, heads = flops.dino_flops(network.trunk), flops.heads_flops(network.heads, tokens)
     products = flops.attention_products(tokens + 1, network.trunk.embed_dim)

@@ -87,6 +87,9 @@ def _check_record(path: Path, metadata: dict[str, Any]) -> None:
     """Raises ValueError where conversion.json is not what `convert` writes."""
     fields = {"kind": str, "layout": str, "files": list, "config": dict, "tensors": list}
     wrong = [name for name, kind in fields.items() if not isinstance(metadata.get(name), kind)]
+    model = metadata.get("model", {})  # which older conversions lack
+    if not isinstance(model, dict) or not all(map(_is_stated, model.items())):
+        wrong.append("model")
     empty = metadata.get("empty")
     if not isinstance(empty, dict) or not all(map(_is_empty_array, empty.values())):
         wrong.append("empty")
@@ -99,6 +102,11 @@ def _check_record(path: Path, metadata: dict[str, Any]) -> None:
             f"{untrusted.short(path, 300)} is written by weights_conversion.convert; got another "
             f"form of {untrusted.short(', '.join(wrong))}; {AGAIN}"
         )
+
+
+def _is_stated(item: tuple[str, Any]) -> bool:
+    """Whether a field of `model` is one that a model config has beside its roles."""
+    return item[0] in ("encoder", "pixel_range") and isinstance(item[1], str)
 
 
 def _is_file(record: Any) -> bool:
@@ -151,7 +159,7 @@ def load(directory: str | Path, roles: Collection[str] | None = None) -> Weights
     wanted = config if roles is None else roles
     try:
         variables = {role: as_float32(stored[role]) for role in wanted}
-        if "vit" in variables:
+        if "vit" in variables and has_masked_keys(config):
             mask_key_bias(variables["vit"]["params"], buffers)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
@@ -281,6 +289,11 @@ def as_float32(tree: Tree) -> Tree:
         return {key: as_float32(value) for key, value in tree.items()}
     is_float = np.issubdtype(tree.dtype, np.floating) or tree.dtype.name == "bfloat16"
     return tree.astype(np.float32, copy=False) if is_float else tree
+
+
+def has_masked_keys(config: Mapping[str, Any]) -> bool:
+    """Whether the weights have a ViT of DINOv3's code base, which masks the bias of its keys."""
+    return "vit" in config and config["vit"].get("positions", "rope") == "rope"
 
 
 def mask_key_bias(vit: Tree, buffers: Mapping[str, np.ndarray]) -> None:

@@ -12,8 +12,11 @@ import pathlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import ml_collections
+from flax import traverse_util
+
 from dinosae_jax import config as config_lib
-from dinosae_jax import names, rules
+from dinosae_jax import encoders, licences, names, rules
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.runtime import files, lease, untrusted
 from dinosae_jax.weights import checkpoint, conversion, role_files
@@ -47,6 +50,8 @@ class WeightSource(NamedTuple):
       flow: how a flow was trained and is to be sampled, plain (`inference.generator.flow_record`);
         empty for an autoencoder.
       sha256: of the record that was read, which has checksums of the weights.
+      weights: the manifest of the published weights among them, or that they were trained around:
+        role -> an entry of `licences.entries`.
     """
 
     variables: Variables
@@ -56,6 +61,7 @@ class WeightSource(NamedTuple):
     path: pathlib.Path
     flow: dict[str, Any] = {}  # noqa: RUF012  (never changed)
     sha256: str = ""
+    weights: dict[str, Any] = {}  # noqa: RUF012
 
 
 def open_weights(path: str | pathlib.Path) -> WeightSource:
@@ -73,8 +79,10 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
         titles = ", ".join(file["name"] for file in converted.metadata["files"])
         note = f"Starts from converted weights: {titles}."
         sha256 = files.file_sha256(folder / conversion.METADATA_FILE)
+        model = {**converted.config, **converted.metadata.get("model", {})}
+        weights = licences.entries(converted.metadata)
         return WeightSource(
-            converted.variables, converted.config, {}, [note], folder, sha256=sha256
+            converted.variables, model, {}, [note], folder, sha256=sha256, weights=weights
         )
     step = folder if _is_checkpoint(folder) else checkpoint.newest(folder)
     if step is None:
@@ -112,7 +120,8 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
         if role not in variables:
             variables[role] = role_files.read(frozen, role_files.file_from(file, step))
     digest = checkpoint.digest(record)
-    return WeightSource(variables, *stated, step, record.get("flow", {}), digest)
+    weights = record.get("weights", {})
+    return WeightSource(variables, *stated, step, record.get("flow", {}), digest, weights)
 
 
 def is_folder_of_weights(folder: pathlib.Path) -> bool:
@@ -148,6 +157,7 @@ def export(source: WeightSource, output: pathlib.Path, wanted: tuple[str, ...]) 
         "convention": source.convention,
         "notes": source.notes,
         "flow": source.flow,
+        "weights": source.weights,
         "source": source.path.name,
     }
     files.write_json(output / EXPORT_FILE, record)
@@ -170,6 +180,9 @@ def check_agreement(
     for role in wanted:
         ours, theirs = (m.get(role, {}) for m in (model, source.model))
         lines += _differences(role, ours, theirs, shared=not source.convention)
+    if "vit" in wanted:
+        ours, theirs = ({"encoder": m.get("encoder") or "dinov3"} for m in (model, source.model))
+        lines += config_lib.differences(ours, theirs, "model.")
     if lines:
         raise ValueError(
             f"weights and config are of one architecture; got {source.path}, which holds another "
@@ -203,28 +216,47 @@ def adopt_model(config: Any, explicit: Collection[str]) -> list[str]:
     model, image_size = _stated_model(config.init_from)
     width = model.get("vit", {}).get("embed_dim", config.model.vit.embed_dim)
     side = (image_size or config.data.image_size) // names.PATCH_SIZE
+    lines = [line for role in ("stem", "decoder") for line in _adopt_kind(config, role, model)]
     wanted = {
         f"model.{role}.{field}": value
         for role in names.AUTOENCODER_ROLES
         for field, value in model.get(role, {}).items()
-        if field in config.model[role] and field not in COMPUTE_FIELDS
+        if field in {**config.model[role], **_left_out(role)} and field not in COMPUTE_FIELDS
     }
+    wanted |= {"model.encoder": model.get("encoder")}
     wanted |= {"model.pixel_range": model.get("pixel_range"), "data.image_size": image_size}
     wanted |= {"model.dit.in_channels": width, "model.dit.input_size": side}
-    lines = []
     for path, value in wanted.items():
         *parents, field = path.split(".")
         node = config
         for parent in parents:
             node = node[parent]
         by_hand = any(f"{path}.".startswith(f"{given}.") for given in explicit)
-        differing = config_lib.differences(_one_word(node[field]), _one_word(value))
+        ours = node.get(field, _left_out(parents[-1]).get(field))
+        differing = config_lib.differences(_one_word(ours), _one_word(value))
         if value is None or by_hand or not differing:
             continue
-        lines.append(f"{path}: {node[field]} -> {value}")
-        with node.ignore_type():
+        lines.append(f"{path}: {ours} -> {value}")
+        with node.unlocked(), node.ignore_type():
             node[field] = tuple(value) if isinstance(value, list) else value
     return lines
+
+
+def _left_out(role: str) -> dict[str, Any]:
+    """The values of fields that a config may leave out."""
+    return {"vit": encoders.DINOV3, "model": {"encoder": "dinov3"}}.get(role, {})
+
+
+def _adopt_kind(config: Any, role: str, model: dict[str, Any]) -> list[str]:
+    """Replaces the whole config of a stem or decoder by one of another kind, in place."""
+    stated = model.get(role, {})
+    ours, theirs = (part.get("kind", "conv") for part in (config.model[role], stated))
+    if not stated or ours == theirs:
+        return []
+    fields = {n: tuple(v) if isinstance(v, list) else v for n, v in stated.items()}
+    with config.unlocked(), config.model.ignore_type():
+        config.model[role] = ml_collections.ConfigDict(fields)
+    return [f"model.{role}.kind: {ours} -> {theirs}"]
 
 
 def _stated_model(path: str | pathlib.Path) -> tuple[dict[str, Any], int | None]:
@@ -237,7 +269,10 @@ def _stated_model(path: str | pathlib.Path) -> tuple[dict[str, Any], int | None]
         side = math.isqrt(tokens) if isinstance(tokens, int) and tokens > 0 else None
         return _model_section(record, folder), names.PATCH_SIZE * side if side else None
     if conversion.is_conversion(folder):
-        return conversion.read_metadata(folder)["config"], None
+        metadata = conversion.read_metadata(folder)
+        model = {**metadata["config"], **metadata.get("model", {})}
+        grid = model.get("decoder", {}).get("grid")
+        return model, names.PATCH_SIZE * grid if grid else None
     step = folder.parent.parent if folder.name.isdigit() else folder
     if (step / "config.json").exists():
         record = untrusted.read_json(step / "config.json", again)
@@ -279,24 +314,55 @@ def load_frozen(role: str, path: str, model: Any) -> dict[str, Tree]:
       ValueError: where there are no such weights, or of another architecture.
     """
     converted = conversion.load(path, (role,))
+    if role == "vit":
+        _check_encoder(path, model, converted.metadata["kind"])
     if role in model:
-        lines = _differences(role, model[role], converted.config[role], shared=True)
+        free = encoders.READING if role == "vit" else ()
+        lines = _differences(role, model[role], converted.config[role], True, free)
         if lines:
             raise ValueError(
                 f"weights and config must be of one architecture; got {path}, which holds another "
                 f"architecture: {'; '.join(lines)}; set --config.model.{role} to the file's or "
                 "convert another file"
             )
-    return converted.variables[role]
+    variables = converted.variables[role]
+    return read_blocks(variables, model["vit"]) if role == "vit" else variables
 
 
-def check_effective(role: str, path: str, used: Tree, init_from: str) -> None:
+def manifest(path: str) -> dict[str, Any]:
+    """The entries of `licences.entries` for converted weights, by role."""
+    return licences.entries(conversion.read_metadata(path))
+
+
+def _check_encoder(path: str, model: Any, kind: str) -> None:
+    """Raises ValueError where converted weights are of another encoder than the config's."""
+    wanted = encoders.family(model).kind
+    if kind != wanted and not (kind == "dinosae" and wanted == "dinov3"):
+        name = model.get("encoder") or "dinov3"
+        raise ValueError(
+            f"weights.vit must hold the encoder of the config, {name!r}, which is converted with "
+            f"--kind={wanted}; got {path}, converted with --kind={untrusted.short(kind)}; name "
+            "other weights, or take the encoder's own variant of the config"
+        )
+
+
+def read_blocks(variables: dict[str, Tree], vit: Any) -> dict[str, Tree]:
+    """A ViT without the blocks above the last one that is read, which are never computed."""
+    depth = encoders.run_depth(vit)
+    params = variables["params"]
+    cut = {
+        path: leaf[:depth] for path, leaf in traverse_util.flatten_dict(params["blocks"]).items()
+    }
+    return {**variables, "params": {**params, "blocks": traverse_util.unflatten_dict(cut)}}
+
+
+def check_effective(role: str, path: str, used: Tree, init_from: str, model: Any) -> None:
     """Compares the network that `init_from` gives with the one that `weights.<role>` names.
 
     Raises:
       ValueError: where they differ, so that `weights.<role>` would have no effect.
     """
-    named = conversion.load(path, (role,)).variables[role]
+    named = load_frozen(role, path, model)
     if role_files.sha256(named) != role_files.sha256(used):
         raise ValueError(
             f"init_from gives the {NETWORKS[role]} and comes first; got weights.{role}={path} too, "
@@ -305,7 +371,7 @@ def check_effective(role: str, path: str, used: Tree, init_from: str) -> None:
         )
 
 
-def require_frozen(role: str, random_ok: tuple[str, ...]) -> str:
+def require_frozen(role: str, random_ok: tuple[str, ...], model: Any) -> str:
     """The note for a frozen network that stays random.
 
     Raises:
@@ -319,15 +385,19 @@ def require_frozen(role: str, random_ok: tuple[str, ...]) -> str:
         )
     if role not in random_ok:
         raise ValueError(
-            f"the frozen {NETWORKS[role]} needs weights; got none (weights.{role} is empty). "
-            f"Convert them with `{names.CONVERSIONS[role].command()}` and pass "
+            f"the frozen {_network(role, model)} needs weights; got none (weights.{role} is empty)"
+            f". Convert them with `{encoders.conversion(role, model).command()}` and pass "
             f"--config.weights.{role}=weights/..., or say that random ones are wanted: "
             f"--config.random_frozen_ok={role},"
         )
     return (
-        f"The frozen {NETWORKS[role]} is randomly initialised (random_frozen_ok names it): "
+        f"The frozen {_network(role, model)} is randomly initialised (random_frozen_ok names it): "
         "no pretrained knowledge is in these results."
     )
+
+
+def _network(role: str, model: Any) -> str:
+    return encoders.conversion(role, model).network if role == "vit" else NETWORKS[role]
 
 
 def _open_export(folder: pathlib.Path) -> WeightSource:
@@ -337,7 +407,10 @@ def _open_export(folder: pathlib.Path) -> WeightSource:
     record = untrusted.read_json(path, again)
     fields = {"roles": dict, "model": dict, "convention": dict, "notes": list}
     wrong = [name for name, kind in fields.items() if not isinstance(record.get(name), kind)]
-    wrong += [] if isinstance(record.get("flow", {}), dict) else ["flow"]
+    wrong += [n for n in ("flow", "weights") if not isinstance(record.get(n, {}), dict)]
+    manifest = record.get("weights", {})
+    if "weights" not in wrong and not all(isinstance(e, dict) for e in manifest.values()):
+        wrong.append("weights")
     if wrong:
         raise ValueError(
             f"{path} is written by the job export; got another form of {', '.join(wrong)}; {again}"
@@ -354,6 +427,7 @@ def _open_export(folder: pathlib.Path) -> WeightSource:
         folder,
         record.get("flow", {}),
         files.file_sha256(folder / EXPORT_FILE),
+        record.get("weights", {}),
     )
 
 
@@ -367,9 +441,17 @@ def _why_not(folder: pathlib.Path) -> str:
     return f"{state}; give another path"
 
 
-def _differences(role: str, ours: Any, theirs: Any, shared: bool) -> list[str]:
-    """What differs between two model configs of a role, or between the fields they share."""
-    one, other = _architecture(ours), _architecture(theirs)
+def _differences(
+    role: str, ours: Any, theirs: Any, shared: bool, free: tuple[str, ...] = ()
+) -> list[str]:
+    """What differs between two model configs of a role, or between the fields they share.
+
+    The fields `free` may differ.
+    """
+    one, other = (
+        {**_left_out(role), **_architecture(part)} if part else {} for part in (ours, theirs)
+    )
+    one, other = ({n: v for n, v in part.items() if n not in free} for part in (one, other))
     if shared:
         fields = one.keys() & other.keys()
         one, other = ({name: part[name] for name in fields} for part in (one, other))

@@ -9,6 +9,7 @@ import pytest
 
 from dinosae_jax import names
 from dinosae_jax.models import autoencoder as ae
+from dinosae_jax.models import preprocessing
 
 CONFIG = {
     "stem": {"embed_dim": 16, "widths": (4, 8, 8)},
@@ -75,7 +76,8 @@ def test_there_and_back_for_images_that_are_not_square():
 
 def test_encoder_sees_images_without_imagenet_mean_and_deviation():
     pixel = jnp.array(names.IMAGENET_MEAN) + 2 * jnp.array(names.IMAGENET_STD)
-    got = ae.normalise(jnp.broadcast_to(pixel, (1, 2, 2, 3)))
+    how = ae.build(CONFIG).preprocessing
+    got = preprocessing.prepare(jnp.broadcast_to(pixel, (1, 16, 16, 3)), how)
     np.testing.assert_allclose(got, 2.0, rtol=1e-5)
 
 

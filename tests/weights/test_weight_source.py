@@ -105,15 +105,16 @@ def test_the_radius_is_the_flows_own(tmp_path):
 
 
 def test_weights_that_init_from_makes_ineffective_are_refused(tmp_path):
-    source = save(tmp_path / "a.safetensors", test_artefacts.FACEBOOK)
-    convert.convert_file("dinov3", [source], tmp_path / "out")
-    used = weight_source.open_weights(tmp_path / "out").variables["vit"]
-    weight_source.check_effective("vit", str(tmp_path / "out"), used, "runs/stage1")
+    file = save(tmp_path / "a.safetensors", test_artefacts.FACEBOOK)
+    convert.convert_file("dinov3", [file], tmp_path / "out")
+    source = weight_source.open_weights(tmp_path / "out")
+    used, model = source.variables["vit"], source.model
+    weight_source.check_effective("vit", str(tmp_path / "out"), used, "runs/stage1", model)
     used["params"]["norm"]["scale"] = used["params"]["norm"]["scale"] + 1
     with pytest.raises(
         ValueError, match=r"got weights\.vit=.* too, which .* leave out --config\.w"
     ):
-        weight_source.check_effective("vit", str(tmp_path / "out"), used, "runs/stage1")
+        weight_source.check_effective("vit", str(tmp_path / "out"), used, "runs/stage1", model)
 
 
 def test_a_relative_path_is_as_good_as_an_absolute_one(flow_workdir, monkeypatch):

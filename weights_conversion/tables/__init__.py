@@ -7,13 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 from weights_conversion.mapping import Layout, Shape
-from weights_conversion.tables import critics, dcae, dinosae, dinov3, dit
+from weights_conversion.tables import critics, dcae, dinosae, dinov3, dit, encoders, rae
 from weights_conversion.tables.keys import UnknownLayoutError
 
 Shapes = dict[str, Shape]
 
 KINDS: dict[str, Callable[[Shapes], Layout]] = {
     "dinov3": dinov3.layout,
+    "eupe": dinov3.eupe_layout,
+    "dinov2": encoders.dinov2,
+    "siglip2": encoders.siglip2,
+    "mae": encoders.mae,
+    "rae_decoder": rae.decoder_layout,
+    "rae_autoencoder": rae.autoencoder_layout,
     "dinosae": dinosae.layout,
     "dinosae_stem": dinosae.stem_layout,
     "dinosae_decoder": dinosae.decoder_layout,

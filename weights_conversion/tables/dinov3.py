@@ -6,6 +6,7 @@ Facts: facebookresearch/dinov3 state dicts; transformers DINOv3ViTModel (publish
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, NamedTuple
 
@@ -38,6 +39,11 @@ def layout(shapes: Shapes) -> Layout:
     if "reg_token" in shapes or has(shapes, r"^blocks\.\d+\.gamma_[12]$"):
         return _timm(shapes)
     return facebook(shapes)
+
+
+def eupe_layout(shapes: Shapes) -> Layout:
+    """EUPE, which is DINOv3's code with other weights."""
+    return dataclasses.replace(facebook(shapes), model={"encoder": "eupe"})
 
 
 def facebook(shapes: Shapes, prefix: str = "", patch_embed: str | None = None) -> Layout:

@@ -15,12 +15,26 @@ _DECODER = (
     r"(?:project_in|project_out|stages\.\d+\.op_list|conv_in|conv_out|norm_out|up_blocks\.\d+)\."
 )
 
+_DINOV3 = (
+    r"embeddings\.(?:cls_token|mask_token|register_tokens|patch_embeddings\.(?:weight|bias))$",
+    r"blocks\.\d+\.(?:ls[12]\.gamma|gamma_[12])$",
+    r"blocks\.\d+\.attn\.",
+    r"(?:model\.)?layer\.\d+\.attention\.",
+)
+_PATCHES = r"embeddings\.patch_embeddings\.projection\."
+
 ROOTS: dict[str, tuple[str, ...]] = {
-    "dinov3": (
-        r"embeddings\.(?:cls_token|mask_token|register_tokens|patch_embeddings\.(?:weight|bias))$",
-        r"blocks\.\d+\.(?:ls[12]\.gamma|gamma_[12])$",
-        r"blocks\.\d+\.attn\.",
-        r"(?:model\.)?layer\.\d+\.attention\.",
+    "dinov3": _DINOV3,
+    "eupe": _DINOV3,
+    "dinov2": (_PATCHES, r"blocks\.\d+\.attn\."),
+    "siglip2": (r"embeddings\.patch_embedding\.", r"blocks\.\d+\.attn\."),
+    "mae": (_PATCHES, r"blocks\.\d+\.attn\."),
+    "rae_decoder": (r"decoder\.decoder_embed\.", r"decoder_embed\.", r"(?:mean|var)$"),
+    "rae_autoencoder": (
+        r"decoder\.decoder_embed\.",
+        r"decoder_embed\.",
+        r"embeddings\.patch_embeddings?\.",
+        r"(?:mean|var)$",
     ),
     "dinosae": (r"dino_model\.(?:blocks|cls_token|patch_embed|norm)\b", rf"decoder\.{_DECODER}"),
     "dinosae_stem": (r"cnn\.\d+\.conv\.",),
@@ -34,7 +48,7 @@ ROOTS: dict[str, tuple[str, ...]] = {
     "inception_fid": (r"Mixed_\d[a-z]\.", r"Conv2d_\d[a-z]_\dx\d\."),
     "efficientnet_lite0": (r"_blocks\.\d+\.", r"_conv_stem\."),
 }
-PARTS = ("dino_discriminator", "lpips_vgg16")
+PARTS = ("dino_discriminator", "lpips_vgg16", "rae_decoder", "rae_autoencoder")
 """Kinds of which each file may hold another network, so that each has its own prefix."""
 
 

@@ -22,6 +22,7 @@ _GROUPS = {
     "input.": "inputs",
     "output.": "outputs",
     "weights/": "weights",
+    "guidance_params.": "guidance_weights",
     "guidance_weights/": "guidance_weights",
     "inputs/": "inputs",
     "outputs/": "outputs",

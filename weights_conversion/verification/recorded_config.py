@@ -88,6 +88,23 @@ def diffusion_transformer(config: Config, model: type) -> Config:
     return {name: value for name, value in config.items() if name in own}
 
 
+def encoder(config: Config) -> Config:
+    """Constructor arguments of transformers' and facebook's encoders; all tell the same."""
+    own = config["config"]
+    names = {"num_attention_heads": "num_heads", "num_heads": "num_heads"}
+    names |= {"layer_norm_eps": "norm_eps"}
+    return {ours: own[theirs] for theirs, ours in names.items() if theirs in own}
+
+
+def rae_decoder(config: Config) -> Config:
+    """Constructor arguments of AutoencoderRAE; the grid is that of its encoder."""
+    own = config["config"]
+    return {
+        "num_heads": own["decoder_num_attention_heads"],
+        "grid": own["encoder_input_size"] // own["encoder_patch_size"],
+    }
+
+
 def overrides(kind: str, config: Config) -> dict[str, Config]:
     """What a recorded configuration says, by role.
 
@@ -100,6 +117,10 @@ def overrides(kind: str, config: Config) -> dict[str, Config]:
     """
     found = {
         "dinov3": lambda: {"vit": vit(config)},
+        "eupe": lambda: {"vit": vit(config["config"])},
+        **dict.fromkeys(("dinov2", "siglip2", "mae"), lambda: {"vit": encoder(config)}),
+        "rae_decoder": lambda: {"decoder": rae_decoder(config)},
+        "rae_autoencoder": lambda: {"decoder": rae_decoder(config)},
         "dinosae": lambda: {
             "vit": vit(config.get("dino", {})),
             "decoder": decoder(config.get("decoder", {})),

@@ -85,8 +85,9 @@ def require_teacher(autoencoder: Autoencoder) -> None:
     """Raises ValueError where the weights hold no patch convolution of the teacher."""
     if "patch_embed" not in autoencoder.variables["vit"]["params"]:
         raise ValueError(
-            "the teacher is DINOv3 with its own patch convolution; got weights without one (the "
-            "official DINO-SAE file leaves it out); name weights trained from a converted DINOv3"
+            "the teacher is the encoder with its own patch convolution; got weights without one "
+            "(the official DINO-SAE file leaves it out); name weights trained from a converted "
+            "DINOv3"
         )
 
 
