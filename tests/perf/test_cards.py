@@ -85,7 +85,7 @@ def test_small_rows(tiny_card):
     errors = {line.quantity: line.measured for line in lines if line.unit == ""}
     assert errors["output_head [32, 64, 16], float32"] < 1e-6
     assert errors["output_head [32, 64, 16], bfloat16"] > 1e-4
-    assert 0 < errors["3x3 convolution [2, 16, 16, 8]"] < 0.1
+    assert 0 <= errors["3x3 convolution [2, 16, 16, 8]"] < 1e-3
 
 
 def test_a_variant_of_attention_that_is_not_there_costs_one_line(tiny_card):
