@@ -63,8 +63,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = jax.nn.gelu(dense(self.hidden, self.dtype, "fc1")(x), approximate=False)
-        y = layers.materialised(y)
+        y = layers.materialised(layers.gelu(dense(self.hidden, self.dtype, "fc1")(x)))
         return dense(x.shape[-1], self.dtype, "fc2")(y)
 
 
