@@ -69,7 +69,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = jax.nn.gelu(dense(self.hidden, self.dtype, "fc1")(x), approximate=self.approximate)
+        hidden = dense(self.hidden, self.dtype, "fc1")(x)
+        y = jax.nn.gelu(hidden) if self.approximate else layers.gelu(hidden)
         y = layers.materialised(y)
         return dense(x.shape[-1], self.dtype, "fc2")(y)
 

@@ -1,5 +1,7 @@
 """Gradients of layers under bfloat16: summed and handed on in float32."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +100,11 @@ def test_no_gradient_of_parameters_is_rounded_to_bfloat16(layer):
             equation = produced[equation.invars[0]]
         assert equation.primitive.name in ("dot_general", "conv_general_dilated", "reduce_sum")
         assert equation.outvars[0].aval.dtype == jnp.float32
+
+
+def test_gelu_of_bfloat16_is_rounded_once():
+    x = jnp.linspace(-6, 6, 4001).astype(jnp.bfloat16)
+    exact = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in np.asarray(x, np.float64)])
+    got = np.asarray(layers.gelu(x), np.float64)
+    # Half a unit of 8 bits, and float32's rounding of 1 + erf where that is near 0.
+    np.testing.assert_allclose(got, exact, rtol=2**-8, atol=1e-6)
