@@ -358,7 +358,7 @@ def test_bad_commands_say_what_is_wrong_in_a_line(tmp_path, data_dir, capsys):
                 ('{"head": 1}', "no vit can be built from"),
                 ('{"num_heads": 0}', "check --config"),
                 ('{"embed_dim": "wide"}', "check --config"),
-                ('{"ffn_layer": "relu"}', "ffn_layer is 'mlp' or 'swiglu'"),
+                ('{"ffn_layer": "relu"}', "ffn_layer is one of mlp"),
             ]
         ),
         (["--kind=dinov3", f"--input={source}", f"--output={source}/x/y"], "Not a directory"),
