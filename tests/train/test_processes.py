@@ -298,10 +298,10 @@ asked_for = pytest.mark.skipif(
 )
 def test_a_process_killed_in_any_phase_ends_the_others(make, tmp_path, phase, processes):
     """Within JAX's heartbeat timeout; the run then goes on as if nothing had happened."""
-    changes = make(steps=6, eval__every=4, batch_size=8)
+    changes = make(steps=8, eval__every=5)
     whole, workdir = tmp_path / "whole", tmp_path / "run"
     run(changes, whole, tmp_path / "w", processes)
-    run(changes | {"steps": 3}, workdir, tmp_path / "a", processes)
+    run(changes, workdir, tmp_path / "a", processes, stop_at={0: 2})  # saved at step 4
     lie = f"dies_in_{phase}"
     codes, outputs = finish(start(changes, workdir, tmp_path / "b", processes, lie=lie), 300)
     assert codes[1] == -9
