@@ -31,6 +31,11 @@ def path(text: str | os.PathLike) -> epath.Path:
     return epath.Path(text).expanduser()
 
 
+def absolute(place: epath.Path) -> epath.Path:
+    """A path that does not depend on the working directory, as Orbax needs it."""
+    return epath.Path(place if buckets.is_bucket(place) else os.path.abspath(place))
+
+
 def write_json(target: epath.Path, content: Any) -> None:
     """Writes indented JSON with sorted keys, whole or not at all.
 
@@ -134,18 +139,18 @@ def path_for_glob(folder: epath.Path) -> Iterator[epath.Path]:
     Raises:
       ValueError: a name in a bucket with one of these.
     """
-    odd = set("*?[") & set(str(folder))
+    place = absolute(folder)
+    odd = set("*?[") & set(str(place))
     if odd and buckets.is_bucket(folder):
         raise ValueError(
             f"a folder in a bucket has a name without * ? and [; got {folder}; use another"
         )
-    absolute = epath.Path(folder).absolute()
-    if not odd and not set("*?[") & set(str(absolute)):
-        yield absolute
+    if not odd:
+        yield place
         return
-    with tempfile.TemporaryDirectory(prefix="dinosae_jax_") as place:
-        link = pathlib.Path(place) / "folder"
-        link.symlink_to(absolute, target_is_directory=True)
+    with tempfile.TemporaryDirectory(prefix="dinosae_jax_") as temporary:
+        link = pathlib.Path(temporary) / "folder"
+        link.symlink_to(place, target_is_directory=True)
         yield epath.Path(link)
 
 

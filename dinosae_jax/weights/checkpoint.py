@@ -624,4 +624,4 @@ def workdir_of(manager: Manager) -> epath.Path:
 
 
 def _path(folder: epath.Path) -> epath.Path:
-    return epath.Path(folder).absolute()
+    return files.absolute(folder)
