@@ -24,7 +24,6 @@ import errno
 import importlib
 import importlib.util
 import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -57,8 +56,10 @@ def main(argv: Sequence[str]) -> None:
 
 def _adopt_model(config: ml_collections.ConfigDict) -> list[str]:
     """Gives a flow the model of its autoencoder; flags of the command line come first."""
+    from dinosae_jax.runtime import files
+
     of_a_flow = config.job == "train" and "flow" in config and config.init_from
-    if not of_a_flow or not pathlib.Path(config.init_from).exists():  # which `preflight` tells
+    if not of_a_flow or not files.path(config.init_from).exists():  # which `preflight` tells
         return []
     from dinosae_jax.weights import weight_source
 
@@ -69,6 +70,7 @@ def _adopt_model(config: ml_collections.ConfigDict) -> list[str]:
 def _run(argv: Sequence[str]) -> None:
     from dinosae_jax import config as config_lib
     from dinosae_jax import config_files, preflight, rules
+    from dinosae_jax.runtime import files
 
     if len(argv) > 1:
         raise ValueError(f"only flags are understood; got {argv[1]!r}; see --help")
@@ -80,8 +82,8 @@ def _run(argv: Sequence[str]) -> None:
     rules.validate(config)
     named = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
     given = _WORKDIR.value or config_files.default_workdir(named)
-    rules.require_local("--workdir", given)
-    workdir = pathlib.Path(given).expanduser()
+    rules.check_url("--workdir", given)
+    workdir = files.path(given)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir names a folder; got {workdir}, a file; name another one")
     preflight.check(config, workdir, sys.argv)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
-import pathlib
 
 import numpy as np
+from etils import epath
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
+
+from dinosae_jax.runtime import files
 
 Picture = NDArray[np.uint8]  # [height, width, 3]
 
@@ -43,8 +44,7 @@ def decode_png(data: bytes) -> Picture:
         return np.asarray(image.convert("RGB"))
 
 
-def write_png(path: pathlib.Path, picture: ArrayLike) -> None:
+def write_png(path: epath.Path, picture: ArrayLike) -> None:
     """Writes a picture [h, w, c] as PNG; readers never see half a file."""
-    partial = path.with_name(path.name + ".partial")
-    Image.fromarray(np.ascontiguousarray(as_picture(picture))).save(partial, format="PNG")
-    os.replace(partial, path)
+    with files.publishing(path) as partial:
+        Image.fromarray(np.ascontiguousarray(as_picture(picture))).save(partial, format="PNG")

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dinosae_jax.data.pixels import AS_THEY_ARE
+from dinosae_jax.runtime import files
 
 LARGEST_BAD_PART = 0.01  # of the images may be unreadable, then reading stops
 
@@ -77,9 +78,9 @@ class FileRecords:
         return len(self.names)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        with open(self.files[self.file_of[index]], "rb") as file:
-            file.seek(self.offsets[index])
-            return file.read(self.sizes[index]), int(self.labels[index])
+        place = (int(self.offsets[index]), int(self.sizes[index]))
+        encoded = files.read_range(self.files[self.file_of[index]], *place)
+        return encoded, int(self.labels[index])
 
     def name(self, index: int) -> str:
         return self.names[index]

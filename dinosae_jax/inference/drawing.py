@@ -7,13 +7,13 @@ at the end samples.npz and DONE. Image i depends only on the seed, i and its lab
 from __future__ import annotations
 
 import json
-import pathlib
 import time
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax import config as config_lib
 from dinosae_jax.data import adm_npz, png
@@ -28,7 +28,7 @@ BALANCED_EACH = 50  # images per class, the usual 50,000 of ImageNet
 CONTINUABLE = ("batch_size", "chunk", "compile_cache")
 
 
-def draw_series(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def draw_series(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Draws what the config describes; finished chunks are kept.
 
     Args:
@@ -60,7 +60,7 @@ def _draw_held(
     config: ml_collections.ConfigDict,
     labels: np.ndarray,
     settings: dict[str, Any],
-    folder: pathlib.Path,
+    folder: epath.Path,
     stop: stopping.StopRequest,
 ) -> None:
     claim(folder, config, generator)
@@ -133,7 +133,7 @@ def choose_labels(labels: str, count: int, num_classes: int, seed: int) -> np.nd
     return np.resize(natural, count or len(natural))
 
 
-def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, generator: Generator) -> None:
+def claim(folder: epath.Path, config: ml_collections.ConfigDict, generator: Generator) -> None:
     """Writes the config and the weights' checksums, or compares them with those in the folder.
 
     Raises:
@@ -167,7 +167,7 @@ def draw_chunks(
     generator: Generator,
     config: ml_collections.ConfigDict,
     labels: np.ndarray,
-    folder: pathlib.Path,
+    folder: epath.Path,
     stop: stopping.StopRequest,
 ) -> None:
     """Draws the chunks that are missing; each is written when it is complete."""
@@ -196,7 +196,7 @@ def draw_chunks(
         console.report(f"{config.name} {start + len(chunk)}/{len(labels)}  {rate:.2f} images/s")
 
 
-def first_missing(folder: pathlib.Path, count: int, chunk: int) -> int:
+def first_missing(folder: epath.Path, count: int, chunk: int) -> int:
     """Index of the first image that has to be drawn; the first process's files decide."""
     start = 0
     while start < count and chunk_path(folder, start).exists():
@@ -208,30 +208,32 @@ def first_missing(folder: pathlib.Path, count: int, chunk: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(start)))
 
 
-def chunk_path(folder: pathlib.Path, start: int) -> pathlib.Path:
+def chunk_path(folder: epath.Path, start: int) -> epath.Path:
     """The file of the chunk that begins with image `start`."""
     return folder / "chunks" / f"{start:07d}.npy"
 
 
-def write_chunk(folder: pathlib.Path, start: int, images: np.ndarray) -> None:
+def write_chunk(folder: epath.Path, start: int, images: np.ndarray) -> None:
     """Writes uint8 images [b, h, w, 3] as PNG files, then the chunk that marks them as complete."""
     for name in ("images", "chunks"):
         (folder / name).mkdir(exist_ok=True)
     for index, image in enumerate(images, start):
         png.write_png(folder / "images" / f"{index:07d}.png", image)
     path = chunk_path(folder, start)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, images)
-    partial.replace(path)
+    with files.publishing(path) as partial:
+        np.save(partial, images)
 
 
-def finish(folder: pathlib.Path, labels: np.ndarray, chunk: int) -> None:
+def finish(folder: epath.Path, labels: np.ndarray, chunk: int) -> None:
     """Writes samples.npz and labels.npy from the chunks, then removes the chunks."""
     paths = [chunk_path(folder, start) for start in range(0, len(labels), chunk)]
-    adm_npz.write_images(folder / "samples.npz", (np.load(path) for path in paths), len(labels))
-    np.save(folder / "labels.npy", labels)
+    adm_npz.write_images(folder / "samples.npz", map(_load, paths), len(labels))
+    with files.publishing(folder / "labels.npy") as partial:
+        np.save(partial, labels)
     files.write_json(folder / "DONE", {"images": len(labels)})
-    for path in paths:
-        path.unlink()
-    (folder / "chunks").rmdir()
+    (folder / "chunks").rmtree()
+
+
+def _load(path: epath.Path) -> np.ndarray:
+    with path.open("rb") as file:
+        return np.load(file)

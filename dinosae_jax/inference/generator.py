@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,7 +85,7 @@ class Generator:
     @classmethod
     def load(
         cls,
-        directory: str | pathlib.Path,
+        directory: str | os.PathLike,
         dtype: str = "auto",
         mesh: jax.sharding.Mesh | None = None,
     ) -> Generator:

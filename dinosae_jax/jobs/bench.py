@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from dinosae_jax.data import crops, images
@@ -32,7 +32,7 @@ from dinosae_jax.train import step_flops
 JPEG_SIZE = (500, 375)  # width and height of a typical ImageNet photograph
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Measures the steps in `chain`, a run's overhead, data loading, sampling and metrics.
 
     Args:
@@ -106,7 +106,7 @@ def measure_step(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]
     }
 
 
-def measure_run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
+def measure_run(config: ml_collections.ConfigDict, folder: epath.Path) -> dict[str, float]:
     """Runs `overhead.measure_overhead`, on synthetic JPEGs where the stage names no source."""
     if not config.stage.data.source:
         images_folder = folder.parent / "jpegs"

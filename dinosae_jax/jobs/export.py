@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import ml_collections
+from etils import epath
 
 from dinosae_jax.eval.protocols import inputs
 from dinosae_jax.inference import autoencoder
 from dinosae_jax.names import AUTOENCODER_ROLES
-from dinosae_jax.runtime import console, lease
+from dinosae_jax.runtime import console, files, lease
 from dinosae_jax.weights import weight_source
 
 # The roles in an export, where the run has them; discriminator and optimizers are left out.
 EXPORTED = (*AUTOENCODER_ROLES, "dit")
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Writes the export of `config.init_from` into the folder, which `Autoencoder.load` reads.
 
     Args:
@@ -34,5 +33,5 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     weight_source.export(source, folder, roles)
     for note in source.notes:
         console.report(f"{config.name}: {note}")
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.name != lease.FILE)
+    size = sum(files.size(file) for file in folder.iterdir() if file.name != lease.FILE)
     console.report(f"{config.name}: wrote {', '.join(roles)} to {folder} ({size / 1e6:,.1f} MB)")

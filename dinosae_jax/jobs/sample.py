@@ -5,20 +5,19 @@ The workdir holds what `inference.drawing` writes, and grid.png.
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import ml_collections
+from etils import epath
 
 from dinosae_jax.data import adm_npz, png
 from dinosae_jax.inference import drawing
 from dinosae_jax.report import pictures
-from dinosae_jax.runtime import console
+from dinosae_jax.runtime import console, snapshots
 
 GRID_IMAGES, GRID_COLUMNS = 100, 10
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Draws what the config describes; finished chunks are kept.
 
     Args:
@@ -31,6 +30,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """
     drawing.draw_series(config, folder)
     if jax.process_index() == 0 and not (folder / "grid.png").exists():
-        first = next(adm_npz.open_archive(folder / "samples.npz").batches(GRID_IMAGES))
+        samples = adm_npz.open_archive(snapshots.local(folder / "samples.npz"))
+        first = next(samples.batches(GRID_IMAGES))
         png.write_png(folder / "grid.png", pictures.grid(first, GRID_COLUMNS))
         console.report(f"{config.name}: wrote {folder / 'grid.png'}")

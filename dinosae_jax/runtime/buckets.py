@@ -19,15 +19,13 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from dinosae_jax import names
 
 # One library for every path: not TensorFlow's where that is installed, no other protocol of GCS.
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
-Place = epath.Path | pathlib.Path | str | os.PathLike
+Place = str | os.PathLike[str]
 TRANSIENT = ("429", "500", "502", "503", "504", "SlowDown", "InternalError", "ServiceUnavailable")
 CONNECT_SECONDS, READ_SECONDS = 20, 60  # until a silent server counts as away
 S3_TRIES = 10  # with growing pauses, half a minute together, as gcsfs does
@@ -103,15 +101,36 @@ def listing(place: Place) -> dict[str, Object]:
     }
 
 
-def names_in(folder: Place) -> list[str]:
-    """Names of the objects and folders directly in a folder, none where there is no such folder."""
+def contents(folder: Place) -> dict[str, int | None]:
+    """Names directly in a folder -> bytes of the object, None for a folder.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+    """
     with as_oserror(folder):
         fs, key = _open(folder)
-        try:
-            found = fs.ls(key, detail=False)
-        except FileNotFoundError:
-            return []
-    return [name.rstrip("/").rpartition("/")[2] for name in found if name.rstrip("/") != key]
+        found = fs.ls(key, detail=True)
+    sizes = {
+        info["name"].rstrip("/"): None if info["type"] == "directory" else info["size"]
+        for info in found
+    }
+    return {name.rpartition("/")[2]: sizes[name] for name in sizes if name != key}
+
+
+def names_in(folder: Place) -> list[str]:
+    """Names of the objects and folders directly in a folder, none where there is no such folder."""
+    try:
+        return list(contents(folder))
+    except FileNotFoundError:
+        return []
+
+
+def matching(pattern: str) -> list[str]:
+    """The objects that a pattern with `*`, `?` or `[` names, sorted."""
+    with as_oserror(pattern):
+        fs, key = _open(pattern)
+        scheme = pattern.partition("://")[0]
+        return sorted(f"{scheme}://{name}" for name in fs.glob(key) if fs.isfile(name))
 
 
 def write(target: Place, data: bytes) -> None:

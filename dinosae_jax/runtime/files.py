@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -97,8 +98,23 @@ def names_in(folder: epath.Path) -> list[str]:
         return buckets.names_in(folder)
     try:
         return os.listdir(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def folders_in(folder: epath.Path) -> list[str]:
+    """The names of the folders directly in a folder; OSError where that cannot be read."""
+    if buckets.is_bucket(folder):
+        return [name for name, size in buckets.contents(folder).items() if size is None]
+    with os.scandir(folder) as found:
+        return [entry.name for entry in found if entry.is_dir()]
+
+
+def matching(pattern: str) -> list[str]:
+    """The paths that a pattern with `*`, `?` or `[` names, sorted, or the file of that name."""
+    if buckets.is_bucket(pattern):
+        return buckets.matching(pattern)
+    return [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
 
 
 def size(target: epath.Path) -> int:

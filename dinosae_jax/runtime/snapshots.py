@@ -1,8 +1,8 @@
 """Copies on this machine of what is read from buckets by libraries that only read files.
 
 A copy is named after what the bucket held when it was made: the names and versions of its objects.
-It is complete or not there at all, so two processes may make it at once, and an interrupted copy
-goes on where it was. All copies together take at most `limit()` bytes: the ones that were not used
+It is complete or not there at all, of several processes one makes it, and an interrupted copy goes
+on where it was. All copies together take at most `limit()` bytes: the ones that were not used
 for longest are removed first, never one that a process uses now. What does not fit is refused.
 
 The copies are in the folder `DINOSAE_CACHE`, by default ~/.cache/dinosae_jax.
@@ -11,18 +11,20 @@ The copies are in the folder `DINOSAE_CACHE`, by default ~/.cache/dinosae_jax.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import IO
 
 from etils import epath
 
-from dinosae_jax.runtime import buckets, console, files
+from dinosae_jax.runtime import buckets, console
 
 FOLDER = "DINOSAE_CACHE"
 GIBIBYTES = "DINOSAE_CACHE_GIB"
@@ -30,11 +32,9 @@ SHARE = 0.8  # of the space that is free, where GIBIBYTES is not set
 THREADS = 16
 ANNOUNCED = 1 << 28  # bytes from which a copy is announced
 
-_used: list[IO[bytes]] = []  # locks that are held until this process ends
 
-
-def local(path: epath.Path | pathlib.Path, names: Iterable[str] | None = None) -> pathlib.Path:
-    """A place on this machine with the contents of a path: itself, or a copy where it is in a bucket.
+def local(path: epath.Path, names: Iterable[str] | None = None) -> epath.Path:
+    """A place on this machine with the contents of a path: itself, or a copy of what a bucket has.
 
     Args:
       path: a file or a folder.
@@ -45,7 +45,7 @@ def local(path: epath.Path | pathlib.Path, names: Iterable[str] | None = None) -
       ValueError: it is larger than the limit.
     """
     if not buckets.is_bucket(path):
-        return pathlib.Path(path)
+        return path
     objects = buckets.listing(path)
     if names is not None:
         objects = {name: objects[name] for name in names if name in objects}
@@ -55,10 +55,11 @@ def local(path: epath.Path | pathlib.Path, names: Iterable[str] | None = None) -
     copy = root() / digest
     copy.parent.mkdir(parents=True, exist_ok=True)
     _use(copy)
-    if not copy.exists():
-        _copy(path, objects, copy)
+    with _held(copy.with_name(f"{copy.name}.copying")):  # of several processes one copies
+        if not copy.exists():
+            _copy(path, objects, copy)
     os.utime(copy)
-    return copy / path.name
+    return epath.Path(copy / path.name)
 
 
 def root() -> pathlib.Path:
@@ -83,10 +84,10 @@ def _copy(path: epath.Path, objects: dict[str, buckets.Object], copy: pathlib.Pa
 
     def fetch(name: str) -> None:
         target = partial / path.name / name if name else partial / path.name
-        if target.exists() and target.stat().st_size == objects[name].size:
+        if target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        incoming = target.with_name(f"{target.name}.{os.getpid()}.incoming")
+        incoming = target.with_name(f".{target.name}.incoming")
         buckets.download(path / name if name else path, incoming)
         os.replace(incoming, target)
 
@@ -94,11 +95,7 @@ def _copy(path: epath.Path, objects: dict[str, buckets.Object], copy: pathlib.Pa
         console.report(f"Copies {path} ({total / 2**30:.1f} GiB) to {copy}")
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(fetch, sorted(objects)))
-    try:
-        partial.rename(copy)
-    except OSError:
-        if not copy.exists():  # otherwise another process was first
-            raise
+    partial.rename(copy)
     if total >= ANNOUNCED:
         rate = total / 1e6 / max(time.monotonic() - began, 1e-9)
         console.report(f"Copied {path} at {rate:,.0f} MB/s")
@@ -109,8 +106,8 @@ def _make_room(wanted: int, path: epath.Path) -> None:
     most = limit()
     if wanted > most:
         raise ValueError(
-            f"what is read from a bucket is copied to {root()}, which takes {most / 2**30:.1f} GiB; "
-            f"got {wanted / 2**30:.1f} GiB of {path}; set {GIBIBYTES} higher or {FOLDER} to a larger "
+            f"what is read from a bucket is copied to {root()}, {most / 2**30:.1f} GiB at most; "
+            f"got {wanted / 2**30:.1f} GiB of {path}; set {GIBIBYTES} higher, {FOLDER} to a larger "
             "disk, or mount the bucket and name the folder where it is mounted"
         )
     copies = [each for each in root().iterdir() if each.is_dir()]
@@ -125,11 +122,19 @@ def _make_room(wanted: int, path: epath.Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _use(copy: pathlib.Path) -> None:
+@functools.cache
+def _use(copy: pathlib.Path) -> IO[bytes]:
     """Keeps a copy from being removed while this process lives."""
     lock = _lock_of(copy).open("ab")
     fcntl.flock(lock, fcntl.LOCK_SH)
-    _used.append(lock)
+    return lock
+
+
+@contextlib.contextmanager
+def _held(path: pathlib.Path) -> Iterator[None]:
+    with path.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _lock_of(copy: pathlib.Path) -> pathlib.Path:

@@ -8,7 +8,6 @@ values.
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 from numpy.typing import NDArray
 
 from dinosae_jax.data import loading, png
@@ -145,7 +145,7 @@ def _compiled_losses(spec: flow_step.StepSpec) -> Callable[..., Tree]:
     return losses
 
 
-def write_samples(generator: Generator, seed: int, batch_size: int, path: pathlib.Path) -> None:
+def write_samples(generator: Generator, seed: int, batch_size: int, path: epath.Path) -> None:
     """Writes a grid of up to `SHOWN_CLASSES` classes with `SHOWN_EACH` samples each."""
     count = min(generator.num_classes, SHOWN_CLASSES)
     classes = np.linspace(0, generator.num_classes - 1, count).round().astype(np.int32)

@@ -1,7 +1,7 @@
 """Arrays of checkpoints in buckets, which TensorStore reads and writes by its own drivers.
 
-Orbax knows `gs://` and takes every other path for one of a disk. `teach_orbax` tells it TensorStore's
-driver of `s3://` too; everything but the arrays is `etils.epath` there already.
+Orbax knows `gs://` and takes every other path for one of a disk. `teach_orbax` tells it of
+TensorStore's driver of `s3://` too; all but the arrays goes through `etils.epath` already.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def teach_orbax() -> None:
 
 
 def s3_driver(path: str) -> dict[str, Any]:
-    """TensorStore's key-value store of a path; the endpoint is that of $AWS_ENDPOINT_URL, if set."""
+    """TensorStore's key-value store of a path, at the endpoint $AWS_ENDPOINT_URL if it is set."""
     bucket, _, name = path.removeprefix(S3).partition("/")
     spec = {"driver": "s3", "bucket": bucket, "path": name}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

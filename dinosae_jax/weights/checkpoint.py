@@ -68,9 +68,7 @@ class Manager(ocp.CheckpointManager):
 
 
 @contextlib.contextmanager
-def open_manager(
-    workdir: epath.Path, keep: int, milestones: int = 0
-) -> Iterator[Manager]:
+def open_manager(workdir: epath.Path, keep: int, milestones: int = 0) -> Iterator[Manager]:
     """The manager of `workdir/checkpoints`, which saves in the background until its block ends.
 
     Args:
@@ -81,6 +79,7 @@ def open_manager(
     workdir.mkdir(parents=True, exist_ok=True)
     with files.path_for_glob(workdir) as place:
         folder = place / FOLDER
+        manager: Manager
         mode = ocp.options.AtomicityMode.AUTO
         if buckets.is_bucket(folder):
             mode = ocp.options.AtomicityMode.COMMIT_FILE
@@ -182,7 +181,9 @@ def _counting_failures(manager: Manager) -> Iterator[None]:
             f"{MOST_FAILURES} checkpoints in a row could not be written to {manager.directory} "
             f"({first}); {_kept(manager)}; put right what hinders it and run the same command again"
         ) from failure
-    console.report(f"A checkpoint could not be written ({first}); the run goes on, {_kept(manager)}")
+    console.report(
+        f"A checkpoint could not be written ({first}); the run goes on, {_kept(manager)}"
+    )
 
 
 def _kept(manager: Manager) -> str:
@@ -190,9 +191,7 @@ def _kept(manager: Manager) -> str:
     return "no checkpoint is complete yet" if step is None else f"that of step {step} is safe"
 
 
-def restore_newest(
-    manager: Manager, target: Tree
-) -> tuple[Tree, dict[str, Any]] | None:
+def restore_newest(manager: Manager, target: Tree) -> tuple[Tree, dict[str, Any]] | None:
     """The newest checkpoint that is whole, and its record; None where there is none at all.
 
     The first process chooses, and all read what it has chosen. A damaged checkpoint is renamed

@@ -1,11 +1,10 @@
 """Servers of buckets on this machine: fake-gcs-server for gs://, moto for s3://.
 
-    python -m tests.buckets.servers gs     prints the environment that leads to it, until Ctrl-C
+python -m tests.buckets.servers gs     prints the environment that leads to it, until Ctrl-C
 """
 
 import contextlib
 import importlib.util
-import os
 import pathlib
 import socket
 import subprocess

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from numpy.typing import NDArray
 
 from dinosae_jax.data.latents import latent_record
 from dinosae_jax.data.manifest import MANIFEST, is_whole, read_manifest
-from dinosae_jax.runtime.files import file_sha256, write_json
+from dinosae_jax.runtime import files
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read; noise does not compress
 SHARD_BYTES = 2**30
@@ -46,7 +45,7 @@ def shard_range(plan: dict[str, Any], number: int) -> range:
     return range(*edges)
 
 
-def claim(folder: pathlib.Path, plan: dict[str, Any]) -> None:
+def claim(folder: epath.Path, plan: dict[str, Any]) -> None:
     """Makes the folder this cache's, or compares the cache that it holds with `plan`.
 
     Args:
@@ -59,7 +58,7 @@ def claim(folder: pathlib.Path, plan: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = next((folder / name for name in (MANIFEST, PLAN) if (folder / name).exists()), None)
     if path is None:
-        write_json(folder / PLAN, plan)
+        files.write_json(folder / PLAN, plan)
         return
     there = read_manifest(path)
     for key, value in plan.items():
@@ -72,7 +71,7 @@ def claim(folder: pathlib.Path, plan: dict[str, Any]) -> None:
 
 
 def missing_shards(
-    folder: pathlib.Path, plan: dict[str, Any], process_index: int = 0, process_count: int = 1
+    folder: epath.Path, plan: dict[str, Any], process_index: int = 0, process_count: int = 1
 ) -> list[int]:
     """Returns the shards of this process that lack the sha256 that they had when written."""
     entries = _entries(folder, plan)
@@ -81,7 +80,7 @@ def missing_shards(
 
 
 def write_shard(
-    folder: pathlib.Path, plan: dict[str, Any], number: int, encoded: Iterable[Encoded]
+    folder: epath.Path, plan: dict[str, Any], number: int, encoded: Iterable[Encoded]
 ) -> None:
     """Writes one shard under a temporary name, renames it, and writes beside it what it holds.
 
@@ -89,27 +88,26 @@ def write_shard(
       ValueError: tokens that are not finite.
     """
     name = shard_name(plan, number)
-    partial = folder / f".{name}"
-    writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
-    moments = np.zeros(3)  # of the norms: how many, sum, sum of squares
-    for tokens, labels in encoded:
-        norms = latent_record.norms_of(tokens)
-        moments += norms.size, norms.sum(), (norms**2).sum()
-        for record in _records(tokens, labels, plan["format"]):
-            writer.write(record)
-    writer.close()
-    entry = {
-        "name": name,
-        "count": len(shard_range(plan, number)),
-        "bytes": partial.stat().st_size,
-        "sha256": file_sha256(partial),
-        "norm_moments": moments.tolist(),
-    }
-    os.replace(partial, folder / name)
-    write_json(folder / f"{name}.json", entry)
+    with files.publishing(folder / name) as partial:
+        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+        moments = np.zeros(3)  # of the norms: how many, sum, sum of squares
+        for tokens, labels in encoded:
+            norms = latent_record.norms_of(tokens)
+            moments += norms.size, norms.sum(), (norms**2).sum()
+            for record in _records(tokens, labels, plan["format"]):
+                writer.write(record)
+        writer.close()
+        entry = {
+            "name": name,
+            "count": len(shard_range(plan, number)),
+            "bytes": partial.stat().st_size,
+            "sha256": files.file_sha256(partial),
+            "norm_moments": moments.tolist(),
+        }
+    files.write_json(folder / f"{name}.json", entry)
 
 
-def finish(folder: pathlib.Path, plan: dict[str, Any]) -> dict[str, Any]:
+def finish(folder: epath.Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Writes the manifest of a cache whose shards are complete.
 
     Returns:
@@ -132,7 +130,7 @@ def finish(folder: pathlib.Path, plan: dict[str, Any]) -> dict[str, Any]:
     deviation = math.sqrt(max(squares / count - mean**2, 0.0))
     norms = {"mean": mean, "deviation": deviation, "tokens": int(count)}
     manifest = plan | {"norms": norms, "shards": shards}
-    write_json(folder / MANIFEST, manifest)
+    files.write_json(folder / MANIFEST, manifest)
     for leftover in (PLAN, *(f"{shard['name']}.json" for shard in shards)):
         (folder / leftover).unlink(missing_ok=True)
     return manifest
@@ -146,7 +144,7 @@ def _records(
             yield latent_record.pack(variant, int(label), stored)
 
 
-def _entries(folder: pathlib.Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _entries(folder: epath.Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """What each written shard holds, by its number."""
     names = {shard_name(plan, number): number for number in range(plan["num_shards"])}
     found = {}
@@ -154,12 +152,13 @@ def _entries(folder: pathlib.Path, plan: dict[str, Any]) -> dict[int, dict[str, 
         found = {
             names[shard["name"]]: shard for shard in read_manifest(folder / MANIFEST)["shards"]
         }
-    for path in folder.glob("latents-*.json"):
-        found[names[path.stem]] = json.loads(path.read_text())
+    for name in files.names_in(folder):
+        if name.startswith("latents-") and name.endswith(".json"):
+            found[names[name.removesuffix(".json")]] = json.loads((folder / name).read_text())
     return found
 
 
-def _is_good(folder: pathlib.Path, entry: dict[str, Any] | None) -> bool:
+def _is_good(folder: epath.Path, entry: dict[str, Any] | None) -> bool:
     if entry is None or not is_whole(folder, entry):
         return False
-    return file_sha256(folder / entry["name"]) == entry["sha256"]
+    return files.file_sha256(folder / entry["name"]) == entry["sha256"]
