@@ -48,10 +48,17 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         _run(argv)
-    except MISTAKES as error:
-        if os.environ.get("DINOSAE_TRACEBACK"):
+    except Exception as error:
+        if not _is_mistake(error) or os.environ.get("DINOSAE_TRACEBACK"):
             raise
         sys.exit(_refuse(error))
+
+
+def _is_mistake(error: BaseException) -> bool:
+    """Whether one line tells what the user can do; also of what a bucket's library raises."""
+    from dinosae_jax.runtime import buckets
+
+    return isinstance(error, MISTAKES) or buckets.is_failure(error)
 
 
 def _adopt_model(config: ml_collections.ConfigDict) -> list[str]:
@@ -110,7 +117,7 @@ def _run(argv: Sequence[str]) -> None:
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        explained = isinstance(error, MISTAKES) and not os.environ.get("DINOSAE_TRACEBACK")
+        explained = _is_mistake(error) and not os.environ.get("DINOSAE_TRACEBACK")
         if not explained:
             traceback.print_exc()
         distributed.abandon(_refuse(error) if explained else 1)
@@ -236,8 +243,11 @@ def _last_line(error: BaseException) -> str:
 def _refuse(error: BaseException) -> int:
     """Prints an error that the user can fix: every missing input, or one line for other errors."""
     from dinosae_jax import preflight
+    from dinosae_jax.runtime import buckets
 
     message = str(error) if isinstance(error, preflight.Missing) else _last_line(error)
+    if buckets.is_failure(error) and getattr(error, "errno", None) is None:
+        message = buckets.one_sentence(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message += "; what was saved before is whole: free some space, run the same command again"
     print(f"dinosae_jax: {message}", file=sys.stderr)

@@ -218,7 +218,7 @@ def one_sentence(error: BaseException) -> str:
     """What went wrong with a bucket, which permission or object is missing, and the way out."""
     text = _line(f"{error}" or type(error).__name__)
     if isinstance(error, FileNotFoundError):
-        return f"there is no {text}"
+        return f"there is no {text}; check its name"
     forbidden = ("Forbidden", "PERMISSION_DENIED", "AccessDenied", "Access Denied", "403")
     if isinstance(error, PermissionError) or any(word in text for word in forbidden):
         return f"{text}; give this machine's account the permission, docs/cloud.md says which"
@@ -228,7 +228,7 @@ def one_sentence(error: BaseException) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    return " ".join(text.split())[:600]
 
 
 def _open(place: Place) -> tuple[Any, str]:

@@ -50,7 +50,7 @@ def local(path: epath.Path, names: Iterable[str] | None = None) -> epath.Path:
     if names is not None:
         objects = {name: objects[name] for name in names if name in objects}
     if not objects:
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(str(path))
     digest = hashlib.sha256(repr((str(path), sorted(objects.items()))).encode()).hexdigest()[:32]
     copy = root() / digest
     copy.parent.mkdir(parents=True, exist_ok=True)

@@ -97,8 +97,8 @@ class RunWriter:
         """Flushes the event file."""
         if not self.enabled:
             return
-        self.events.close()
         self._try_to_publish()
+        self.events.close()
         if self.temporary:
             self.temporary.cleanup()
 
