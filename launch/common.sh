@@ -22,6 +22,13 @@ require_repository() {
     refuse "REPO_URL must not hold credentials: use an ssh address or a git credential helper"
 }
 
+# require_bucket: --workdir lies in a bucket, or under the share /workdir where NFS_SHARE names one.
+require_bucket() {
+  [[ $WORKDIR == gs://?*/?* || $WORKDIR == s3://?*/?* ]] ||
+    [[ -n ${NFS_SHARE:-} && $WORKDIR == /workdir/* ]] ||
+    refuse "--workdir must lie in a bucket, gs://BUCKET/NAME or s3://BUCKET/NAME, got $WORKDIR"
+}
+
 # require_workdir_under FOLDER: the machines share FOLDER and it outlives them.
 require_workdir_under() {
   [[ $WORKDIR == "$1"/* ]] ||

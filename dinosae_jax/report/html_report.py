@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import os
 import statistics
@@ -203,7 +204,7 @@ def _picture(stage: Stage, name: str, caption: str) -> str:
     path = stage.picture(name)
     if path is None:
         return ""
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
         width = image.width
     shown = min(LARGEST_MAGNIFICATION * width, PAGE_WIDTH)
     psnr = last_value(stage.metrics, "eval/psnr")

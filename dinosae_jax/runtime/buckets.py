@@ -154,6 +154,17 @@ def download(source: Place, target: pathlib.Path) -> None:
         fs.get_file(key, str(target))
 
 
+def move(folder: Place, target: Place) -> None:
+    """Gives all objects of a folder another name: they are copied, then removed."""
+    with as_oserror(folder):
+        fs, key = _open(folder)
+        _, new = _open(target)
+        found = list(listing(folder))
+        for name in found:
+            fs.cp_file(f"{key}/{name}", f"{new}/{name}")
+        fs.rm([f"{key}/{name}" for name in found])
+
+
 def read_range(source: Place, offset: int, length: int) -> bytes:
     """Some bytes of an object, by one request."""
     with as_oserror(source):

@@ -586,7 +586,10 @@ def _set_aside(folder: epath.Path, error: Exception) -> str:
     while aside.exists():
         number += 1
         aside = folder.with_name(f"{folder.name}.damaged{number}")
-    folder.rename(aside)
+    if buckets.is_bucket(folder):
+        buckets.move(folder, aside)
+    else:
+        folder.rename(aside)
     reason = " ".join(str(error).split())[:200]
     console.report(
         f"The checkpoint of step {folder.name} is damaged ({reason}); it is kept as {aside}."

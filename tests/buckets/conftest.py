@@ -10,7 +10,7 @@ from tests.buckets import proxy, servers
 
 @pytest.fixture(scope="session")
 def places():
-    """scheme -> (server, proxy) of those that were started."""
+    """Scheme -> (server, proxy) of those that were started."""
     started = {}
     yield started
     for server, between in started.values():

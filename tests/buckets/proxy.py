@@ -89,7 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, value in headers:
             if name.lower() not in left_out:
                 self.send_header(name, value)
-        length = dict((n.lower(), v) for n, v in headers).get("content-length")
+        length = dict((n.lower(), v) for n, v in headers).get("content-length", "0")
         self.send_header("Content-Length", length if self.command == "HEAD" else str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
