@@ -28,6 +28,7 @@ SLOW = (
     "quickstart",
     "rfm_ddt",
     "rfm_dit",
+    "sae_stage1",
     "sae_stage2",
     "sae_stage3",
     "sae_stage4",

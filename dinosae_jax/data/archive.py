@@ -25,7 +25,7 @@ from dinosae_jax.data import crops, pixels
 from dinosae_jax.data.manifest import MANIFEST, is_whole, read_manifest
 from dinosae_jax.data.records import LARGEST_BAD_PART, Records, pack_record
 from dinosae_jax.data.sources import open_records, with_synsets
-from dinosae_jax.runtime import files
+from dinosae_jax.runtime import console, files
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read; the images are compressed
 CHUNK = 256  # images that are read ahead
@@ -101,10 +101,12 @@ def convert_images(
         if name not in shards:
             bounds = [len(records) * edge // num_shards for edge in (number, number + 1)]
             packed = _packed(records, range(*bounds), stored, threads)
+            of = f"{split}: shard {number + 1} of {num_shards}, image"
+            packed = console.progress(of, packed, bounds[1] - bounds[0], 1)
             shards[name] = _write_shard(folder / name, packed)
             _check_skipped(shards, len(records))
             files.write_json(partial, _manifest(plan, shards))
-            log.info("shard %d of %d: %d images", number + 1, num_shards, shards[name]["count"])
+            console.report(f"{of}s: {shards[name]['count']}")
     manifest = _manifest(plan, shards)
     files.write_json(folder / MANIFEST, manifest)
     partial.unlink(missing_ok=True)

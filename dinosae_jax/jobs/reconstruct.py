@@ -105,7 +105,8 @@ def open_images(images: str, data_dir: str = "") -> Records:
 def survey_images(records: Records, short_side: int) -> Survey:
     """Decodes every image once, groups them by size and lists those that are not usable."""
     survey = Survey({}, {}, [])
-    for index in range(len(records)):
+    every = console.progress("looked at images", iter(range(len(records))), len(records), 1)
+    for index in every:
         try:
             image = _resize(crops.decode_rgb(records.read(index)[0]), short_side)
         except OSError as error:
@@ -114,7 +115,7 @@ def survey_images(records: Records, short_side: int) -> Survey:
             continue
         height, width = crop_to_patches(image).shape[:2]
         if not height or not width:
-            reason = f"{image.shape[0]} x {image.shape[1]} pixels, smaller than a patch of 16"
+            reason = f"{image.shape[1]} x {image.shape[0]} pixels, smaller than a patch of 16"
             survey.skipped.append({"name": records.name(index), "reason": reason})
             continue
         survey.groups.setdefault((height, width), []).append(index)
@@ -137,7 +138,8 @@ def table(rows: list[Row], totals: Row) -> str:
     width = max(len(row["name"]) for row in [*rows, {"name": "mean of 100,000 images"}])
     lines = [f"{'image':{width}}  {'size':>11}  " + "  ".join(f"{title:>8}" for title in titles)]
     for row in rows:
-        size = f"{row['size'][0]}x{row['size'][1]}"
+        height, width_of_image = row["size"]
+        size = f"{width_of_image}x{height}"
         values = "  ".join(f"{row[name]:8.4f}" for name in metrics)
         lines.append(f"{row['name']:{width}}  {size:>11}  {values}")
     values = "  ".join(f"{totals[name]:8.4f}" for name in metrics)
@@ -185,22 +187,29 @@ def _measure(
 ) -> list[Row]:
     """Reconstructs, measures and draws every usable image: rows in the order of the set."""
     rows: dict[int, Row] = {}
-    for size in sorted(survey.groups):
-        for indices, originals in _load(records, survey.groups[size], config):
-            decoded = model.reconstruct(autoencoder_lib.unit_interval(originals))
-            shown = np.asarray(image_quality.to_uint8(jnp.asarray(decoded), CONVERSION))
-            pair = np.stack([shown, originals], axis=1)
-            metrics = batching.map_batches(metrics_of, pair, config.batch_size, model.mesh)
-            for row, index in enumerate(indices):
-                rows[index] = {
-                    "name": records.name(index),
-                    "picture": _picture_name(records, index),
-                    "size": list(size),
-                    "size_before_cropping": list(survey.uncropped[index]),
-                    **{name: float(values[row]) for name, values in metrics.items()},
-                }
-                path = folder / rows[index]["picture"]
-                _write_picture(path, originals[row], shown[row])
+    count = sum(map(len, survey.groups.values()))
+    batches = (
+        (size, *batch)
+        for size in sorted(survey.groups)
+        for batch in _load(records, survey.groups[size], config)
+    )
+    for size, indices, originals in console.progress(
+        config.name, batches, count, config.batch_size
+    ):
+        decoded = model.reconstruct(autoencoder_lib.unit_interval(originals))
+        shown = np.asarray(image_quality.to_uint8(jnp.asarray(decoded), CONVERSION))
+        pair = np.stack([shown, originals], axis=1)
+        metrics = batching.map_batches(metrics_of, pair, config.batch_size, model.mesh)
+        for row, index in enumerate(indices):
+            rows[index] = {
+                "name": records.name(index),
+                "picture": _picture_name(records, index),
+                "size": list(size),
+                "size_before_cropping": list(survey.uncropped[index]),
+                **{name: float(values[row]) for name, values in metrics.items()},
+            }
+            path = folder / rows[index]["picture"]
+            _write_picture(path, originals[row], shown[row])
     return [rows[index] for index in sorted(rows)]
 
 

@@ -50,6 +50,7 @@ def _run_chain(
     config: ml_collections.ConfigDict, folder: epath.Path, stop: stopping.StopRequest
 ) -> None:
     if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "chain.json", {"stages": list(config.chain)})
         files.write_json(folder / "notes.json", list(config.notes))
     for note in config.notes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-REPORT_EVERY = 30.0  # seconds between two progress lines
+REPORT_EVERY = 10.0  # seconds between two progress lines
 
 
 def report(text: str) -> None:
@@ -18,7 +18,7 @@ def report(text: str) -> None:
 
 
 def progress(name: str, batches: Iterator[Any], total: int, size: int) -> Iterator[Any]:
-    """Yields the batches of `size` images, and prints images done and speed every 30 s."""
+    """Yields the batches of `size` images, and prints images done and speed every 10 s."""
     started = shown = time.monotonic()
     for number, batch in enumerate(batches):
         now = time.monotonic()

@@ -193,7 +193,12 @@ def test_metrics_of_two_sets(network, archive):
 @pytest.mark.parametrize(
     ("metric", "generated", "reference", "message"),
     [
-        ("kernel", 999, 5000, "needs at least 1000 images; got 999; make more or lower"),
+        (
+            "kernel",
+            999,
+            5000,
+            "at least 1000 images; got 999; make more, or pass --config.kernel_subset_size=999",
+        ),
         ("kernel", 5000, 10, "needs at least 1000 reference images; got 10"),
         ("frechet", 1, 10, "needs at least 2 images; got 1"),
         ("precision_recall", 10, 3, "needs at least 4 reference images; got 3"),

@@ -100,7 +100,7 @@ def test_what_is_left_out_is_named(done):
     _, results = done
     skipped = {row["name"]: row["reason"] for row in results["skipped"]}
     assert set(skipped) == {"cut.png", "text.jpg", "thin.png"}
-    assert skipped["thin.png"] == "8 x 64 pixels, smaller than a patch of 16"
+    assert skipped["thin.png"] == "64 x 8 pixels, smaller than a patch of 16"
     notes = " ".join(results["notes"])
     assert "4 images of 2 sizes; the sides of 1 were cropped" in notes
     assert "randomly initialised" in notes and "--kind=lpips_vgg16" in notes

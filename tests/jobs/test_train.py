@@ -18,6 +18,7 @@ from dinosae_jax.jobs import train
 from dinosae_jax.runtime import stopping
 from dinosae_jax.train import loop, stages
 from dinosae_jax.weights import checkpoint
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TINIEST = {
@@ -28,14 +29,7 @@ TINIEST = {
     "eval.every": 3,
     "eval.images": 8,
     "eval.batch_size": 8,
-    "model.stem.embed_dim": 32,
-    "model.stem.widths": (8, 8, 16),
-    "model.vit.embed_dim": 32,
-    "model.vit.depth": 1,
-    "model.vit.num_heads": 2,
-    "model.vit.ffn_hidden": 64,
-    "model.decoder.latent_channels": 32,
-    "model.decoder.width_list": (8, 8, 16, 16, 32),
+    **tiny.SMALLEST,
 }
 
 
@@ -82,7 +76,8 @@ def interrupt_after(monkeypatch, steps):
     monkeypatch.setattr(loop.sharding, "put_batch", counting)
 
 
-@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow  # in the fast suite: of a shorter run, in tests/train/test_stages.py
+@pytest.mark.parametrize("stop", [1, 4])
 def test_interrupted_and_resumed_equals_uninterrupted(make, tmp_path, monkeypatch, stop):
     train.run(make(), tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -187,13 +182,14 @@ def test_a_chain_names_the_stage_of_a_mistake_and_can_be_moved(make, tmp_path, m
 def test_other_frozen_networks_than_the_checkpoints_are_refused(make, tmp_path):
     for seed in (0, 1):
         train.run(make(steps=1, seed=seed), tmp_path / f"one{seed}")
-    stage3 = {"losses__gan": 0.0, "data__image_size": 64, "on_mismatch": "continue"}
+    stage3 = {"losses__gan": 0.0, "on_mismatch": "continue"}
     start = {seed: str(tmp_path / f"one{seed}") for seed in (0, 1)}
     train.run(make(sae_stage4, steps=1, init_from=start[0], **stage3), tmp_path / "four")
     with pytest.raises(ValueError, match="frozen networks throughout; got another stem and vit"):
         train.run(make(sae_stage4, steps=2, init_from=start[1], **stage3), tmp_path / "four")
 
 
+@pytest.mark.slow
 def test_stage4_continues_stage1_and_agreement_is_checked(make, tmp_path):
     train.run(make(steps=2), tmp_path / "one")
     stage4 = {"init_from": str(tmp_path / "one"), "losses__gan": 0.0, "steps": 2}
@@ -228,7 +224,7 @@ def test_non_finite_steps_stop_the_run_with_the_batch(make, tmp_path):
     with pytest.raises(FloatingPointError, match="in a row with a non-finite"):
         train.run(config, tmp_path)
     (dump,) = tmp_path.glob("bad_batch_*.npz")
-    assert np.load(dump)["image"].shape == (8, 64, 64, 3)
+    assert np.load(dump)["image"].shape == (8, 32, 32, 3)
 
 
 def run_command(*arguments, **kwargs):

@@ -73,7 +73,7 @@ def test_initialisation_is_torchs_default():
 def test_output_is_exactly_zero_at_initialisation():
     module, args = _tiny(), dit_checks.batch()
     params = jax.jit(module.init)(jax.random.key(0), *args)
-    v = module.apply(params, *args)
+    v = jax.jit(module.apply)(params, *args)
     assert v.shape == args[0].shape and v.dtype == jnp.float32 and not np.any(v)
 
 

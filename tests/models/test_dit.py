@@ -110,20 +110,24 @@ def test_tokens_and_grid_are_the_same_input():
     np.testing.assert_array_equal(tokens.reshape(v.shape), v)
 
 
-OPTIONS = [(False, "none"), (True, "dots"), (True, "full"), (False, "full")]
-
-
-def test_scan_and_remat_change_nothing():
+@pytest.mark.parametrize(
+    ("scan_layers", "remat"),
+    [
+        (False, "full"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((True, "dots"), (True, "full"))),
+        pytest.param(False, "none", marks=pytest.mark.slow),
+    ],
+)
+def test_scan_and_remat_change_nothing(scan_layers, remat):
     args = dit_checks.batch()
     module = _tiny(use_qknorm=True)
     params = dit_checks.random_params(module, *args)
     expected = dit_checks.value_and_gradients(module, params, args)
-    for scan_layers, remat in OPTIONS:
-        other = _tiny(use_qknorm=True, scan_layers=scan_layers, remat=remat)
-        actual = dit_checks.value_and_gradients(other, params, args)
-        # Same operations; the compiler may fuse and so round them differently.
-        for a, b in zip(actual, expected, strict=True):
-            assert dit_checks.relative_error(a, b) < 1e-6, (scan_layers, remat)
+    other = _tiny(use_qknorm=True, scan_layers=scan_layers, remat=remat)
+    actual = dit_checks.value_and_gradients(other, params, args)
+    # Same operations; the compiler may fuse and so round them differently.
+    for a, b in zip(actual, expected, strict=True):
+        assert dit_checks.relative_error(a, b) < 1e-6
 
 
 def test_unrolled_program_has_no_loop():
