@@ -77,7 +77,7 @@ def _adopt_model(config: ml_collections.ConfigDict) -> list[str]:
 def _run(argv: Sequence[str]) -> None:
     from dinosae_jax import config as config_lib
     from dinosae_jax import config_files, preflight, rules
-    from dinosae_jax.runtime import files
+    from dinosae_jax.runtime import buckets, files
 
     if len(argv) > 1:
         raise ValueError(f"only flags are understood; got {argv[1]!r}; see --help")
@@ -91,6 +91,7 @@ def _run(argv: Sequence[str]) -> None:
     given = _WORKDIR.value or config_files.default_workdir(named)
     rules.check_url("--workdir", given)
     workdir = files.path(given)
+    buckets.require(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir names a folder; got {workdir}, a file; name another one")
     preflight.check(config, workdir, sys.argv)

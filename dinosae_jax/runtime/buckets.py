@@ -89,6 +89,20 @@ class _Retries(logging.Handler):
             print(f"The bucket does not answer well, trying again ({_line(text)})", flush=True)
 
 
+def require(place: Place) -> None:
+    """Raises ValueError where a path is in a bucket that does not exist, or cannot be seen."""
+    if not is_bucket(place):
+        return
+    with as_oserror(place):
+        fs, key = _open(place)
+        bucket = key.partition("/")[0]
+        if not fs.exists(bucket):
+            raise ValueError(
+                f"a path in a bucket needs the bucket; got {os.fspath(place)}, and there is no "
+                f"bucket {bucket} that this account sees; docs/cloud.md says how to make one"
+            )
+
+
 def listing(place: Place) -> dict[str, Object]:
     """Path below a folder -> object, of all objects; {'': ...} for the object of that name."""
     with as_oserror(place):

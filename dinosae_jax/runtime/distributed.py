@@ -10,6 +10,8 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
+from dinosae_jax.runtime import files
+
 # Environment variables by which a person or a cluster announces several processes.
 MANUAL = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_ID")
 COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
@@ -28,7 +30,7 @@ def start(compile_cache: str = "") -> None:
     """
     spare_threads()
     if compile_cache:
-        jax.config.update("jax_compilation_cache_dir", compile_cache)
+        jax.config.update("jax_compilation_cache_dir", str(files.path(compile_cache)))
     # Its C++ handler would swallow SIGTERM, and `stopping` decides for all jobs; see there.
     jax.config.update("jax_enable_preemption_service", False)
     said = [f"{name}={os.environ[name]}" for name in (*COUNTS, *HOSTS) if _several(name)]

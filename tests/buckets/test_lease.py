@@ -94,6 +94,45 @@ def test_a_run_whose_lease_was_taken_over_ends(folder, monkeypatch, capsys):
     assert lease._read(folder / lease.FILE)["token"] == "theirs"
 
 
+RACE = """
+import sys
+from dinosae_jax.runtime import files, lease
+for number in range(int(sys.argv[2])):
+    folder = files.path(f"{sys.argv[1]}/{number}")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        lease._held.clear()
+        print("won" if lease._take(folder) else "none", flush=True)
+    except ValueError as error:
+        print("which process" in str(error) and "is using" in str(error), flush=True)
+    sys.stdin.readline()
+"""
+TRIES = 20
+
+
+@pytest.mark.parametrize("place", ["bucket", "disk"])
+def test_of_two_runs_at_once_one_goes_on(place, folder, tmp_path):
+    root = folder if place == "bucket" else tmp_path
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = []
+    for _ in range(2):
+        words = [sys.executable, "-c", RACE, str(root), str(TRIES)]
+        both.append(subprocess.Popen(words, **pipes))
+    won = []
+    for _ in range(TRIES):
+        for line in ("ready\n", None):
+            said = [run.stdout.readline() for run in both]
+            assert line is None or said == [line, line]
+            for run in both:
+                run.stdin.write("\n")
+                run.stdin.flush()
+        won.append(sorted(said))
+    for run in both:
+        run.wait(timeout=60)
+    assert won == [["True\n", "won\n"]] * TRIES
+
+
 def test_the_age_is_told_by_the_clock_of_the_bucket(folder):
     with lease.hold(folder):
         assert 0.0 <= lease._age(folder / lease.FILE) < 30

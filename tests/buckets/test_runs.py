@@ -85,33 +85,31 @@ def test_a_set_of_tensorflow_datasets_is_copied(folder, tmp_path):
         photos.prepare(str(folder), "72")
 
 
-def test_latents_and_exports_live_in_a_bucket(folder, make_measurement, squares):
-    config = make_measurement(encode_config, num_shards=2)
-    config.init_from, config.random_frozen_ok = "", ("stem", "vit", "decoder")
+def test_weights_latents_and_exports_live_in_a_bucket(folder, tmp_path):
+    there = weight_source.open_weights(tiny.write(tmp_path))
+    for name in ("stage", "data"):
+        copy_to(folder / name, tmp_path / name)
+    files.write_bytes(folder / "stage" / checkpoint.FOLDER / "0" / checkpoint.COMMIT, b"")
+    found = weight_source.open_weights(folder / "stage")
+    assert found.sha256 == there.sha256
+    assert str(found.path) == f"{folder}/stage/checkpoints/0"
+    with pytest.raises(ValueError, match="which does not exist"):
+        weight_source.open_weights(folder / "none")
+
+    config = encode_config.get_config("tiny")
+    config.init_from, config.num_shards = str(folder / "stage"), 2
+    config.data.update(source=f"folder:{folder}/data", image_size=32, flip=True)
     encode.run(config, folder / "latents")
-    data = dict(config.data.to_dict(), latents=str(folder / "latents"), flip=False)
+    data = dict(config.data.to_dict(), latents=str(folder / "latents"))
     source = latent_reader.open_latents(data, "train")
     batch = next(latent_reader.train_batches(source, data, batch_size=4, seed=0))
     assert batch["label"].shape == (4,)
 
     config = export_config.get_config()
-    config.init_from, config.random_model = "", tiny.model()
-    config.random_frozen_ok = ("stem", "vit", "decoder")
+    config.init_from = str(folder / "stage")
     export.run(config, folder / "export")
     found = weight_source.open_weights(folder / "export")
     assert str(found.path) == f"{folder}/export" and set(found.variables) >= {"stem", "decoder"}
-
-
-def test_a_flow_starts_from_a_bucket_and_is_refused_elsewhere(folder, tmp_path):
-    workdir = tiny.write(tmp_path)
-    copy_to(folder / "stage", workdir)
-    files.write_bytes(folder / "stage" / checkpoint.FOLDER / "0" / checkpoint.COMMIT, b"")
-    found = weight_source.open_weights(folder / "stage")
-    there = weight_source.open_weights(workdir)
-    assert found.sha256 == there.sha256
-    assert str(found.path) == f"{folder}/stage/checkpoints/0"
-    with pytest.raises(ValueError, match=r"which holds none of these|does not exist"):
-        weight_source.open_weights(folder / "none")
 
 
 def test_pictures_are_written_whole(folder):
