@@ -225,10 +225,9 @@ def as_oserror(place: Place) -> Iterator[None]:
     """Turns what the libraries raise into an OSError of one sentence that names the place."""
     try:
         yield
-    except (FileExistsError, FileNotFoundError):
-        raise
     except Exception as error:
-        if not is_failure(error):
+        ours = is_bucket(place) and is_failure(error)
+        if not ours or isinstance(error, FileExistsError | FileNotFoundError):
             raise
         raise OSError(f"{place}: {one_sentence(error)}") from error
 

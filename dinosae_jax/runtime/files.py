@@ -139,7 +139,7 @@ def read_range(target: str, offset: int, length: int) -> bytes:
 def file_sha256(target: epath.Path | pathlib.Path) -> str:
     """The sha256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
-    with target.open("rb") as file:
+    with buckets.as_oserror(target), target.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

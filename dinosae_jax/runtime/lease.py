@@ -218,7 +218,12 @@ def _touch(path: epath.Path) -> None:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    return _parse(path.read_bytes())
+    if not buckets.is_bucket(path):
+        return _parse(path.read_bytes())
+    found, version = buckets.read_version(path)
+    if version is None:
+        raise FileNotFoundError(str(path))
+    return _parse(found)
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -231,11 +236,12 @@ def _parse(text: bytes) -> dict[str, Any]:
 def _age(path: epath.Path) -> float:
     """Seconds since the lease was touched, both times by the clock of where it is."""
     probe = path.with_name(f"{FILE}.{uuid.uuid4().hex}")
-    probe.write_bytes(b"")
-    try:
-        return files.modified(probe) - files.modified(path)
-    finally:
-        probe.unlink()
+    with buckets.as_oserror(probe):
+        probe.write_bytes(b"")
+        try:
+            return files.modified(probe) - files.modified(path)
+        finally:
+            probe.unlink()
 
 
 def _has_ended(owner: dict[str, Any]) -> bool | None:

@@ -127,8 +127,8 @@ def save(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
         with _counting_failures(manager):
-            first()
             manager.started = step
+            first()
             manager.save(step, args=arguments)
 
 
