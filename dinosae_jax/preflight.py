@@ -107,7 +107,8 @@ class Survey:
     def text(self, command: str) -> str:
         """The heading and the numbered commands, of which `command` is the last."""
         commands = (*self._conversions.values(), *self._data.values(), *self._runs.values())
-        lines = [f"missing: {', '.join(self.missing)}. From here to a running job:"]
+        said = ", ".join(self.missing)
+        lines = [f"missing: {said.removesuffix('?')}. From here to a running job:"]
         lines += [f"  {number}. {line}" for number, line in enumerate((*commands, command), 1)]
         return "\n".join(lines)
 
@@ -200,11 +201,13 @@ class Survey:
         if _has_images(kind, folder):
             return {}
         close = difflib.get_close_matches(place, ["imagenet2012"]) if kind == "tfds" else []
-        near = f", did you mean tfds:{close[0]}?" if close and close[0] != place else _near(folder)
+        misspelt = bool(close) and close[0] != place
+        near = f", did you mean tfds:{close[0]}?" if misspelt else _near(folder)
         self.missing.append(f"images ({field}={source}){near}")
         if source != IMAGENET:
-            self._data[source] = _data_command(self.program, field, kind, place)
-            return {}
+            right = close[0] if misspelt else place
+            self._data[source] = _data_command(self.program, field, kind, right)
+            return {field: f"tfds:{right}"} if misspelt else {}
         if not _has_images("array_record", files.path(IMAGENET_ARCHIVE)):
             self._data[source] = f"{self.program} {IMAGENET_COMMAND}\n     # {IMAGENET_HINT}"
         return {field: f"array_record:{IMAGENET_ARCHIVE}"}

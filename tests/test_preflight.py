@@ -193,7 +193,7 @@ def test_a_misspelt_run_is_answered_with_its_neighbour():
     config = sample.get_config()
     config.init_from = "runs/my_flw"
     heading, commands = missing(config, "--config=configs/sample.py", program="bin/dinosae")
-    assert "runs/my_flw (init_from), did you mean runs/my_flow?" in heading
+    assert "runs/my_flw (init_from), did you mean runs/my_flow" in heading
     assert commands[-1] == "dinosae --config=configs/sample.py"
 
 
@@ -230,7 +230,10 @@ def test_the_images_of_reconstruct_are_a_folder_or_a_source():
 def test_the_nearest_data_set_is_named():
     config = encode.get_config("tiny")
     config.data.source = "tfds:imagenet2021"
-    assert "(data.source=tfds:imagenet2021), did you mean tfds:imagenet2012?" in missing(config)[0]
+    heading, commands = missing(config)
+    assert "(data.source=tfds:imagenet2021), did you mean tfds:imagenet2012" in heading
+    assert "tfds build imagenet2012 " in commands[-2]
+    assert commands[-1].endswith("--config.data.source=tfds:imagenet2012")
 
 
 def test_a_weaker_flow_and_an_encoder_are_looked_for():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 import grain
@@ -79,6 +79,16 @@ class ImageSource:
     def skipped(self) -> int:
         """How many different images could not be read so far, in this process."""
         return len(self._bad)
+
+    def examples(self, labels: Iterable[int], tries: int = 2000) -> dict[int, np.ndarray]:
+        """An image of each class, uint8 [h, w, 3] by label, where one is among `tries` of them."""
+        wanted, found = set(labels), {}
+        for index in np.random.default_rng(0).permutation(len(self))[:tries]:
+            if wanted and self._records.read(int(index))[1] in wanted:
+                example = self[int(index)]
+                found[int(example["label"])] = example["image"]
+                wanted -= found.keys()
+        return found
 
     def name(self, index: int) -> str:
         """The file (or record) of an image, for messages."""

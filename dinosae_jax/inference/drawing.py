@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,8 +29,8 @@ BALANCED_EACH = 50  # images per class, the usual 50,000 of ImageNet
 CONTINUABLE = ("batch_size", "chunk", "compile_cache")
 
 
-def draw_series(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
-    """Draws what the config describes; finished chunks are kept.
+def draw_series(config: ml_collections.ConfigDict, folder: epath.Path) -> Sequence[str]:
+    """Draws what the config describes; finished chunks are kept. Returns the classes' names.
 
     Args:
       config: of `config.sample_defaults`.
@@ -53,6 +54,7 @@ def draw_series(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
         )
     with stopping.StopRequest() as stop, lease.hold(folder):
         _draw_held(generator, config, labels, settings, folder, stop)
+    return generator.label_names
 
 
 def _draw_held(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 
 from dinosae_jax.data import adm_npz, png
@@ -28,9 +29,11 @@ def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
       ValueError: see `drawing.draw_series`.
       stopping.Interrupted: after a signal, with every finished chunk saved.
     """
-    drawing.draw_series(config, folder)
+    label_names = drawing.draw_series(config, folder)
     if jax.process_index() == 0 and not (folder / "grid.png").exists():
         samples = adm_npz.open_archive(snapshots.local(folder / "samples.npz"))
         first = next(samples.batches(GRID_IMAGES))
-        png.write_png(folder / "grid.png", pictures.grid(first, GRID_COLUMNS))
+        labels = np.load(snapshots.local(folder / "labels.npy"))[: len(first)]
+        shown = [label_names[label] for label in labels]
+        png.write_png(folder / "grid.png", pictures.labelled_grid(first, shown, GRID_COLUMNS))
         console.report(f"{config.name}: wrote {folder / 'grid.png'}")

@@ -27,6 +27,7 @@ from dinosae_jax.runtime import files
 PAGE_WIDTH = 1120
 KID = "eval/kid_encoder"
 LARGEST_MAGNIFICATION = 2  # tiny runs have tiny pictures
+SAMPLES = "samples of the flow, one class per row, behind a training image of it"
 SPHERE = (
     "What the decoder makes of the first held-out image when only the norms of its tokens change, "
     "and when only their directions do: towards another image's, and at random."
@@ -88,7 +89,12 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
         _combine_curves(folder, drawn)
         rows = ": originals above, reconstructions below"
         _combine_pictures(folder, run.stages, "reconstructions.png", rows)
-        _combine_pictures(folder, run.stages, "samples.png", ": samples, one class per row")
+        _combine_pictures(
+            folder,
+            run.stages,
+            "samples.png",
+            f": {SAMPLES}",
+        )
         drawn_spheres = [stage for stage in run.stages if stage.picture("sphere.png")]
         _combine_pictures(folder, drawn_spheres[-1:], "sphere.png", ": norms and directions")
         _combine_metrics(folder, run.stages)
@@ -185,7 +191,11 @@ def _stage(stage: Stage, drawn: bytes | None, in_chain: bool) -> str:
         [
             f'<h2 id="{name}">{name}</h2>\n' if in_chain else "",
             _picture(stage, "reconstructions.png", "Originals above, reconstructions below."),
-            _picture(stage, "samples.png", "Samples of the flow, one class per row."),
+            _picture(
+                stage,
+                "samples.png",
+                f"{SAMPLES.capitalize()}.",
+            ),
             _picture(stage, "sphere.png", SPHERE),
             _curves(drawn),
             _robustness(stage),

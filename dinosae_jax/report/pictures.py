@@ -101,6 +101,17 @@ def class_grid(samples: ArrayLike, names: Sequence[str]) -> png.Picture:
     )
 
 
+def labelled_grid(images: ArrayLike, names: Sequence[str], columns: int) -> png.Picture:
+    """Lays images [b, h, w, c] out in rows of `columns`, each above its name, cut to its width."""
+    cells = []
+    for picture, name in zip(enlarged(images), names, strict=True):
+        text = name.replace("_", " ")
+        while text and _text_width(text) + GAP > picture.shape[1]:
+            text = text[:-1]
+        cells.append(stack([picture, _label(text, 16, picture.shape[1])], gap=0))
+    return grid(np.stack(cells), columns)
+
+
 def stack(pictures: Sequence[png.Picture], gap: int = GAP) -> png.Picture:
     """Places pictures [h, w, 3] one below the other, flush left: uint8 [H, W, 3]."""
     width = max(picture.shape[1] for picture in pictures)

@@ -8,7 +8,7 @@ values.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from numpy.typing import NDArray
 
-from dinosae_jax.data import loading, png
+from dinosae_jax.data import crops, loading, png
 from dinosae_jax.eval import features, image_quality, kernel_distance
 from dinosae_jax.flow import matching
 from dinosae_jax.inference.generator import Generator
@@ -145,8 +145,23 @@ def _compiled_losses(spec: flow_step.StepSpec) -> Callable[..., Tree]:
     return losses
 
 
-def write_samples(generator: Generator, seed: int, batch_size: int, path: epath.Path) -> None:
-    """Writes a grid of up to `SHOWN_CLASSES` classes with `SHOWN_EACH` samples each."""
+def write_samples(
+    generator: Generator,
+    seed: int,
+    batch_size: int,
+    path: epath.Path,
+    examples: Callable[[Iterable[int]], dict[int, NDArray[np.uint8]]] | None,
+) -> None:
+    """Writes a grid of up to `SHOWN_CLASSES` classes with `SHOWN_EACH` samples each.
+
+    Args:
+      generator: draws the samples.
+      seed: of the noise.
+      batch_size: of the sampler.
+      path: of the PNG file.
+      examples: labels -> a training image [h, w, 3] of each, which goes before its samples; None
+        where the flow is trained on latents.
+    """
     count = min(generator.num_classes, SHOWN_CLASSES)
     classes = np.linspace(0, generator.num_classes - 1, count).round().astype(np.int32)
     labels = np.repeat(classes, SHOWN_EACH)
@@ -155,6 +170,11 @@ def write_samples(generator: Generator, seed: int, batch_size: int, path: epath.
         shown = pictures.enlarged(images)
         rows = shown.reshape(count, SHOWN_EACH, *shown.shape[1:])
         names = [generator.label_names[label] for label in classes]
+        if examples:
+            found, side = examples(classes.tolist()), images.shape[1]
+            blank = np.full((side, side, 3), pictures.BACKGROUND, np.uint8)
+            crop = [crops.adm_center_crop(found.get(int(label), blank), side) for label in classes]
+            rows = np.concatenate([pictures.enlarged(np.stack(crop))[:, None], rows], axis=1)
         png.write_png(path, pictures.class_grid(rows, names))
 
 

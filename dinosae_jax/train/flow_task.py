@@ -129,7 +129,11 @@ def prepare(
     def finish(state: state_lib.TrainState) -> None:
         generator = generator_of(state)
         flow_evaluation.write_samples(
-            generator, config.seed, config.eval.batch_size, workdir / "samples.png"
+            generator,
+            config.seed,
+            config.eval.batch_size,
+            workdir / "samples.png",
+            train_source.examples if isinstance(train_source, images.ImageSource) else None,
         )
 
     return Task(

@@ -48,6 +48,16 @@ def test_class_grid_names_every_row():
     assert sheet[:, : -2 * (16 + pictures.GAP)].min() < 200  # ink left of the images
 
 
+def test_a_labelled_grid_has_a_name_below_each_image():
+    names = ["a_cup", "a_name_that_is_longer_than_the_image", ""]
+    sheet = pictures.labelled_grid(flat(0.0, 0.4, 0.6, side=128), names, 2)
+    height = 128 + 16
+    assert sheet.shape == (2 * height + pictures.GAP, 2 * 128 + pictures.GAP, 3)
+    below = sheet[128:height]
+    assert below[:, :128].min() < 200 and below[:, 128 + pictures.GAP :].min() < 200
+    assert (sheet[height + pictures.GAP + 128 :, :128] == pictures.BACKGROUND).all()
+
+
 def test_files_come_back_as_written(tmp_path):
     sheet = pictures.captioned(pictures.grid(flat(0.1, 0.9), 2), "stage1")
     png.write_png(tmp_path / "sheet.png", sheet)

@@ -9,6 +9,7 @@ the mesh, as the hosts of a TPU pod do. TEST_LIE in the environment names what t
 wrong (`LIES`).
 """
 
+import functools
 import os
 import pathlib
 import signal
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 from dinosae_jax import main
 from dinosae_jax.data import images
 from dinosae_jax.runtime import sharding
+from dinosae_jax.train import autoencoder_evaluation, loop, stages
 from dinosae_jax.weights import checkpoint
 
 
@@ -100,6 +102,26 @@ def slow():
 
 
 LIES = {function.__name__: function for function in (stale_listing, unreadable, other_data, slow)}
+# Phase -> the function at whose call this process is killed.
+PHASES = {
+    "start": (stages, "agree_on_program"),
+    "restore": (checkpoint, "restore_newest"),
+    "step": (loop, "run"),
+    "save": (checkpoint, "save"),
+    "evaluate": (autoencoder_evaluation.Evaluation, "metrics"),
+}
+
+
+def die_in(phase):
+    """This process is killed (-9) when it comes to a phase."""
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    mock.patch.object(*PHASES[phase], die).start()
+
+
+LIES |= {f"dies_in_{phase}": functools.partial(die_in, phase) for phase in PHASES}
 
 if __name__ == "__main__":
     if lie := os.environ.get("TEST_LIE"):

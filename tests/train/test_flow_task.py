@@ -11,7 +11,7 @@ from configs import hae_dit, rfm_ddt, rfm_dit
 from dinosae_jax import rules
 from dinosae_jax.data import loading
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import flow_task, optim, preparation, stages
+from dinosae_jax.train import flow_evaluation, flow_task, optim, preparation, stages
 from dinosae_jax.weights import checkpoint, weight_source
 from tests.tiny import small_flow
 
@@ -33,6 +33,8 @@ def test_workdir_of_a_finished_run(flow_workdir):
     )
     with Image.open(flow_workdir / "samples.png") as picture:
         assert picture.height == 10 * 128 + 9 * 4  # a row for each of ten classes
+        # Behind the name the photograph, then the samples.
+        assert picture.width > (1 + flow_evaluation.SHOWN_EACH) * (128 + 4)
     norms = json.loads((flow_workdir / "latents.json").read_text())
     source = weight_source.open_weights(flow_workdir)
     assert source.convention["decode_radius"] == norms["mean"]

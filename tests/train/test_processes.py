@@ -284,11 +284,34 @@ def test_a_process_that_is_late_is_waited_for(make, tmp_path):
     assert max(steps(workdir)) == 6
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+asked_for = pytest.mark.skipif(
     not os.environ.get("DINOSAE_PROCESS_FAULTS"),
     reason="NOT CHECKED: takes minutes on a busy machine; set DINOSAE_PROCESS_FAULTS=1",
 )
+
+
+@pytest.mark.slow
+@asked_for
+@pytest.mark.parametrize(
+    ("phase", "processes"),
+    [("start", 2), ("restore", 2), ("step", 2), ("save", 2), ("save", 4), ("evaluate", 2)],
+)
+def test_a_process_killed_in_any_phase_ends_the_others(make, tmp_path, phase, processes):
+    """Within JAX's heartbeat timeout; the run then goes on as if nothing had happened."""
+    changes = make(steps=6, eval__every=4, batch_size=8)
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    run(changes, whole, tmp_path / "w", processes)
+    run(changes | {"steps": 3}, workdir, tmp_path / "a", processes)
+    lie = f"dies_in_{phase}"
+    codes, outputs = finish(start(changes, workdir, tmp_path / "b", processes, lie=lie), 300)
+    assert codes[1] == -9
+    assert all(codes), "\n".join(outputs)
+    run(changes, workdir, tmp_path / "c", processes)
+    assert_same_run(workdir, whole)
+
+
+@pytest.mark.slow
+@asked_for
 def test_the_first_process_sets_a_damaged_checkpoint_aside_for_all(make, tmp_path):
     workdir = tmp_path / "run"
     run(make(), workdir, tmp_path / "b", processes=2)
