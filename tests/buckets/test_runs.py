@@ -6,6 +6,7 @@ import tarfile
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy as numpy_safetensors
 
 from configs import encode as encode_config
 from configs import export as export_config
@@ -15,9 +16,12 @@ from dinosae_jax.data.latents import latent_reader
 from dinosae_jax.jobs import encode, export, train
 from dinosae_jax.runtime import buckets, files, snapshots
 from dinosae_jax.train import stages
-from dinosae_jax.weights import checkpoint, weight_source
+from dinosae_jax.weights import checkpoint, conversion, weight_source
 from tests import tiny
 from tests.train import kills
+from tests.weights_conversion import layouts
+from weights_conversion import convert
+from weights_conversion import export as conversion_export
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +114,20 @@ def test_weights_latents_and_exports_live_in_a_bucket(folder, tmp_path):
     export.run(config, folder / "export")
     found = weight_source.open_weights(folder / "export")
     assert str(found.path) == f"{folder}/export" and set(found.variables) >= {"stem", "decoder"}
+
+
+def test_weights_are_converted_from_a_bucket_into_one(folder, tmp_path):
+    source = layouts.save(tmp_path / "a.safetensors", layouts.FACEBOOK)
+    buckets.upload(source, folder / "a.safetensors")
+    for _ in range(2):  # the second replaces the first
+        given = [f"--input={folder}/a.safetensors", f"--output={folder}/w"]
+        assert convert.main(["--kind=dinov3", *given]) == 0
+    assert conversion.load(folder / "w").config
+    given = [f"--input={folder}/w", f"--output={folder}/b.safetensors"]
+    assert conversion_export.main(["--kind=dinov3", *given]) == 0
+    there = numpy_safetensors.load((folder / "b.safetensors").read_bytes())
+    here = numpy_safetensors.load(source.read_bytes())
+    jax.tree.map(np.testing.assert_array_equal, there, here)
 
 
 def test_pictures_are_written_whole(folder):
