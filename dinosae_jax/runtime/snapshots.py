@@ -24,7 +24,7 @@ from typing import IO
 
 from etils import epath
 
-from dinosae_jax.runtime import buckets, console
+from dinosae_jax.runtime import buckets, console, untrusted
 
 FOLDER = "DINOSAE_CACHE"
 GIBIBYTES = "DINOSAE_CACHE_GIB"
@@ -51,6 +51,12 @@ def local(path: epath.Path, names: Iterable[str] | None = None) -> epath.Path:
         objects = {name: objects[name] for name in names if name in objects}
     if not objects:
         raise FileNotFoundError(str(path))
+    odd = next((name for name in objects if {"..", "."} & set(name.split("/"))), None)
+    if odd is not None:  # on a disk it would lead out of the folder
+        raise ValueError(
+            f"objects that are copied lie below their folder; got {untrusted.short(odd)} in {path}; "
+            "rename it"
+        )
     digest = hashlib.sha256(repr((str(path), sorted(objects.items()))).encode()).hexdigest()[:32]
     copy = root() / digest
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +95,8 @@ def _copy(path: epath.Path, objects: dict[str, buckets.Object], copy: pathlib.Pa
         target.parent.mkdir(parents=True, exist_ok=True)
         incoming = target.with_name(f".{target.name}.incoming")
         buckets.download(path / name if name else path, incoming)
+        if incoming.stat().st_size != objects[name].size:
+            raise OSError(f"{path / name} changed while it was copied; run the same command again")
         os.replace(incoming, target)
 
     if total >= ANNOUNCED:

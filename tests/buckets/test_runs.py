@@ -116,8 +116,8 @@ def test_weights_latents_and_exports_live_in_a_bucket(folder, tmp_path):
     assert str(found.path) == f"{folder}/export" and set(found.variables) >= {"stem", "decoder"}
 
 
-def test_weights_are_converted_from_a_bucket_into_one(folder, tmp_path):
-    source = layouts.save(tmp_path / "a.safetensors", layouts.FACEBOOK)
+def test_weights_are_converted_from_a_bucket_into_one(folder, tmp_path, data_dir):
+    source = layouts.save(tmp_path / "a.safetensors", layouts.facebook(data_dir)[0])
     buckets.upload(source, folder / "a.safetensors")
     for _ in range(2):  # the second replaces the first
         given = [f"--input={folder}/a.safetensors", f"--output={folder}/w"]

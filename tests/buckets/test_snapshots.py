@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from dinosae_jax.runtime import files, snapshots
+from dinosae_jax.runtime import buckets, files, snapshots
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +33,13 @@ def test_some_files_and_a_single_one(folder):
     assert snapshots.local(folder / "a").read_bytes() == b"a" * 1000
     with pytest.raises(FileNotFoundError):
         snapshots.local(folder / "none")
+
+
+def test_an_object_whose_name_leads_elsewhere_is_refused(folder, monkeypatch):
+    found = {"a": buckets.Object(1, "1"), "../../b": buckets.Object(1, "1")}
+    monkeypatch.setattr(buckets, "listing", lambda path: found)
+    with pytest.raises(ValueError, match="lie below their folder"):
+        snapshots.local(folder)
 
 
 def test_what_does_not_fit_is_refused(folder, monkeypatch):
