@@ -54,8 +54,8 @@ def local(path: epath.Path, names: Iterable[str] | None = None) -> epath.Path:
     odd = next((name for name in objects if {"..", "."} & set(name.split("/"))), None)
     if odd is not None:  # on a disk it would lead out of the folder
         raise ValueError(
-            f"objects that are copied lie below their folder; got {untrusted.short(odd)} in {path}; "
-            "rename it"
+            f"objects that are copied lie below their folder; got {untrusted.short(odd)} in {path}"
+            "; rename it"
         )
     digest = hashlib.sha256(repr((str(path), sorted(objects.items()))).encode()).hexdigest()[:32]
     copy = root() / digest
