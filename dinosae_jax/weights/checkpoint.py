@@ -174,7 +174,8 @@ def _counting_failures(manager: Manager) -> Iterator[None]:
     first = next(filter(None, said), None)
     if first is None:
         return
-    manager.reload()
+    with contextlib.suppress(Exception):  # the bucket may still be away
+        manager.reload()
     manager.failures += 1
     if manager.failures >= MOST_FAILURES:
         raise OSError(
@@ -402,7 +403,8 @@ def _changed(found: dict[str, str], sealed: dict[str, str]) -> list[str]:
 def _read_seal(folder: epath.Path) -> dict[str, str] | None:
     """File -> sha256; None where the seal is missing or not as it was written."""
     try:
-        content = json.loads((folder / SEAL).read_text())
+        with buckets.as_oserror(folder):
+            content = json.loads((folder / SEAL).read_text())
         found = dict(content["files"])
         whole = content["sha256"] == digest(found)
     except (FileNotFoundError, KeyError, TypeError, ValueError):
@@ -483,7 +485,8 @@ def read_record(folder: epath.Path) -> dict[str, Any]:
       Damaged: where it is not as it was saved.
       OSError: where it cannot be read.
     """
-    text = (folder / "record" / "metadata").read_bytes()
+    with buckets.as_oserror(folder):
+        text = (folder / "record" / "metadata").read_bytes()
     try:
         record = dict(json.loads(text))
     except (TypeError, ValueError) as error:
