@@ -29,12 +29,6 @@ require_bucket() {
     refuse "--workdir must lie in a bucket, gs://BUCKET/NAME or s3://BUCKET/NAME, got $WORKDIR"
 }
 
-# require_workdir_under FOLDER: the machines share FOLDER and it outlives them.
-require_workdir_under() {
-  [[ $WORKDIR == "$1"/* ]] ||
-    refuse "--workdir must lie under $1, which the machines share, got $WORKDIR: use $1/NAME"
-}
-
 # quote WORD...: one line that a shell reads back as exactly these words.
 quote() {
   local word line=()
