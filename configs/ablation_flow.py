@@ -93,7 +93,7 @@ def get_config(argument=None):
                 radii=(0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0),  # of the measured norm
                 radius_steps=25,
             ),
-            compile_cache="",
+            compile_cache="auto",
         )
     )
     return config_lib.apply_variants(config, argument, VARIANTS)

@@ -52,7 +52,7 @@ def get_config(argument=None):
             order=tuple(ARMS),
             seeds=(0, 1, 2),
             metrics=("psnr", "l1", "cosine_similarity"),
-            compile_cache="",
+            compile_cache="auto",
         )
     )
     return config_lib.apply_variants(config, argument, VARIANTS)

@@ -52,7 +52,7 @@ def get_config(argument=None):
             eval_synsets="",  # file with the class of each image of a flat split eval
             num_shards=64,  # of each split
             threads=16,
-            compile_cache="",
+            compile_cache="auto",
         )
     )
     return config_lib.apply_variants(config, argument, VARIANTS)

@@ -43,7 +43,7 @@ VARIANTS = {
         "batch_size": 16,
         "kernel_subset_size": 10,
         "sample.count": 20,
-        "sample.batch_size": 20,
+        "sample.batch_per_device": 20,
         "sample.sampling.steps": 10,
         "data.source": "photos/112",
         "data.image_size": 64,
@@ -75,5 +75,6 @@ def get_config(argument=None):
             sample=sample.get_config(),
         )
     )
+    config.sample.png = False  # the .npz is measured
     config.random_model = sae_stage1.get_config("tiny").model
     return config_lib.apply_variants(config, argument, VARIANTS)

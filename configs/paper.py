@@ -168,7 +168,7 @@ def get_config(argument=None):
                 "TPU v5p": "TPU v5p",
                 "TPU v6e": "TPU v6 lite",
             },
-            compile_cache="",
+            compile_cache="auto",
         )
     )
     return config_lib.apply_variants(config, argument, {"tiny": {}})

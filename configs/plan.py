@@ -44,10 +44,11 @@ def get_config(argument=None):
             chain=tuple(rows),
             stages=stages,
             target="cpu:8" if "tiny" in variants else "v5e:4x4",
-            # How long the compiler looks for speed, O0 (least) to O3. Least takes a fifth of the
-            # time or less; memory and the number of collectives were the same, gathers may move
-            # float32 for bfloat16.
+            # How long the compiler looks for speed, O0 (least) to O3, or `default` as a run does.
+            # Least takes a fifth of the time or less; memory and the number of collectives were the
+            # same, gathers may move float32 for bfloat16. For the predicted time take `default`.
             effort="O0",
+            top=0,  # how many of the costliest instructions are printed
             ledger="",  # a JSON file that the row is entered into
             compile_cache="",
         )

@@ -8,6 +8,7 @@
 `labels` is 'balanced', 'all', 'random' or numbers joined by commas (`--config.labels=3,3,207`);
 `count` cuts or repeats them. `--config.sampling.guidance=1.42` guides, away from the flow of
 `--config.weaker=runs/rfm_dit_s` where one is named (autoguidance), otherwise from no label.
+`--config.png=False` leaves the PNG files out.
 Variants: tiny (20 images; a random flow where init_from is empty).
 """
 
@@ -20,7 +21,7 @@ VARIANTS = {
     "tiny": {
         "init_from": "",
         "count": 20,
-        "batch_size": 16,
+        "batch_per_device": 16,
         "chunk": 16,
         "sampling.steps": 10,
         "random_frozen_ok": ("stem", "vit", "decoder", "dit"),

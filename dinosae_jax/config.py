@@ -69,6 +69,10 @@ def run_defaults() -> ml_collections.ConfigDict:
             name="",
             seed=0,
             dtype="auto",  # auto: bfloat16 on accelerators, float32 on CPU
+            # Of products of float32 factors, as in jax.lax.Precision: 'default' rounds them to
+            # bfloat16 on a TPU and TF32 on a GPU, 'highest' is float32 (six times the work on a
+            # TPU). auto: highest; for `compute` default where dtype is bfloat16.
+            matmul_precision=dict(compute="auto", output_head="auto", discriminator_heads="auto"),
             steps=1,
             batch_size=256,
             accumulation=1,
@@ -86,7 +90,8 @@ def run_defaults() -> ml_collections.ConfigDict:
                 milestones=0,  # n: those whose step is a multiple of n are kept for ever; 0: none
             ),
             mesh=dict(fsdp=1),
-            compile_cache="",  # folder of compiled programs, which later runs read
+            # Folder of compiled programs that later runs read; auto: ~/.cache/dinosae_jax; "": none
+            compile_cache="auto",
             profile_steps="",  # '10:13' traces steps 10, 11 and 12 into workdir/profile
             # refuse | continue: in a workdir that holds another config; restart: at step 0 in one
             # whose checkpoints are damaged or gone
@@ -106,7 +111,7 @@ def export_defaults() -> ml_collections.ConfigDict:
             pixel_range="",  # what the decoder of converted weights emits
             random_frozen_ok=(),
             random_model=dict(),  # a model config that is drawn at random where source is empty
-            compile_cache="",
+            compile_cache="auto",
         )
     )
 
@@ -256,8 +261,9 @@ def sample_defaults() -> ml_collections.ConfigDict:
             random_flow=dict(),  # a flow config that is drawn at random where init_from is empty
             labels="balanced",  # balanced | all | random | label numbers joined by commas
             count=0,  # 0: 50 of each class, one of each class, -, as many as are listed
-            batch_size=64,
+            batch_per_device=64,
             chunk=1024,  # images between two saves
+            png=True,  # also a PNG file of each image, in images/
             sampling=dict(
                 sampler=config_dict.placeholder(str),
                 steps=config_dict.placeholder(int),
@@ -265,7 +271,7 @@ def sample_defaults() -> ml_collections.ConfigDict:
                 interval=config_dict.placeholder(tuple),
                 decode_radius=config_dict.placeholder(float),
             ),
-            compile_cache="",
+            compile_cache="auto",
         )
     )
 
@@ -292,7 +298,7 @@ def measurement_defaults() -> ml_collections.ConfigDict:
                 threads=16,
                 workers=0,
             ),
-            compile_cache="",
+            compile_cache="auto",
         )
     )
 

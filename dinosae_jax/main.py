@@ -38,6 +38,8 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Output folder, runs/X where not given. Run again with it to resume."
 )
 
+# Jobs that use no device of their own: `plan` compiles for others, `card` starts processes.
+DEVICELESS = ("plan", "card")
 OUR_FLAGS = ("config", "workdir", "help")
 # Errors that the user can fix: one line instead of a traceback.
 MISTAKES = (ValueError, FileNotFoundError, FloatingPointError, OSError)
@@ -100,16 +102,17 @@ def _run(argv: Sequence[str]) -> None:
 
     from dinosae_jax.runtime import console, distributed, lease, stopping
 
-    distributed.start(config.compile_cache)
-    if config.job != "plan":  # which compiles for devices that this machine need not have
+    distributed.start()
+    if config.job not in DEVICELESS:
         distributed.require_devices()
         if not _WORKDIR.value:
             console.report(f"This run's folder is {workdir} (--workdir names another)")
+    distributed.keep_programs(config.compile_cache)
     if adopted:
         console.report(f"From init_from={config.init_from}: {', '.join(adopted)}")
     job = importlib.import_module(f"dinosae_jax.jobs.{config.job}")
     try:
-        with contextlib.nullcontext() if config.job == "plan" else lease.hold(workdir):
+        with contextlib.nullcontext() if config.job in DEVICELESS else lease.hold(workdir):
             job.run(config, workdir)
     except stopping.Interrupted as stop:
         if jax.process_index() == 0:

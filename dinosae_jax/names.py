@@ -7,7 +7,7 @@ typed with them, and `tests/test_names.py` compares each table with its words.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 PATCH_SIZE = 16  # pixels per side of a token's patch
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -20,6 +20,7 @@ AUTOENCODER_ROLES = ("stem", "vit", "decoder")
 ENCODER_ROLES = ("stem", "vit")
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+MatmulPrecision = Literal["auto", "default", "high", "highest"]
 Schedule = Literal["constant", "cosine", "linear"]
 Loss = Literal["l1", "lpips", "cosine", "mse", "gan"]
 OnMismatch = Literal["refuse", "continue", "restart"]
@@ -38,7 +39,25 @@ Sampler = Literal[
     "euler_projection", "rodrigues", "geodesic_midpoint", "geodesic_heun", "ab2", "dpm2m"
 ]
 
-Effort = Literal["O0", "O1", "O2", "O3"]  # XLA's levels of optimisation
+CardRow = Literal[  # of configs/bench.py:card, in the order in which they are measured
+    "rfm_dit",
+    "rfm_ddt",
+    "sample_dit",
+    "encode",
+    "attention",
+    "heads",
+    "bias",
+    "loader",
+    "sae_stage1",
+    "sae_stage2",
+    "repeat_dit",
+    "repeat_sae",
+    "sample_ddt",
+    "sae_stage3",
+    "sae_stage4",
+]
+CARD_ROWS: tuple[CardRow, ...] = get_args(CardRow)
+Effort = Literal["default", "O0", "O1", "O2", "O3"]  # XLA's levels of optimisation
 Uint8Conversion = Literal["truncate", "round", "round_signed"]
 InceptionResize = Literal["tf1_bilinear", "half_pixel_bilinear"]
 

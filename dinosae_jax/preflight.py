@@ -55,7 +55,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.Path, argv: Sequence
     if (workdir / "DONE").exists():
         return
     flags: dict[str, str] = {}
-    if config.job in ("bench", "plan", "paper", "ablation", "convert_images"):
+    if config.job in ("bench", "card", "plan", "paper", "ablation", "convert_images"):
         return  # these train nothing by name, or make what they start from
     if "chain" in config:
         for name in config.chain:

@@ -247,6 +247,8 @@ def _validate_chain(config: ml_collections.ConfigDict) -> None:
 def _validate_plan(config: ml_collections.ConfigDict) -> None:
     _validate_chain(config)
     _require_member("effort", config.effort, get_args(names.Effort))
+    if config.top < 0:
+        raise ValueError(f"top counts instructions; got {config.top}; 0 lists none")
 
 
 def _validate_ablation(config: ml_collections.ConfigDict) -> None:
@@ -291,6 +293,14 @@ def _validate_bench(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"warmup must not be negative; got {config.warmup}; 0 is none")
 
 
+def _validate_card(config: ml_collections.ConfigDict) -> None:
+    _validate_bench(config)
+    for name in config.card.rows:
+        _require_member("card.rows", name, names.CARD_ROWS)
+    for field in ("card.seconds", "card.row_seconds"):
+        _require_positive(config, field)
+
+
 def _validate_run(config: ml_collections.ConfigDict) -> None:
     for field in POSITIVE:
         _require_positive(config, field)
@@ -307,6 +317,8 @@ def _validate_run(config: ml_collections.ConfigDict) -> None:
             f"steps={config.steps}; lower it or use optimizer.schedule='constant'"
         )
     _require_member("dtype", config.dtype, get_args(names.Dtype))
+    for part, value in config.matmul_precision.items():
+        _require_member(f"matmul_precision.{part}", value, get_args(names.MatmulPrecision))
     milestones = config.checkpoint.milestones
     if milestones < 0 or milestones % config.checkpoint.every:
         raise ValueError(
@@ -452,7 +464,7 @@ def _validate_flow(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_sample(config: ml_collections.ConfigDict) -> None:
-    for field in ("batch_size", "chunk"):
+    for field in ("batch_per_device", "chunk"):
         _require_positive(config, field)
     _require_member("dtype", config.dtype, get_args(names.Dtype))
     if config.count < 0:
@@ -638,6 +650,7 @@ def _require_member(field: str, value: str, allowed: Iterable[str]) -> None:
 RULES: dict[str, Callable[[ml_collections.ConfigDict], None]] = {  # of each file of jobs/
     "ablation": _validate_ablation,
     "bench": _validate_bench,
+    "card": _validate_card,
     "convert_images": _validate_conversion,
     "encode": _validate_encode,
     "evaluate": _validate_evaluation,

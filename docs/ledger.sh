@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 ledger=docs/ledger.json
 
-# argument of configs/plan.py, target, fsdp, global batch, further fields of the stage
+# argument of configs/plan.py, target, fsdp, global batch, further fields of the stage; effort=...
+# is the compiler's
 rows() {
   cat <<'ROWS'
 rfm_dit,cut v6e:2x4 8 1024 model.dit.remat=full
@@ -56,6 +57,25 @@ sae_stage3 h200:8 1 256
 sae_stage4 h200:8 1 256
 sample_dit h200:8 1 512
 sample_ddt h200:8 1 512
+sample_dit h200:8 1 512 effort=default
+sample_ddt h200:8 1 512 effort=default
+rfm_dit v6e:2x4 8 1024 model.dit.remat=full effort=default
+rfm_dit v5p:2x2x4 16 1024 effort=default
+rfm_dit h200:8 8 1024 effort=default
+rfm_ddt v5p:2x2x4 16 1024 effort=default
+rfm_ddt v6e:2x4 8 1024 model.dit.remat=full effort=default
+rfm_ddt h200:8 8 1024 effort=default
+sample_dit v6e:2x2 1 256 effort=default
+sample_dit v5p:2x2x1 1 256 effort=default
+sae_stage1 h200:8 1 256 effort=default
+sae_stage2 h200:8 1 256 effort=default
+sae_stage4 h200:8 1 256 effort=default
+sae_stage1 v6e:4x4 1 256 effort=default
+sae_stage1 v5p:2x2x2 1 256 effort=default
+sae_stage2 v6e:4x4 1 256 accumulation=2 effort=default
+sae_stage2 v5p:2x2x2 1 256 effort=default
+sae_stage4 v6e:4x4 1 256 effort=default
+sae_stage4 v5p:2x2x2 1 256 effort=default
 ROWS
 }
 
@@ -63,7 +83,12 @@ rows | grep -E -- "${1:-.}" | while read -r argument target fsdp batch fields; d
   stage="--config.stages.${argument%%,*}"
   flags=("--config=configs/plan.py:$argument" "--config.target=$target")
   flags+=("$stage.mesh.fsdp=$fsdp" "$stage.batch_size=$batch")
-  for field in $fields; do flags+=("$stage.$field"); done
+  for field in $fields; do
+    case $field in
+      effort=*) flags+=("--config.$field") ;;
+      *) flags+=("$stage.$field") ;;
+    esac
+  done
   if grep -qF "dinosae_jax.main ${flags[*]}\"" "$ledger" 2>/dev/null; then continue; fi
   echo "${flags[*]}"
   "$python" -m dinosae_jax.main "${flags[@]}" --workdir="${TMPDIR:-/tmp}/plan" \

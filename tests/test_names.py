@@ -8,7 +8,7 @@ from dinosae_jax import names
 from dinosae_jax.eval import features, image_quality
 from dinosae_jax.flow import matching, samplers
 from dinosae_jax.models import autoencoder, registry
-from dinosae_jax.perf import targets
+from dinosae_jax.perf import card_rows, targets
 
 TABLES = {
     "FlowPath": matching.PATHS,
@@ -17,6 +17,7 @@ TABLES = {
     "InceptionResize": features.PIPELINES,
     "PixelRange": autoencoder.PIXEL_RANGES,
     "StemKind": registry.CLASSES["stem"],
+    "CardRow": card_rows.ROWS,
     "Effort": targets.EFFORT_LEVELS,
     "DitModel": registry.CLASSES["dit"],
 }

@@ -343,7 +343,8 @@ def _batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Reads examples by threads (and worker processes), in order, and stays one batch ahead."""
     threads, workers = int(data_config.get("threads", 2)), int(data_config.get("workers", 0))
-    ahead = 2 * batch_size if threads else 0
+    # Examples that are being read or wait for their turn: no thread is idle, whatever the batch.
+    ahead = 2 * max(batch_size, threads) if threads else 0
     dataset = examples.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     )

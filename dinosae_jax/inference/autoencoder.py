@@ -156,7 +156,8 @@ class Autoencoder:
 
     def _map(self, function: Callable[..., jax.Array], array: Floats) -> Floats:
         apply = functools.partial(function, self.variables)
-        return batching.map_batches(apply, array, self.batch_size, self.mesh)
+        with precision.products_of(self.modules.vit.dtype):
+            return batching.map_batches(apply, array, self.batch_size, self.mesh)
 
     def _check_latents(
         self, z: ArrayLike, grid: tuple[int, int] | None

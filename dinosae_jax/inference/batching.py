@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -40,8 +40,23 @@ def map_batches(
         kept = array[start : start + size]
         filled = np.concatenate([kept, np.repeat(kept[-1:], size - len(kept), axis=0)])
         batch = jax.make_array_from_callback(filled.shape, place, filled.__getitem__)
-        results.append(jax.tree.map(sharding.gather, function(batch)))
+        with jax.set_mesh(mesh):
+            made = function(batch)
+        results.append(jax.tree.map(sharding.gather, made))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(array)], *results)
+
+
+def regroup(batches: Iterable[NDArray[Any]], size: int) -> Iterator[NDArray[Any]]:
+    """The rows of arrays [b, ...] of any lengths as arrays [size, ...]; the last may be shorter."""
+    held: list[NDArray[Any]] = []
+    for batch in batches:
+        held.append(batch)
+        while (total := sum(len(array) for array in held)) >= size:
+            rows = np.concatenate(held)
+            yield rows[:size]
+            held = [rows[size:]] if total > size else []
+    if held:
+        yield np.concatenate(held)
 
 
 def one_behind(items: Iterator[Any]) -> Iterator[Any]:

@@ -1,12 +1,15 @@
 """Series of samples in a folder, drawn in chunks: an interrupted series resumes where it stopped.
 
-A folder holds config.json, labels.npy, images/ (PNG files), chunks/ while the series is drawn, and
-at the end samples.npz and DONE. Image i depends only on the seed, i and its label.
+A folder holds config.json, labels.npy, images/ (PNG files, where asked for), chunks/ while the
+series is drawn, and at the end samples.npz and DONE. Image i depends only on the seed, i and its
+label. Files are written by threads while the next images are drawn.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +21,7 @@ from etils import epath
 
 from dinosae_jax import config as config_lib
 from dinosae_jax.data import adm_npz, png
+from dinosae_jax.inference import batching
 from dinosae_jax.inference.generator import Generator, random_generator
 from dinosae_jax.runtime import console, files, lease, sharding, stopping
 from dinosae_jax.weights import checkpoint
@@ -26,7 +30,7 @@ BALANCED_EACH = 50  # images per class, the usual 50,000 of ImageNet
 
 
 # What a resumed run may change: how samples are computed, not which.
-CONTINUABLE = ("batch_size", "chunk", "compile_cache")
+CONTINUABLE = ("batch_per_device", "chunk", "compile_cache")
 
 
 def draw_series(config: ml_collections.ConfigDict, folder: epath.Path) -> Sequence[str]:
@@ -52,8 +56,8 @@ def draw_series(config: ml_collections.ConfigDict, folder: epath.Path) -> Sequen
             "a weaker flow guides at a scale other than 1; got guidance=1 with "
             f"weaker={config.weaker!r}; pass --config.sampling.guidance=1.42, or leave it out"
         )
-    with stopping.StopRequest() as stop, lease.hold(folder):
-        _draw_held(generator, config, labels, settings, folder, stop)
+    with stopping.StopRequest(), lease.hold(folder):
+        _draw_held(generator, config, labels, settings, folder)
     return generator.label_names
 
 
@@ -63,7 +67,6 @@ def _draw_held(
     labels: np.ndarray,
     settings: dict[str, Any],
     folder: epath.Path,
-    stop: stopping.StopRequest,
 ) -> None:
     claim(folder, config, generator)
     for note in generator.notes:
@@ -75,7 +78,7 @@ def _draw_held(
         f"{config.name}: {len(labels)} images, "
         + ", ".join(f"{name} {value}" for name, value in settings.items())
     )
-    draw_chunks(generator, config, labels, folder, stop)
+    draw_chunks(generator, config, labels, folder)
     if jax.process_index() == 0:
         finish(folder, labels, config.chunk)
         console.report(f"{config.name}: wrote {folder / 'samples.npz'}")
@@ -170,32 +173,29 @@ def draw_chunks(
     config: ml_collections.ConfigDict,
     labels: np.ndarray,
     folder: epath.Path,
-    stop: stopping.StopRequest,
 ) -> None:
-    """Draws the chunks that are missing; each is written when it is complete."""
-    given: dict[str, Any] = config.sampling.to_dict()
-    key = jax.random.PRNGKey(config.seed)
-    size = min(config.batch_size, len(labels))  # one shape for all batches, one compilation
-    started, drawn = time.monotonic(), 0
-    done = first_missing(folder, len(labels), config.chunk)
-    for start in range(done, len(labels), config.chunk):
-        if stopped := stop.agreed():
-            raise stopping.Interrupted(
-                f"{config.name} stopped at image {start} of {len(labels)}", stopped
-            )
-        chunk = labels[start : start + config.chunk]
-        padded = np.resize(chunk, -(-len(chunk) // size) * size)
-        images = generator.sample(padded, key=key, first_index=start, batch_size=size, **given)
-        if not np.isfinite(images).all():  # as 8 bits they would be black
-            raise ValueError(
-                f"samples must be finite; got NaN or infinity among the {len(images)} from number "
-                f"{start}; check the weights, or pass --config.dtype=float32"
-            )
-        if jax.process_index() == 0:
-            write_chunk(folder, start, png.as_picture(images[: len(chunk)]))
-        drawn += len(chunk)
-        rate = drawn / (time.monotonic() - started)
-        console.report(f"{config.name} {start + len(chunk)}/{len(labels)}  {rate:.2f} images/s")
+    """Draws the images that are missing; a chunk is written while the next one is drawn."""
+    start = first = first_missing(folder, len(labels), config.chunk)
+    if start >= len(labels):
+        return
+    pictures = generator.pictures(
+        labels[start:],
+        key=jax.random.PRNGKey(config.seed),
+        first_index=start,
+        batch_size=min(config.batch_per_device * generator.mesh.size, len(labels)),
+        **config.sampling.to_dict(),
+    )
+    started = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(1) as behind:
+        writing = behind.submit(lambda: None)
+        for images in batching.regroup(pictures, config.chunk):
+            writing.result()
+            if jax.process_index() == 0:
+                writing = behind.submit(_write, folder, start, images, config.png)
+            start += len(images)
+            rate = (start - first) / (time.monotonic() - started)
+            console.report(f"{config.name} {start}/{len(labels)}  {rate:.2f} images/s")
+        writing.result()
 
 
 def first_missing(folder: epath.Path, count: int, chunk: int) -> int:
@@ -215,12 +215,26 @@ def chunk_path(folder: epath.Path, start: int) -> epath.Path:
     return folder / "chunks" / f"{start:07d}.npy"
 
 
+def _write(folder: epath.Path, start: int, images: np.ndarray, png_files: bool) -> None:
+    if png_files:
+        write_pngs(folder / "images", start, images)
+    write_chunk(folder, start, images)
+
+
+def write_pngs(folder: epath.Path, start: int, images: np.ndarray) -> None:
+    """Writes uint8 images [b, h, w, 3] as PNG files numbered from `start`, on all cores."""
+    folder.mkdir(exist_ok=True)
+
+    def write(index: int) -> None:
+        png.write_png(folder / f"{start + index:07d}.png", images[index], compress_level=1)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(write, range(len(images))))
+
+
 def write_chunk(folder: epath.Path, start: int, images: np.ndarray) -> None:
-    """Writes uint8 images [b, h, w, 3] as PNG files, then the chunk that marks them as complete."""
-    for name in ("images", "chunks"):
-        (folder / name).mkdir(exist_ok=True)
-    for index, image in enumerate(images, start):
-        png.write_png(folder / "images" / f"{index:07d}.png", image)
+    """Writes uint8 images [b, h, w, 3] as one file, which marks them as complete."""
+    (folder / "chunks").mkdir(exist_ok=True)
     path = chunk_path(folder, start)
     with files.publishing(path) as partial:
         np.save(partial, images)

@@ -11,7 +11,7 @@ import numpy as np
 from dinosae_jax.data.latents import latent_writer
 from dinosae_jax.inference.batching import one_behind
 from dinosae_jax.models import autoencoder as autoencoder_lib
-from dinosae_jax.runtime import sharding
+from dinosae_jax.runtime import precision, sharding
 
 Encode = Callable[[np.ndarray], jax.Array]
 
@@ -23,23 +23,35 @@ def encode_batches(
     flipped: bool,
     mesh: jax.sharding.Mesh,
 ) -> Iterator[latent_writer.Encoded]:
-    """Tokens float32 [b, v, n, d] of images and of flipped images, and labels, batch by batch."""
-    place = sharding.batch_sharding(mesh)
+    """Tokens float32 [b, v, n, d] of images and of flipped images, and labels, batch by batch.
 
-    def start(image: np.ndarray) -> jax.Array:
-        filled = np.zeros((size, *image.shape[1:]), np.uint8)
-        filled[: len(image)] = image
-        return encode(jax.device_put(filled, place))
+    The tokens come as a list of b images, each with its v arrays [n, d]: a copy that joins them
+    would take as long as packing them.
+    """
+    place = sharding.batch_sharding(mesh)
 
     def running() -> Iterator[tuple[list[jax.Array], np.ndarray]]:
         for batch in batches:
             image = batch["image"]
-            views = (image, image[:, :, ::-1]) if flipped else (image,)
-            yield [start(view) for view in views], batch["label"]
+            if len(image) < size:
+                image = np.concatenate(
+                    [image, np.zeros((size - len(image), *image.shape[1:]), np.uint8)]
+                )
+            with jax.set_mesh(mesh):
+                placed = jax.device_put(image, place)
+                views = (placed, _mirrored(placed)) if flipped else (placed,)
+                encoded = [encode(view) for view in views]
+            yield encoded, batch["label"]
 
     for variants, labels in one_behind(running()):
-        tokens = np.stack([np.asarray(variant) for variant in variants], axis=1)
+        tokens = list(zip(*(np.asarray(variant) for variant in variants), strict=True))
         yield tokens[: len(labels)], labels
+
+
+@jax.jit
+def _mirrored(image: jax.Array) -> jax.Array:
+    """Images uint8 [b, h, w, 3] left to right."""
+    return image[:, :, ::-1]
 
 
 @functools.lru_cache
@@ -48,6 +60,7 @@ def compiled_encode(modules: autoencoder_lib.AutoencoderModules) -> Callable[...
 
     def encode(variables: autoencoder_lib.Variables, image: jax.Array) -> jax.Array:
         pixels = autoencoder_lib.unit_interval(image)
-        return autoencoder_lib.encode(modules, variables, pixels).tokens
+        with precision.products_of(modules.vit.dtype):
+            return autoencoder_lib.encode(modules, variables, pixels).tokens
 
     return jax.jit(encode)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from dinosae_jax import rules
 from dinosae_jax.flow import matching, schedule
-from dinosae_jax.inference import sampling_program
+from dinosae_jax.inference import batching, sampling_program
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.models import autoencoder, registry
 from dinosae_jax.runtime import jit, precision, sharding, stopping
@@ -237,8 +237,61 @@ class Generator:
             interval=interval,
             decode_radius=decode_radius,
         )
-        size = min(batch_size, len(array))
-        size += -size % self.mesh.size
+        size = sharding.device_multiple(min(batch_size, len(array)), self.mesh)
+        drawn = self._draw(array, key, first_index, size, chosen)
+        return np.concatenate([sharding.gather(images)[:count] for images, count in drawn])
+
+    def pictures(
+        self,
+        labels: ArrayLike,
+        *,
+        key: jax.Array,
+        first_index: int,
+        batch_size: int,
+        **settings: Any,
+    ) -> Iterator[np.ndarray]:
+        """The images of `sample` as 8-bit pictures, batch by batch.
+
+        They are rounded on the devices, which draw one batch while the host reads the one before.
+
+        Args:
+          labels: [b] from 0 to K-1.
+          key: random key of the noise.
+          first_index: index of the first sample.
+          batch_size: of every batch, rounded up to a multiple of the devices; the last is filled up
+            with images that are dropped, so that there is one compilation.
+          **settings: sampler, steps and so on; see `settings`.
+
+        Yields:
+          uint8 [b, h, w, 3].
+
+        Raises:
+          ValueError: before compilation, for labels or settings out of range; for images that are
+            not finite.
+          stopping.Interrupted: between two batches, where a job has asked for it.
+        """
+        array, chosen = self.check_labels(labels), self.settings(**settings)
+        size = sharding.device_multiple(batch_size, self.mesh)
+        drawn = self._draw(array, key, first_index, size, chosen)
+        running = ((sampling_program.as_pictures(images), count) for images, count in drawn)
+        for (images, finite), count in batching.one_behind(running):
+            if not sharding.gather(finite)[:count].all():  # as 8 bits they would be black
+                raise ValueError(
+                    f"samples must be finite; got NaN or infinity among the {count} from number "
+                    f"{first_index}; check the weights, or pass --config.dtype=float32"
+                )
+            first_index += count
+            yield sharding.gather(images)[:count]
+
+    def _draw(
+        self,
+        labels: np.ndarray,
+        key: jax.Array,
+        first_index: int,
+        size: int,
+        chosen: Mapping[str, Any],
+    ) -> Iterator[tuple[jax.Array, int]]:
+        """Batches of `size` images [size, h, w, 3] on the devices, and how many of them count."""
         sampling = sampling_program.Sampling(
             chosen["sampler"],
             int(chosen["steps"]),
@@ -248,16 +301,15 @@ class Generator:
         )
         scales = {name: jnp.float32(chosen[name]) for name in ("guidance", "decode_radius")}
         generate = sampling_program.compile_generate(self.networks, sampling)
-        drawn = []
-        for start in range(0, len(array), size):
+        for start in range(0, len(labels), size):
             stopping.check("drawing")
-            kept = array[start : start + size]
+            kept = labels[start : start + size]
             padded = np.zeros(size, np.int32)
             padded[: len(kept)] = kept
             noise = self.noise(key, first_index + start + np.arange(size))
-            images = generate(self.variables, noise, self._split(padded), scales)
-            drawn.append(sharding.gather(images)[: len(kept)])
-        return np.concatenate(drawn)
+            with jax.set_mesh(self.mesh):
+                made = generate(self.variables, noise, self._split(padded), scales)
+            yield made, len(kept)
 
     def noise(self, key: jax.Array, indices: ArrayLike) -> jax.Array:
         """The noise of samples by index: [b] -> [b, n, d] float32, split over the devices.

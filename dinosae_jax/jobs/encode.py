@@ -102,18 +102,22 @@ def write_split(
     encode = functools.partial(encoding.compiled_encode(autoencoder.modules), autoencoder.variables)
     size = sharding.device_multiple(config.batch_size, autoencoder.mesh)
     started, done = time.monotonic(), 0
-    for number in wanted:
-        indices = latent_writer.shard_range(plan, number)
-        batches = images.range_batches(source, config.data, indices, size)
-        batches = console.progress(f"{config.name} {plan['split']}", batches, len(indices), size)
-        encoded = encoding.encode_batches(encode, batches, size, plan["flipped"], autoencoder.mesh)
-        latent_writer.write_shard(folder, plan, number, interruptible(encoded, stop))
-        done += len(indices)
-        rate = done / (time.monotonic() - started)
-        console.report(
-            f"{config.name} {plan['split']}: shard {number + 1} of {plan['num_shards']}, "
-            f"{rate:.1f} images/s{' (each also flipped)' if plan['flipped'] else ''}"
-        )
+    flips = " (each also flipped)" if plan["flipped"] else ""
+    with latent_writer.ShardWriter(folder, plan, max(1, config.data.threads)) as writer:
+        for number in wanted:
+            indices = latent_writer.shard_range(plan, number)
+            batches = images.range_batches(source, config.data, indices, size)
+            name = f"{config.name} {plan['split']}"
+            batches = console.progress(name, batches, len(indices), size)
+            encoded = encoding.encode_batches(
+                encode, batches, size, plan["flipped"], autoencoder.mesh
+            )
+            writer.write(number, interruptible(encoded, stop))
+            done += len(indices)
+            rate = done / (time.monotonic() - started)
+            console.report(
+                f"{name}: shard {number + 1} of {plan['num_shards']}, {rate:.1f} images/s{flips}"
+            )
     multihost_utils.sync_global_devices(f"{plan['split']} shards are written")
     if process[0] == 0:
         latent_writer.finish(folder, plan)

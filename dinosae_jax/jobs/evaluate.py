@@ -56,11 +56,12 @@ def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     config = precision.resolve_config(config)
     subject = open_subject(config)
     mesh = sharding.make_mesh()
-    network = open_network(config, subject, mesh)
+    with precision.products_of(config.dtype):
+        network = open_network(config, subject, mesh)
     metrics = choose_metrics(config, subject.kind, network)
     provenance.prepare_workdir(config, folder)
     about = describe(config, subject, network)
-    with noted_warnings(about["notes"]):
+    with noted_warnings(about["notes"]), precision.products_of(config.dtype):
         job = reconstructions if subject.kind == "autoencoder" else generated
         measured = job.run(config, subject, network, metrics, mesh, folder)
     for note in about["notes"]:

@@ -19,15 +19,17 @@ import ml_collections
 from etils import epath
 
 from dinosae_jax import names
-from dinosae_jax.perf import collectives, programs, targets
+from dinosae_jax.perf import collectives, dtypes, hlo, prediction, programs, targets
 from dinosae_jax.runtime import console, files, hardware, sharding
 from dinosae_jax.train import step_flops
 
 Row = dict[str, Any]
 LARGEST_SHARE = 0.9  # of the device's memory
 GIB = 2**30
-KEY = ["step", "target", "fsdp"]  # first columns of both tables of the ledger
+KEY = ["step", "target", "fsdp"]  # first columns of all tables of the ledger
 VERDICT = [*KEY, "batch", "remat, micro-batches", "peak", "fits"]
+TIMES = [*KEY, "batch", "remat, micro-batches", "predicted", "of peak", "without kernels"]
+TIMES += ["at least", *prediction.KINDS]
 COSTS = [*KEY, "TFLOP", "state", "aliased", "frozen", "temporaries", "collectives"]
 COSTS += ["largest copies", "CPU s to compile"]
 
@@ -44,11 +46,12 @@ def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """
     devices = targets.devices_of(config.target)
     for name in config.chain:
-        row = plan(name, config.stages[name], config.target, devices, config.effort)
+        row = plan(name, config.stages[name], config.target, devices, config.effort, config.top)
         console.report(describe(row))
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "plan.json", row)
         if config.ledger:
+            row.pop("costliest", None)
             enter(files.path(config.ledger), {**row, "command": command()})
 
 
@@ -58,8 +61,9 @@ def plan(
     target: str,
     devices: list[Any],
     effort: names.Effort,
+    top: int = 0,
 ) -> Row:
-    """Compiles one training step and reads memory, collectives and replication off it.
+    """Compiles one training step and reads memory, collectives, time and replication off it.
 
     Args:
       name: name of the row.
@@ -67,6 +71,7 @@ def plan(
       target: name of the target, for the row.
       devices: the target's devices.
       effort: effort of the compiler, one of `names.Effort`.
+      top: how many of the costliest instructions are listed.
 
     Returns:
       The row of the ledger; memory, collectives and FLOPs are those of one device. A program that
@@ -114,15 +119,30 @@ def plan(
         return {**row, "fits": False, "refused": str(error).splitlines()[0]}
     memory = programs.memory(compiled)
     room = row["memory_bytes"]
-    uses = collectives.census(compiled.as_text())
+    module = hlo.parse(compiled.as_text())
+    uses = collectives.uses(module)
     return {
         **row,
         **{f"{part}_bytes": size for part, size in memory.items()},
+        **dtypes.record(module),
+        **predicted(module, target, flops, known, top),
         "collectives": {kind: dataclasses.asdict(use) for kind, use in uses.items()},
         "fits": memory["peak"] <= LARGEST_SHARE * room if room else None,
         "compile_seconds": round(time.perf_counter() - started, 1),
         "compile_cpu_seconds": round(time.process_time() - cpu_started, 1),
     }
+
+
+def predicted(
+    module: hlo.Module, target: str, flops: int, known: hardware.Hardware | None, top: int
+) -> Row:
+    """The predicted time in a row: milliseconds, MFU; loops and costliest lines on request."""
+    found = prediction.predict(module, target)
+    if found is None or known is None:
+        return {}
+    lines = [*prediction.describe_loops(found), *prediction.describe(found.costliest(top))]
+    costliest = {"costliest": lines} if top else {}
+    return prediction.record(found, flops, 1e12 * known.peak_tflops) | costliest
 
 
 def device_bytes(tree: Any) -> int:
@@ -169,16 +189,38 @@ def describe(row: Row) -> str:
     )
     for kind, use in row["collectives"].items():
         lines.append(f"  {kind:<24} {use['runs']} per step, {_gib(use['bytes'])}")
+    sums = ", ".join(f"{count} in {dtype}" for dtype, count in row["long_sums"].items())
+    lines.append(f"  sums of {dtypes.LONG} or more     {sums or 'none'}")
     room = row["memory_bytes"]
     if room:
         verdict = "fits" if row["fits"] else "does not fit"
         lines.append(f"  {verdict}: {row['peak_bytes'] / room:.0%} of {_gib(room)}")
-    return "\n".join(lines)
+    return "\n".join(lines + describe_prediction(row))
+
+
+def describe_prediction(row: Row) -> list[str]:
+    """The predicted time of a row as printed lines."""
+    if "predicted_ms" not in row:
+        return []
+    total, bare = row["predicted_ms"], row["predicted_ms_without_kernels"]
+    kernels = f", {bare:.4g} ms without kernels" if bare < total else ""
+    silent = row["silent_kernels"]
+    lines = [
+        f"  predicted                {total:.4g} ms, {row['predicted_mfu']:.1%} of peak{kernels}; "
+        f"at least {row['predicted_ms_at_least']:.4g} ms",
+        *([f"    {silent} kernels state no FLOPs, count by their arrays"] if silent else []),
+        *(
+            f"    {kind:<22} {ms:.4g} ms, {ms / total:.1%}"
+            for kind, ms in row["predicted_ms_by_kind"].items()
+            if ms
+        ),
+    ]
+    return lines + [f"    {line}" for line in row.get("costliest", ())]
 
 
 def command() -> str:
-    """The command line of this process without the flags that depend on the machine."""
-    kept = [a for a in sys.argv[1:] if not re.match(r"--(workdir|config\.ledger)", a)]
+    """The command line of this process without the flags that change nothing of a row."""
+    kept = [a for a in sys.argv[1:] if not re.match(r"--(workdir|config\.(ledger|top))", a)]
     return " ".join(["python -m dinosae_jax.main", *kept])
 
 
@@ -198,7 +240,7 @@ def enter(path: epath.Path, row: Row) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """The ledger as a Markdown page: does it fit, and why."""
+    """The ledger as a Markdown page: does it fit, how fast is it, and why."""
     lines = [
         "# Ledger of planned steps",
         "",
@@ -211,6 +253,15 @@ def table(rows: list[Row]) -> str:
         "",
         *_markdown(VERDICT),
         *(_line(row, fits(row)) for row in rows),
+        "",
+        "Predicted milliseconds of a step, of one device (`perf/prediction.py` says how, and what "
+        "is left out: overlap, launches, links between hosts). On TPU they are the compiler's own "
+        "estimate, on GPU a roofline; kernels written by hand count by their own FLOPs and bytes "
+        "at a stated share of the peak. `of peak` is MFU; `at least` is the same instructions at "
+        "the peak and at full bandwidth. A run compiles at effort `default`.",
+        "",
+        *_markdown(TIMES),
+        *(_line(row, times(row)) for row in rows if "predicted_ms" in row),
         "",
         "Collectives are executions per step and the bytes they deliver. Largest copies are of the "
         "trained state and of the frozen networks.",
@@ -239,15 +290,34 @@ def table(rows: list[Row]) -> str:
 
 def fits(row: Row) -> list[str]:
     """Cells of a row's verdict: batch, remat and micro-batches, peak, whether it fits."""
-    flags = dict(re.findall(r"(remat|accumulation)=(\w+)", row["command"]))
     verdict = {True: "yes", False: "no", None: "-"}[row["fits"]]
     peak = "out of memory"
     if "peak_bytes" in row:
         peak = _gib(row["peak_bytes"])
         if room := row["memory_bytes"]:
             peak += f" of {_gib(room)}"
+    return [*_settings(row), peak, verdict]
+
+
+def times(row: Row) -> list[str]:
+    """Cells of a row's predicted time: batch, remat and micro-batches, sums, kinds."""
+    sums = (row["predicted_ms_without_kernels"], row["predicted_ms_at_least"])
+    kinds = row["predicted_ms_by_kind"]
+    return [
+        *_settings(row),
+        f"{row['predicted_ms']:.4g} ms",
+        f"{row['predicted_mfu']:.1%}",
+        *(f"{ms:.4g}" for ms in sums),
+        *(f"{kinds[kind]:.4g}" for kind in prediction.KINDS),
+    ]
+
+
+def _settings(row: Row) -> list[str]:
+    """Cells of the batch, and of remat, micro-batches and effort where a command sets them."""
+    flags = dict(re.findall(r"(remat|accumulation|config\.effort)=(\w+)", row["command"]))
     how = ", ".join(flags[name] for name in ("remat", "accumulation") if name in flags)
-    return [str(row["batch_size"]), how or "default", peak, verdict]
+    effort = f", effort {flags['config.effort']}" if "config.effort" in flags else ""
+    return [str(row["batch_size"]), (how or "default") + effort]
 
 
 def _markdown(head: list[str]) -> list[str]:

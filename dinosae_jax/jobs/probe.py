@@ -51,7 +51,8 @@ def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     provenance.prepare_workdir(config, folder)
     rows = []
     for name in NETWORKS:
-        accuracy = probe_network(config, autoencoder, name, train, held_out)
+        with precision.products_of(config.dtype):
+            accuracy = probe_network(config, autoencoder, name, train, held_out)
         rows += describe(config, name, accuracy, held_out)
         console.report(f"{config.name}: {name} {100 * accuracy.top1[accuracy.best]:.2f}% top-1")
     for note in autoencoder.notes:

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dinosae_jax.models import dit_blocks, positions
+from dinosae_jax.models import attention, dit_blocks, positions
 
 
 class DiTDH(nn.Module):
@@ -45,6 +45,7 @@ class DiTDH(nn.Module):
       scan_layers: one compiled block per stack in a loop, or all of them unrolled.
       remat: 'none', 'dots' or 'full' (see `dit_blocks.block_stack`).
       dtype: of the matrix products inside the blocks, the embeddings and the projection.
+      output_precision: of the products of the output layer, which is float32.
     """
 
     input_size: int = 16
@@ -63,6 +64,7 @@ class DiTDH(nn.Module):
     scan_layers: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
+    output_precision: str = "highest"
 
     @nn.compact
     def __call__(
@@ -106,7 +108,9 @@ class DiTDH(nn.Module):
             )
             s = project(s).astype(jnp.float32)
         embed = dit_blocks.PatchEmbed(head_width, 1, self.dtype, name="x_embedder")
-        final = dit_blocks.FinalLayer(self.in_channels, self.use_rmsnorm, name="final_layer")
+        final = dit_blocks.FinalLayer(
+            self.in_channels, self.use_rmsnorm, self.output_precision, name="final_layer"
+        )
 
         h = embed(grid)
         seen |= {"s_projector": s, "x_embedder": h}
@@ -137,11 +141,11 @@ class DiTDH(nn.Module):
             seen |= dit_blocks.name_blocks(records, 0)
         return nn.silu(time[:, None, :] + s)  # the time alone: the label reached s through c
 
-    def _rope(self, half: int) -> positions.Rope | None:
+    def _rope(self, half: int) -> attention.Rotation | None:
         if not self.use_rope:
             return None
         head_dim = self.hidden_size[half] // self.num_heads[half]
-        return positions.rope_tables(self.input_size, head_dim)
+        return attention.Rotation(*positions.rope_tables(self.input_size, head_dim), distance=1)
 
     def _blocks(self, half: int, name: str, record: bool):
         return dit_blocks.block_stack(

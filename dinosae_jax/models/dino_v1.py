@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from dinosae_jax import names
+from dinosae_jax.models import attention, layers
 
 IMAGE_SIDE = 224
 LAYER_NORM_EPSILON = 1e-6
@@ -57,11 +58,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, n, d = x.shape
-        qkv = nn.Dense(3 * d, dtype=self.dtype, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, -1), 2, 0)
-        mixed = jax.nn.dot_product_attention(q, k, v)
-        return nn.Dense(d, dtype=self.dtype, name="proj")(mixed.reshape(b, n, d))
+        d = x.shape[-1]
+        qkv = layers.Dense(3 * d, dtype=self.dtype, name="qkv")(x)
+        mixed = attention.attention(qkv, self.num_heads)
+        return layers.Dense(d, dtype=self.dtype, name="proj")(mixed)
 
 
 class Mlp(nn.Module):
@@ -72,9 +72,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(x)
+        hidden = layers.Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(x)
         hidden = jax.nn.gelu(hidden, approximate=True)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+        return layers.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
 
 
 def _layer_norm(name: str) -> nn.LayerNorm:
@@ -98,28 +98,6 @@ class Block(nn.Module):
         return x + Mlp(hidden_dim, self.dtype, name="mlp")(normed).astype(x.dtype)
 
 
-class PatchProjection(nn.Module):
-    """The patch convolution as one matmul: [b, h, w, 3] -> [b, h/p, w/p, d].
-
-    Patches do not overlap, so nothing is computed twice; the gradient with respect to the image,
-    which the generator needs, is a matmul too, many times faster than a strided convolution's.
-    """
-
-    patch_size: int
-    embed_dim: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        p, d = self.patch_size, self.embed_dim
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (p, p, 3, d))
-        bias = self.param("bias", nn.initializers.zeros, (d,))
-        b, h, w, _ = images.shape
-        patches = images.reshape(b, h // p, p, w // p, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        flat = patches.reshape(b, h // p, w // p, p * p * 3).astype(self.dtype)
-        return flat @ kernel.reshape(p * p * 3, d).astype(self.dtype) + bias.astype(self.dtype)
-
-
 class PatchEmbed(nn.Module):
     """Non-overlapping patches, tokens in row-major order: [b, h, w, 3] -> [b, n, d]."""
 
@@ -129,7 +107,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        proj = PatchProjection(self.patch_size, self.embed_dim, self.dtype, name="proj")
+        proj = layers.PatchProjection(self.embed_dim, self.patch_size, self.dtype, name="proj")
         return proj(images).reshape(images.shape[0], -1, self.embed_dim)
 
 
@@ -202,8 +180,7 @@ class DinoV1(nn.Module):
             return block.apply({"params": params}, x), None  # type: ignore[return-value]
 
         if self.remat != "none":
-            keep_matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            step = jax.checkpoint(step, policy=keep_matmuls if self.remat == "dots" else None)
+            step = jax.checkpoint(step, policy=layers.remat_policy(self.remat))
         unroll = 1 if self.scan_layers else self.depth
         return lambda x, params: jax.lax.scan(step, x, params, unroll=unroll)[0]
 

@@ -55,10 +55,12 @@ class SpectralConv(nn.Module):
     Attributes:
       features: output channels.
       kernel_size: odd number of taps.
+      precision: of the convolution's products.
     """
 
     features: int
     kernel_size: int = 1
+    precision: str = "highest"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -81,7 +83,12 @@ class SpectralConv(nn.Module):
         layout = ("NWC", "WIO", "NWC")
         return (
             jax.lax.conv_general_dilated(
-                padded, kernel / sigma, (1,), "VALID", dimension_numbers=layout
+                padded,
+                kernel / sigma,
+                (1,),
+                "VALID",
+                dimension_numbers=layout,
+                precision=self.precision,
             )
             + bias
         )
@@ -133,10 +140,12 @@ class ResidualBlock(nn.Module):
     """(x + block_k(x)) / sqrt(2) on [b, n, c]."""
 
     kernel_size: int
+    precision: str
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        hidden = SpectralConv(x.shape[-1], self.kernel_size, name="fn_0")(x, train)
+        conv = SpectralConv(x.shape[-1], self.kernel_size, self.precision, name="fn_0")
+        hidden = conv(x, train)
         hidden = nn.leaky_relu(LocalBatchNorm(name="fn_1")(hidden), LEAKY_SLOPE)
         return (x + hidden) / math.sqrt(2.0)
 
@@ -148,11 +157,13 @@ class DiscriminatorHeads(nn.Module):
       num_heads: number of activations, 1 + the trunk's number of key depths.
       channels: width c of the activations.
       kernel_size: taps of the residual block's convolution.
+      precision: of the products of convolutions.
     """
 
     num_heads: int
     channels: int
     kernel_size: int = 9
+    precision: str = "highest"
 
     @nn.compact
     def __call__(self, activations: Sequence[jax.Array], train: bool) -> jax.Array:
@@ -179,8 +190,9 @@ class DiscriminatorHeads(nn.Module):
         for i, activation in enumerate(activations):
             name = f"heads_{i}"
             x = activation.astype(jnp.float32)
-            x = SpectralConv(self.channels, name=f"{name}_0_0")(x, train)
+            x = SpectralConv(self.channels, 1, self.precision, name=f"{name}_0_0")(x, train)
             x = nn.leaky_relu(LocalBatchNorm(name=f"{name}_0_1")(x), LEAKY_SLOPE)
-            x = ResidualBlock(self.kernel_size, name=f"{name}_1")(x, train)
-            logits.append(SpectralConv(1, name=f"{name}_2")(x, train)[..., 0])
+            x = ResidualBlock(self.kernel_size, self.precision, name=f"{name}_1")(x, train)
+            last = SpectralConv(1, 1, self.precision, name=f"{name}_2")
+            logits.append(last(x, train)[..., 0])
         return jnp.concatenate(logits, axis=1)

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dinosae_jax.models import dit_blocks, positions
+from dinosae_jax.models import attention, dit_blocks, positions
 
 # Leaves that the reference marks as not trainable (RAE's training script trains them nevertheless).
 FIXED_BASES = ("pos_embed", "W")
@@ -65,6 +65,7 @@ class LightningDiT(nn.Module):
       scan_layers: one compiled block in a loop, or all of them unrolled.
       remat: 'none', 'dots' or 'full' (see `dit_blocks.block_stack`).
       dtype: of the matrix products inside the blocks and the patch embedding.
+      output_precision: of the products of the output layer, which is float32.
     """
 
     input_size: int = 16
@@ -86,6 +87,7 @@ class LightningDiT(nn.Module):
     scan_layers: bool = True
     remat: str = "none"
     dtype: Any = jnp.float32
+    output_precision: str = "highest"
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array, intermediates: bool = False):
@@ -117,14 +119,19 @@ class LightningDiT(nn.Module):
         label = dit_blocks.LabelEmbedder(rows, self.hidden_size, name="y_embedder")
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         final = dit_blocks.FinalLayer(
-            self.patch_size**2 * channels, self.use_rmsnorm, name="final_layer"
+            self.patch_size**2 * channels,
+            self.use_rmsnorm,
+            self.output_precision,
+            name="final_layer",
         )
 
         seen = {"x_embedder": embed(grid), "t_embedder": time(t), "y_embedder": label(y)}
         h = seen["x_embedder"] + self._pos_embed(side)
         c = (seen["t_embedder"] + seen["y_embedder"])[:, None, :]
-        head_dim = self.hidden_size // self.num_heads
-        rope = positions.rope_tables(side, head_dim) if self.use_rope else None
+        rope = None
+        if self.use_rope:
+            tables = positions.rope_tables(side, self.hidden_size // self.num_heads)
+            rope = attention.Rotation(*tables, distance=1)
         h, records = self._blocks(intermediates)(h, c, rope)
         seen["final_layer"] = final(h, c)
         velocity = self._unpatchify(seen["final_layer"], side)[..., : self.in_channels]

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dinosae_jax.models import layers, positions
+from dinosae_jax.models import attention, layers
 from dinosae_jax.runtime import fsdp
 
 Initialisation = Literal["xavier", "torch"]
@@ -42,16 +42,17 @@ def _torch_uniform(fan_in: int):
 
 def dense(
     features: int, fan_in: int, initialisation: Initialisation, dtype: Any, name: str
-) -> nn.Dense:
+) -> layers.Dense:
     """A linear layer with the original's initialisation ('xavier') or DiT^DH's ('torch')."""
     if initialisation == "xavier":
-        return nn.Dense(features, dtype=dtype, kernel_init=_flat_xavier, name=name)
+        return layers.Dense(features, dtype=dtype, kernel_init=_flat_xavier, name=name)
     uniform = _torch_uniform(fan_in)
-    return nn.Dense(features, dtype=dtype, kernel_init=uniform, bias_init=uniform, name=name)
+    return layers.Dense(features, dtype=dtype, kernel_init=uniform, bias_init=uniform, name=name)
 
 
-def _zero_dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name=name)
+def _zero_dense(features: int, dtype: Any, precision: Any, name: str) -> layers.Dense:
+    zeros = nn.initializers.zeros
+    return layers.Dense(features, dtype=dtype, precision=precision, kernel_init=zeros, name=name)
 
 
 def _norm(use_rmsnorm: bool, name: str) -> nn.Module:
@@ -79,17 +80,10 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        patch = (self.patch_size, self.patch_size)
-        conv = nn.Conv(
-            self.hidden_size,
-            patch,
-            patch,
-            "VALID",
-            dtype=self.dtype,
-            kernel_init=_flat_xavier,
-            name="proj",
+        project = layers.PatchProjection(
+            self.hidden_size, self.patch_size, self.dtype, _flat_xavier, name="proj"
         )
-        return conv(x).reshape(x.shape[0], -1, self.hidden_size).astype(jnp.float32)
+        return project(x).reshape(x.shape[0], -1, self.hidden_size).astype(jnp.float32)
 
 
 class TimestepEmbedder(nn.Module):
@@ -117,11 +111,11 @@ class TimestepEmbedder(nn.Module):
         hidden = nn.silu(self._linear(features.shape[-1], "mlp_0")(features))
         return self._linear(self.hidden_size, "mlp_2")(hidden)
 
-    def _linear(self, fan_in: int, name: str) -> nn.Dense:
+    def _linear(self, fan_in: int, name: str) -> layers.Dense:
         bias = nn.initializers.zeros if self.initialisation == "xavier" else _torch_uniform(fan_in)
         # Neighbouring times differ in the last bits of these features: never round them to bf16.
         exact = jax.lax.Precision.HIGHEST
-        return nn.Dense(
+        return layers.Dense(
             self.hidden_size, precision=exact, kernel_init=_normal, bias_init=bias, name=name
         )
 
@@ -150,18 +144,21 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, rope: positions.Rope | None) -> jax.Array:
-        b, n, d = x.shape
+    def __call__(self, x: jax.Array, rope: attention.Rotation | None) -> jax.Array:
+        d = x.shape[-1]
         qkv = dense(3 * d, d, self.initialisation, self.dtype, "qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads), 2, 0)
         if self.use_qknorm:
-            q = _head_norm(self.use_rmsnorm, "q_norm")(q)
-            k = _head_norm(self.use_rmsnorm, "k_norm")(k)
-        if rope is not None:
-            q, k = positions.apply_rope(q, rope), positions.apply_rope(k, rope)
-        # The logits and the softmax are float32 inside, whatever the inputs are.
-        out = jax.nn.dot_product_attention(q.astype(v.dtype), k.astype(v.dtype), v)
-        return dense(d, d, self.initialisation, self.dtype, "proj")(out.reshape(b, n, d))
+            qkv = self._normed(qkv)
+        out = attention.attention(qkv, self.num_heads, rope)
+        return dense(d, d, self.initialisation, self.dtype, "proj")(out)
+
+    def _normed(self, qkv: jax.Array) -> jax.Array:
+        """The fused projection with the queries and keys of every head normed."""
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        heads = (*q.shape[:2], self.num_heads, -1)
+        q = _head_norm(self.use_rmsnorm, "q_norm")(q.reshape(heads)).reshape(q.shape)
+        k = _head_norm(self.use_rmsnorm, "k_norm")(k.reshape(heads)).reshape(k.shape)
+        return jnp.concatenate([q.astype(v.dtype), k.astype(v.dtype), v], axis=-1)
 
 
 class SwiGLU(nn.Module):
@@ -224,7 +221,7 @@ class Block(nn.Module):
     record: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array, rope: positions.Rope | None):
+    def __call__(self, x: jax.Array, c: jax.Array, rope: attention.Rotation | None):
         x, c = fsdp.shard_by_example(x), fsdp.shard_by_example(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(c)
         attention = Attention(
@@ -249,9 +246,10 @@ class Block(nn.Module):
     def _modulation(self, c: jax.Array) -> list[jax.Array]:
         """Shift, scale, gate of both branches; shifts are 0 without them."""
         # One vector per sample costs nothing in float32; one per token is a real matrix product.
-        dtype = jnp.float32 if c.shape[1] == 1 else self.dtype
+        dtype, precision = (jnp.float32, "highest") if c.shape[1] == 1 else (self.dtype, None)
         chunks = 4 if self.wo_shift else 6
-        m = _zero_dense(chunks * c.shape[-1], dtype, "adaLN_modulation_1")(nn.silu(c))
+        linear = _zero_dense(chunks * c.shape[-1], dtype, precision, "adaLN_modulation_1")
+        m = linear(nn.silu(c))
         parts = [part.astype(jnp.float32) for part in jnp.split(m, chunks, axis=-1)]
         zero = jnp.zeros(())
         return [zero, *parts[:2], zero, *parts[2:]] if self.wo_shift else parts
@@ -259,7 +257,7 @@ class Block(nn.Module):
 
 def block_stack(
     depth: int, scan_layers: bool, remat: str, name: str, **block: Any
-) -> Callable[[jax.Array, jax.Array, positions.Rope | None], tuple[jax.Array, Any]]:
+) -> Callable[[jax.Array, jax.Array, attention.Rotation | None], tuple[jax.Array, Any]]:
     """A stack of `depth` equal blocks; their parameters have a leading depth axis under `name`.
 
     Args:
@@ -296,13 +294,15 @@ class FinalLayer(nn.Module):
 
     features: int
     use_rmsnorm: bool
+    precision: str
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        m = _zero_dense(2 * x.shape[-1], jnp.float32, "adaLN_modulation_1")(nn.silu(c))
+        dense = functools.partial(_zero_dense, dtype=jnp.float32, precision=self.precision)
+        m = dense(2 * x.shape[-1], name="adaLN_modulation_1")(nn.silu(c))
         shift, scale = jnp.split(m, 2, axis=-1)
         x = _modulate(_norm(self.use_rmsnorm, "norm_final")(x), shift, scale)
-        return _zero_dense(self.features, jnp.float32, "linear")(x)
+        return dense(self.features, name="linear")(x)
 
 
 def as_grid(x: jax.Array, side: int, channels: int) -> jax.Array:

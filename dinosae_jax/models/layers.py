@@ -14,8 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
+_SUBLANES = 8  # rows of a TPU's register
+PRODUCT = "product"  # name of what the remat policy 'dots' keeps: products with weights, attention
 
 ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
     None: lambda x: x,
@@ -45,6 +48,189 @@ def _reshaped(draw: Callable[..., Array]) -> nn.initializers.Initializer:
     return init
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear(x: Array, kernel: Array, bias: Array | None, precision: Any) -> Array:
+    """Product with weights whose gradients are summed, and leave this function, in float32.
+
+    JAX's own rule sums the bias over all tokens in x's dtype and rounds the kernel's gradient to
+    it, and devices then add what was rounded.
+
+    Args:
+      x: [..., c] in the dtype of the computation.
+      kernel: [c, f], rounded to that dtype here.
+      bias: [f] likewise, or None.
+      precision: of the products, as in `jax.lax.dot_general`.
+
+    Returns:
+      [..., f] like x.
+    """
+    y = jax.lax.dot_general(x, kernel.astype(x.dtype), _contract((x.ndim - 1,), (0,)), precision)
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _sum_of_rows(x: Array) -> Array:
+    """The sum of x [..., f] over all axes but the last, [f], in float32 or better.
+
+    Of bfloat16 it is a product with ones, exact but for the float32 sums of the matrix unit: a
+    TPU's vector unit would take four times as long (compiler's estimate, v6e, [32768, 6144]).
+    """
+    leading = tuple(range(x.ndim - 1))
+    if x.dtype != jnp.bfloat16:
+        return jnp.sum(x, leading)
+    ones = jnp.ones((_SUBLANES, *x.shape[:-1]), x.dtype)  # of one row the compiler makes a sum
+    axes = _contract(tuple(axis + 1 for axis in leading), leading)
+    sums = jax.lax.dot_general(ones, x, axes, preferred_element_type=jnp.float32)
+    return jax.lax.index_in_dim(sums, 0, keepdims=False)
+
+
+def _contract(left: tuple[int, ...], right: tuple[int, ...]) -> Any:
+    return ((left, right), ((), ()))
+
+
+def _linear_forward(x: Array, kernel: Array, bias: Array | None, precision: Any) -> Any:
+    return linear(x, kernel, bias, precision), (x, kernel, bias)
+
+
+def _linear_backward(precision: Any, residuals: Any, dy: Array) -> Any:
+    x, kernel, bias = residuals
+    leading = tuple(range(x.ndim - 1))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    dx = jax.lax.dot_general(dy, kernel.astype(dy.dtype), _contract((x.ndim - 1,), (1,)), precision)
+    dkernel = jax.lax.dot_general(
+        x, dy, _contract(leading, leading), precision, preferred_element_type=wide
+    )
+    dbias = None if bias is None else _sum_of_rows(dy).astype(bias.dtype)
+    return dx, dkernel.astype(kernel.dtype), dbias
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def materialised(x: Array) -> Array:
+    """The same array, written to memory once.
+
+    Between two products a compiler may fuse an activation into the second, which then computes it
+    once for every block of its columns.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
+class Dense(nn.Module):
+    """Linear layer, see `linear`: [..., c] -> [..., features] in `dtype`, a name of remat 'dots'.
+
+    Parameters as of `nn.Dense`: kernel [c, features], bias [features], float32.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+        return checkpoint_name(linear(x.astype(self.dtype), kernel, bias, self.precision), PRODUCT)
+
+
+class PatchProjection(nn.Module):
+    """The patch convolution as one matrix product: [b, h, w, c] -> [b, h/p, w/p, features].
+
+    Patches do not overlap, so nothing is computed twice; the gradient with respect to the image
+    is a product too, many times faster than a strided convolution's. Kernel [p, p, c, features].
+    """
+
+    features: int
+    patch_size: int
+    dtype: Dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        b, h, w, c = images.shape
+        p, d = self.patch_size, self.features
+        kernel = self.param("kernel", self.kernel_init, (p, p, c, d), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (d,), jnp.float32)
+        patches = images.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+        flat = patches.reshape(b, h // p, w // p, p * p * c).astype(self.dtype)
+        return linear(flat, kernel.reshape(p * p * c, d), bias, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    """Convolution whose kernel's gradient leaves this function in float32, as in `linear`.
+
+    Args:
+      x: [b, h, w, c] in the dtype of the computation.
+      kernel: [k, k, c, f], rounded to that dtype here.
+      stride: along both sides.
+      padding: zeros on all four sides.
+
+    Returns:
+      [b, h', w', f] like x.
+    """
+    return _convolve(x, kernel.astype(x.dtype), stride, padding, 1)
+
+
+def _convolve(x: Array, kernel: Array, stride: int, padding: int, groups: int) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((padding, padding),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _convolve_forward(x: Array, kernel: Array, stride: int, padding: int) -> Any:
+    return convolve(x, kernel, stride, padding), (x, kernel)
+
+
+def _convolve_backward(stride: int, padding: int, residuals: Any, dy: Array) -> Any:
+    x, kernel = residuals
+    rounded = kernel.astype(x.dtype)
+    (dx,) = jax.linear_transpose(lambda x: _convolve(x, rounded, stride, padding, 1), x)(dy)
+    # The examples are the channels of this convolution, and the channels its examples.
+    sides = zip(kernel.shape[:2], x.shape[1:3], dy.shape[1:3], strict=True)
+    ends = tuple((padding, size + (out - 1) * stride - side - padding) for size, side, out in sides)
+    dkernel = jax.lax.conv_general_dilated(
+        x,
+        dy,
+        window_strides=(1, 1),
+        padding=ends,
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+    return dx, dkernel.astype(kernel.dtype)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: Array, bias: Array) -> Array:
+    """The sum of x [..., f] and bias [f] in x's dtype; the bias's gradient is a float32 sum."""
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_forward(x: Array, bias: Array) -> Any:
+    return add_bias(x, bias), bias
+
+
+def _add_bias_backward(bias: Array, dy: Array) -> Any:
+    return dy, _sum_of_rows(dy).astype(bias.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
 class Conv2d(nn.Module):
     """Convolution with explicit symmetric zero padding and PyTorch's default initialisation.
 
@@ -70,18 +256,14 @@ class Conv2d(nn.Module):
         pad = size // 2 if self.padding is None else self.padding
         init = uniform_init((size * size * channels) ** -0.5)
         kernel = self.param("kernel", init, (size, size, channels, self.features), jnp.float32)
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        x = x.astype(self.dtype)
+        if self.groups == 1:
+            y = convolve(x, kernel, self.stride, pad)
+        else:
+            y = _convolve(x, kernel.astype(self.dtype), self.stride, pad, self.groups)
         if not self.use_bias:
             return y
-        bias = self.param("bias", init, (self.features,), jnp.float32)
-        return y + bias.astype(self.dtype)
+        return add_bias(y, self.param("bias", init, (self.features,), jnp.float32))
 
 
 class ImageRMSNorm(nn.Module):
@@ -212,7 +394,7 @@ def rematerialised(block: type[nn.Module], remat: str, prevent_cse: bool) -> typ
 
     Args:
       block: a module class.
-      remat: "none", "dots" (keep matrix products without batch dimension) or "full".
+      remat: see `remat_policy`.
       prevent_cse: needed outside a loop, where the compiler would undo the recomputation.
 
     Returns:
@@ -221,12 +403,19 @@ def rematerialised(block: type[nn.Module], remat: str, prevent_cse: bool) -> typ
     Raises:
       ValueError: for another value of `remat`.
     """
-    policies: dict[str, Any] = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": None,
-    }
     if remat == "none":
         return block
+    return nn.remat(block, policy=remat_policy(remat), prevent_cse=prevent_cse)
+
+
+def remat_policy(remat: str) -> Any:
+    """The policy of `jax.checkpoint` for "dots" (keep products with weights, and attention) or
+    "full" (keep nothing).
+
+    Raises:
+      ValueError: for another value of `remat`.
+    """
+    policies = {"dots": jax.checkpoint_policies.save_only_these_names(PRODUCT), "full": None}
     if remat not in policies:
         raise ValueError(f"remat is 'none', 'dots' or 'full'; got {remat!r}; choose one of them")
-    return nn.remat(block, policy=policies[remat], prevent_cse=prevent_cse)
+    return policies[remat]

@@ -7,11 +7,7 @@ ViT's rotary embedding (half-split pairs, normalised coordinates) is in `rope`.
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-
-Rope = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]
 
 
 def sincos_table(grid: int, width: int) -> np.ndarray:
@@ -42,7 +38,7 @@ def sincos_table(grid: int, width: int) -> np.ndarray:
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def rope_tables(grid: int, head_dim: int) -> Rope:
+def rope_tables(grid: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of the two-axis rotary embedding of a square grid.
 
     Channels [0, hd/2) rotate by the row, [hd/2, hd) by the column, with angles
@@ -69,20 +65,3 @@ def rope_tables(grid: int, head_dim: int) -> Rope:
     pairs = np.concatenate([row[:, None] * frequency, column[:, None] * frequency], axis=1)
     angles = np.repeat(pairs, 2, axis=1)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates neighbouring channel pairs: (a, b) -> (a cos - b sin, b cos + a sin), in float32.
-
-    Args:
-      x: [b, n, k, head_dim].
-      rope: (cos, sin) of `rope_tables`, each [n, head_dim].
-
-    Returns:
-      [b, n, k, head_dim] float32.
-    """
-    cos, sin = (table[:, None, :] for table in rope)
-    x = x.astype(jnp.float32)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    turned = jnp.stack([-odd, even], axis=-1).reshape(x.shape)
-    return x * cos + turned * sin

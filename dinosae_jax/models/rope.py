@@ -74,20 +74,3 @@ def prepend_identity(table: tuple[Array, Array], count: int) -> tuple[Array, Arr
         jnp.concatenate([jnp.zeros(rows, sin.dtype), sin]),
         jnp.concatenate([jnp.ones(rows, cos.dtype), cos]),
     )
-
-
-def rotate(x: Array, sin: Array, cos: Array) -> Array:
-    """Turns each pair of dimensions (i, i + d/2) of every head by its angle.
-
-    Args:
-      x: [b, n, k, d] queries or keys.
-      sin: [n, d] float32.
-      cos: [n, d] float32.
-
-    Returns:
-      [b, n, k, d] in x's dtype; the rotation itself is computed in float32.
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    y = x.astype(jnp.float32) * cos[:, None] + turned * sin[:, None]
-    return y.astype(x.dtype)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from dinosae_jax.models import layers, rope
+from dinosae_jax.models import attention, layers, rope
 from dinosae_jax.models.layers import layer_norm, normal_init
 from dinosae_jax.models.stem import PatchStem
 
@@ -49,14 +49,10 @@ class Attention(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Array, sin: Array, cos: Array) -> Array:
-        b, n, d = x.shape
+    def __call__(self, x: Array, rotation: attention.Rotation) -> Array:
+        d = x.shape[-1]
         qkv = dense(3 * d, self.dtype, "qkv", use_bias=self.qkv_bias)(x)
-        qkv = qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        q, k = rope.rotate(q, sin, cos), rope.rotate(k, sin, cos)
-        y = jax.nn.dot_product_attention(q, k, v)
-        return dense(d, self.dtype, "proj")(y.reshape(b, n, d))
+        return dense(d, self.dtype, "proj")(attention.attention(qkv, self.num_heads, rotation))
 
 
 class Mlp(nn.Module):
@@ -68,6 +64,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         y = jax.nn.gelu(dense(self.hidden, self.dtype, "fc1")(x), approximate=False)
+        y = layers.materialised(y)
         return dense(x.shape[-1], self.dtype, "fc2")(y)
 
 
@@ -111,9 +108,11 @@ class Block(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Array, sin: Array, cos: Array) -> tuple[Array, dict[str, Array] | None]:
-        attention = Attention(self.num_heads, self.qkv_bias, self.dtype, name="attn")
-        y = attention(layer_norm("norm1")(x), sin, cos)
+    def __call__(
+        self, x: Array, rotation: attention.Rotation
+    ) -> tuple[Array, dict[str, Array] | None]:
+        mix = Attention(self.num_heads, self.qkv_bias, self.dtype, name="attn")
+        y = mix(layer_norm("norm1")(x), rotation)
         after_attn = x + LayerScale(name="ls1")(y)
         y = FFN_LAYERS[self.ffn_layer](self.ffn_hidden, self.dtype, name="mlp")(
             layer_norm("norm2")(after_attn)
@@ -220,8 +219,10 @@ class VisionTransformer(nn.Module):
         tokens = jnp.concatenate([jnp.broadcast_to(prefix, (b, count, d)), tokens], axis=1)
         sin, cos = self.rope_embed(h, w)
         states: dict[str, Array] | None
-        table = rope.prepend_identity((sin, cos), count)
-        prenorm, states = self._make_blocks(intermediates)(tokens, *table)
+        all_sin, all_cos = rope.prepend_identity((sin, cos), count)
+        half = sin.shape[1] // 2
+        rotation = attention.Rotation(all_cos, all_sin, distance=half)
+        prenorm, states = self._make_blocks(intermediates)(tokens, rotation)
         if states is not None:
             states = {"tokens_in": tokens, "rope_sin": sin, "rope_cos": cos, **states}
         normed = self.norm(prenorm)
@@ -248,8 +249,8 @@ class VisionTransformer(nn.Module):
         )
 
 
-def dense(features: int, dtype: Dtype, name: str, use_bias: bool = True) -> nn.Dense:
+def dense(features: int, dtype: Dtype, name: str, use_bias: bool = True) -> layers.Dense:
     """Linear layer with DINOv3's initialisation: normal with deviation 0.02, zero bias."""
-    return nn.Dense(
+    return layers.Dense(
         features, use_bias=use_bias, dtype=dtype, kernel_init=normal_init(0.02), name=name
     )

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dinosae_jax.perf import hlo
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
-# `%name (parameters) -> type {` opens a computation, `%name = type kind(operands), ...` is a line.
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
-_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
-_CONSTANT = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = s32\[\]\S* constant\((\d+)\)")
+STARTS = ("all-gather-start", "collective-permute-start", "all-to-all-start")
+_LISTED = r"replica_groups=\{\{([\d,]+)\}"
+_IOTA = r"replica_groups=\[\d+,(\d+)\]<="  # two groups of 8 are [2, 8]<=[16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,98 +28,110 @@ class Use:
     bytes: int
 
 
+class Collective(NamedTuple):
+    """One collective of a program.
+
+    Attributes:
+      kind: one of `KINDS`. An all-reduce that XLA:TPU fuses with the slice of its result is a
+        reduce-scatter.
+      instruction: its line, for an asynchronous pair the first.
+      runs: executions in one step.
+      results: the arrays that it delivers to one device; for a fused reduce-scatter before the
+        slice.
+      whole: whether the results of a reduce-scatter are whole, as those of a fused one are.
+      members: devices of a group.
+    """
+
+    kind: str
+    instruction: hlo.Instruction
+    runs: int
+    results: tuple[hlo.Shape, ...]
+    whole: bool
+    members: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the results of one execution."""
+        return sum(shape.bytes for shape in self.results)
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that one device sends in one execution, by a ring."""
+        n = self.members
+        if self.kind == "collective-permute":
+            return self.bytes
+        rounds = {"all-reduce": 2, "reduce-scatter": 1 if self.whole else n}.get(self.kind, 1)
+        return rounds * self.bytes * (n - 1) // n
+
+
 def census(text: str) -> dict[str, Use]:
-    """Collectives by kind of an optimised HLO module.
+    """Collectives by kind of an optimised HLO module, `compiled.as_text()`."""
+    return uses(hlo.parse(text))
 
-    Args:
-      text: `compiled.as_text()`.
 
-    Returns:
-      kind -> use, for the kinds that occur. An all-reduce that XLA:TPU fuses with the slice of its
-      result is a reduce-scatter.
+def uses(module: hlo.Module) -> dict[str, Use]:
+    """Collectives by kind, for the kinds that occur."""
+    runs, sizes = Counter[str](), Counter[str]()
+    for found in collectives(module):
+        runs[found.kind] += found.runs
+        sizes[found.kind] += found.runs * found.bytes
+    return {kind: Use(runs[kind], sizes[kind]) for kind in KINDS if runs[kind]}
+
+
+def collectives(module: hlo.Module) -> Iterator[Collective]:
+    """The collectives of a module, those inside of fusions and loops included."""
+    for name, runs in module.executions().items():
+        for instruction in module.computations[name].values():
+            if kind_of(instruction):
+                yield _collective(instruction, name, runs, module)
+
+
+def inside(
+    instruction: hlo.Instruction, computation: str, module: hlo.Module
+) -> Iterator[Collective]:
+    """The collectives of one execution of an instruction: itself, or those that it fuses."""
+    if kind_of(instruction):
+        yield _collective(instruction, computation, 1, module)
+    elif instruction.opcode == "fusion":
+        for called in instruction.called:
+            for inner in module.computations.get(called, {}).values():
+                yield from inside(inner, called, module)
+
+
+def kind_of(instruction: hlo.Instruction) -> str:
+    """The kind of an instruction that is a collective, otherwise ''.
+
+    The second half of an asynchronous pair is none: it is counted with the first.
     """
-    computations, entry = _read(text)
-    totals: dict[str, Counter[str]] = {}
-
-    def total(name: str) -> Counter[str]:
-        if name not in totals:
-            totals[name] = Counter(computations[name].own)
-            for called, turns in computations[name].calls:
-                times = computations[turns].bound if isinstance(turns, str) else turns
-                if called in computations:
-                    for key, value in total(called).items():
-                        totals[name][key] += times * value
-        return totals[name]
-
-    counts = total(entry)
-    return {
-        kind: Use(counts[f"{kind} count"], counts[f"{kind} bytes"])
-        for kind in KINDS
-        if counts[f"{kind} count"]
-    }
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in KINDS else ""
 
 
-@dataclasses.dataclass
-class _Computation:
-    """Its own collectives; what it calls, and how often or under which condition; its constant.
-
-    XLA:TPU's text leaves out a loop's number of iterations: it is the constant with which the
-    condition of a scan compares its counter.
-    """
-
-    own: Counter[str]
-    calls: list[tuple[str, int | str]]
-    bound: int = 1
-
-
-def _read(text: str) -> tuple[dict[str, _Computation], str]:
-    computations: dict[str, _Computation] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        if opened := _COMPUTATION.match(line):
-            name = opened.group(1)
-            computations[name] = _Computation(Counter(), [])
-            if line.startswith("ENTRY"):
-                entry = name
-        elif (bound := _CONSTANT.match(line)) and name:
-            computations[name].bound = max(computations[name].bound, int(bound.group(1)))
-        elif (found := _OPERATION.match(line)) and name:
-            _add(computations[name], name, found.group(1), found.group(2), line)
-    return computations, entry
+def _collective(
+    instruction: hlo.Instruction, computation: str, runs: int, module: hlo.Module
+) -> Collective:
+    kind = kind_of(instruction)
+    fused = kind == "all-reduce" and "all-reduce-scatter" in computation
+    return Collective(
+        "reduce-scatter" if fused else kind,
+        instruction,
+        runs,
+        _delivered(instruction),
+        fused,
+        _members(instruction, module),
+    )
 
 
-def _add(computation: _Computation, name: str, result: str, operation: str, line: str) -> None:
-    """Counts one operation; the second half of an asynchronous pair was counted with the first."""
-    if operation.endswith(("-done", "-update")):
-        return
-    kind = operation.removesuffix("-start")
-    if kind in KINDS:
-        if kind == "all-reduce" and "all-reduce-scatter" in name:
-            kind = "reduce-scatter"
-        computation.own[f"{kind} count"] += 1
-        computation.own[f"{kind} bytes"] += _bytes(result, operation)
-        return  # its reduction of pairs of scalars has no collective
-    turns: int | str = 1
-    if operation == "while" and (condition := _CONDITION.search(line)):
-        known = _TRIPS.search(line)
-        turns = int(known.group(1)) if known else condition.group(1)
-    branches = _BRANCHES.search(line)
-    names = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
-    computation.calls.extend((called, turns) for called in [*_CALLED.findall(line), *names])
+def _delivered(instruction: hlo.Instruction) -> tuple[hlo.Shape, ...]:
+    """Results; of a start's (operands, results, context) the results."""
+    if instruction.opcode not in STARTS:
+        return instruction.results
+    arrays = [shape for shape in instruction.results if shape.bytes > 8]  # not the context
+    return tuple(arrays[len(arrays) // 2 :])
 
 
-def _bytes(result: str, operation: str) -> int:
-    """Size of a result type in bytes; for a start's (operands, results, context), the results."""
-    sizes = [
-        math.prod(int(n) for n in dimensions.split(",") if n) * _bits(kind) // 8
-        for kind, dimensions in _SHAPE.findall(result)
-    ]
-    if operation in ("all-gather-start", "collective-permute-start", "all-to-all-start"):
-        sizes = [size for size in sizes if size > 8]  # drops the context's counters
-        return sum(sizes[len(sizes) // 2 :])
-    return sum(sizes)
-
-
-def _bits(kind: str) -> int:
-    digits = re.search(r"\d+", kind)
-    return _BITS.get(kind) or (int(digits.group()) if digits else 0)
+def _members(instruction: hlo.Instruction, module: hlo.Module) -> int:
+    """Devices of one group; without groups, all."""
+    if listed := instruction.attribute(_LISTED):
+        return listed.count(",") + 1
+    return int(instruction.attribute(_IOTA) or module.devices)

@@ -26,7 +26,7 @@ HOST_GPUS = 8
 # Without a GPU to try tilings on, not every matrix product gets a Triton tiling.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # xla.ExecutionOptions.EffortLevel; jax 0.10 and 0.12 both take the number, 0.12 alone the name.
-EFFORT_LEVELS: dict[names.Effort, int] = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}
+EFFORT_LEVELS: dict[names.Effort, int] = {"default": 0, "O0": 9, "O1": 19, "O2": 29, "O3": 39}
 
 
 class Gpu(NamedTuple):

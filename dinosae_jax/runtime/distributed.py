@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import platform
 import re
 import sys
 from typing import NoReturn
@@ -18,19 +20,14 @@ COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")  # names joined by commas
 
 
-def start(compile_cache: str = "") -> None:
+def start() -> None:
     """Joins the other processes, where there are any, before any device is used.
-
-    Args:
-      compile_cache: folder for compiled programs, empty for none.
 
     Raises:
       ValueError: for a start by hand that is incomplete or wrong, a cluster that JAX does not know,
         or processes that do not find each other.
     """
     spare_threads()
-    if compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(files.path(compile_cache)))
     # Its C++ handler would swallow SIGTERM, and `stopping` decides for all jobs; see there.
     jax.config.update("jax_enable_preemption_service", False)
     said = [f"{name}={os.environ[name]}" for name in (*COUNTS, *HOSTS) if _several(name)]
@@ -67,6 +64,25 @@ def require_devices() -> None:
             f"{wanted or ''!r} ({reason}); unset it to use what is available, or install jax for "
             "it (pip install 'dinosae-jax[cuda]' or 'dinosae-jax[tpu]')"
         ) from error
+
+
+def keep_programs(compile_cache: str) -> None:
+    """Names the folder of compiled programs, which later processes read; starts JAX's platform.
+
+    Args:
+      compile_cache: the folder, empty for none. 'auto' is what JAX_COMPILATION_CACHE_DIR says, else
+        `dinosae_jax` in XDG_CACHE_HOME or ~/.cache, with a folder for each platform; programs for a
+        CPU may need its very instructions, so each host has its own.
+    """
+    if compile_cache == "auto":
+        if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+            return
+        caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        backend = jax.default_backend()
+        name = f"cpu-{platform.node()}" if backend == "cpu" else backend
+        compile_cache = str(caches / "dinosae_jax" / name)
+    if compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(files.path(compile_cache)))
 
 
 def spare_threads() -> None:

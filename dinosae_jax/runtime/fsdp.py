@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 Tree = Any
 BATCH_AXES = ("data", "fsdp")
@@ -69,6 +70,52 @@ def gather_unstacked(params: Tree) -> Tree:
 def shard_by_example(x: jax.Array) -> jax.Array:
     """The same array [b, ...], split by example over all devices."""
     return x if _fsdp() == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def per_device(function: Callable[..., Any], shared: int = 0) -> Callable[..., Any]:
+    """The function of arrays [b, ...] on each device's own examples, the last `shared` whole.
+
+    Without a mesh, or where the examples are a device's own already, it is the function itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return function
+    split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+
+    def apply(*arrays: Tree) -> Any:
+        specs = (*(split,) * (len(arrays) - shared), *(whole,) * shared)
+        mapped = jax.shard_map(function, in_specs=specs, out_specs=split, check_vma=False)
+        return mapped(*arrays)
+
+    return apply
+
+
+def mean_per_device(function: Callable[..., Tree]) -> Callable[..., Tree]:
+    """Means over examples, as the function of a tree [b, ...] gives them, reduced once.
+
+    Each device applies the function to its own examples; what it returns is averaged after it, in
+    the dtype that it has there.
+
+    Raises:
+      ValueError: on a mesh whose parameters are split over `fsdp`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    if _fsdp() > 1:
+        raise ValueError(f"means per device need whole parameters; got fsdp {_fsdp()}; gather them")
+
+    def local(parts: Tree) -> Tree:
+        return jax.lax.pmean(function(parts), BATCH_AXES)
+
+    return jax.shard_map(
+        local, in_specs=PartitionSpec(BATCH_AXES), out_specs=PartitionSpec(), check_vma=False
+    )
+
+
+def is_split() -> bool:
+    """Whether the parameters of the mesh in context are split."""
+    return _fsdp() > 1
 
 
 def _fsdp() -> int:

@@ -52,7 +52,32 @@ def resolve_dtype(dtype: str) -> str:
 
 
 def resolve_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A copy with `dtype='auto'` replaced by this machine's dtype."""
+    """A copy with every 'auto' of dtype and matmul_precision replaced by what it means here."""
     config = config.copy_and_resolve_references()
     config.dtype = resolve_dtype(config.dtype)
+    for part in config.get("matmul_precision", {}):
+        config.matmul_precision[part] = matmul_precision(config, part)
     return config
+
+
+def matmul_precision(config: ml_collections.ConfigDict, part: str) -> str:
+    """The precision of a part's products of float32 factors, a name in `jax.lax.Precision`.
+
+    Args:
+      config: of a training run, its dtype resolved.
+      part: a field of `config.matmul_precision`.
+    """
+    wanted = config.matmul_precision[part]
+    if wanted != "auto":
+        return wanted
+    return float32_products(config.dtype) if part == "compute" else "highest"
+
+
+def products_of(dtype: Any) -> Any:
+    """Context in which a network of this dtype computes in it, where no config says otherwise."""
+    return jax.default_matmul_precision(float32_products(dtype))
+
+
+def float32_products(dtype: Any) -> str:
+    """What makes a network of this dtype compute in it: 'highest' for float32, else 'default'."""
+    return "highest" if jnp.dtype(dtype) == jnp.float32 else "default"

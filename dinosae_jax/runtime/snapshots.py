@@ -5,7 +5,8 @@ It is complete or not there at all, of several processes one makes it, and an in
 on where it was. All copies together take at most `limit()` bytes: the ones that were not used
 for longest are removed first, never one that a process uses now. What does not fit is refused.
 
-The copies are in the folder `DINOSAE_CACHE`, by default ~/.cache/dinosae_jax.
+The copies are in the folder `DINOSAE_CACHE`, by default
+~/.cache/dinosae_jax/buckets.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def local(path: epath.Path, names: Iterable[str] | None = None) -> epath.Path:
 def root() -> pathlib.Path:
     """The folder of the copies."""
     named = os.environ.get(FOLDER)
-    return pathlib.Path(named or "~/.cache/dinosae_jax").expanduser()
+    return pathlib.Path(named or "~/.cache/dinosae_jax/buckets").expanduser()
 
 
 def limit() -> int:

@@ -42,6 +42,7 @@ class StepSpec(NamedTuple):
       losses: names of the terms with a weight above 0.
       noisy: whether the decoder sees noisy latents.
       accumulation: micro-batches per update.
+      matmul_precision: of products of float32 factors, but for parts that have their own.
     """
 
     modules: autoencoder.AutoencoderModules
@@ -51,6 +52,7 @@ class StepSpec(NamedTuple):
     losses: tuple[str, ...]
     noisy: bool
     accumulation: int
+    matmul_precision: str = "default"
 
     @property
     def encodes(self) -> bool:
@@ -148,7 +150,8 @@ def train_step(
     images = batch["image"]
     index = fsdp.shard_by_example(jnp.arange(images.shape[0]))
     one = functools.partial(gradients, spec, state, frozen, hyperparams)
-    grads = accumulate.mean_over_micro_batches(one, (images, index), spec.accumulation)
+    independent = "batch_stats" not in state.extra.get("decoder", {})
+    grads = accumulate.mean_over_micro_batches(one, (images, index), spec.accumulation, independent)
     if grads.adversarial is not None:
         grads = add_adversarial(spec, grads, gan_strength(state, hyperparams))
     norm = optax.tree.norm((grads.params, grads.heads))

@@ -38,13 +38,16 @@ def step_spec(config: ml_collections.ConfigDict) -> autoencoder_step.StepSpec:
     return autoencoder_step.StepSpec(
         modules=autoencoder.build(config.model.to_dict(), dtype),
         lpips=LPIPS(dtype=dtype) if "lpips" in losses else None,
-        discriminator=discriminator_step.build(config.model.dino, dtype)
+        discriminator=discriminator_step.build(
+            config.model.dino, dtype, precision.matmul_precision(config, "discriminator_heads")
+        )
         if "gan" in losses
         else None,
         trainable=tuple(config.trainable),
         losses=losses,
         noisy=max(config.latent_noise.tau, config.latent_noise.tau_end) > 0,
         accumulation=config.accumulation,
+        matmul_precision=precision.matmul_precision(config, "compute"),
     )
 
 

@@ -47,10 +47,18 @@ class DiscriminatorGradients(NamedTuple):
     scalars: dict[str, jax.Array]
 
 
-def build(dino: Mapping[str, Any], dtype: Any) -> Discriminator:
-    """The discriminator on a DINO v1 trunk with these keyword arguments."""
+def build(dino: Mapping[str, Any], dtype: Any, precision: str = "highest") -> Discriminator:
+    """The discriminator on a DINO v1 trunk with these keyword arguments.
+
+    Args:
+      dino: of the trunk.
+      dtype: of the trunk's products.
+      precision: of the products of the heads, which are float32.
+    """
     trunk = registry.build("dino", dino, dtype=dtype)
-    heads = DiscriminatorHeads(num_heads=1 + len(trunk.key_depths), channels=trunk.embed_dim)
+    heads = DiscriminatorHeads(
+        num_heads=1 + len(trunk.key_depths), channels=trunk.embed_dim, precision=precision
+    )
     return Discriminator(trunk, heads)
 
 

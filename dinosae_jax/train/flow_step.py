@@ -51,6 +51,7 @@ class StepSpec(NamedTuple):
       times: distribution of the training times.
       jacobi: weighting of the loss, see `matching.loss`; '' for none.
       accumulation: micro-batches per update.
+      matmul_precision: of products of float32 factors, but for parts that have their own.
     """
 
     modules: autoencoder.AutoencoderModules
@@ -60,6 +61,7 @@ class StepSpec(NamedTuple):
     times: Times
     jacobi: str
     accumulation: int
+    matmul_precision: str = "default"
 
 
 class Draws(NamedTuple):

@@ -38,12 +38,18 @@ def step_spec(config: ml_collections.ConfigDict) -> flow_step.StepSpec:
     times["shift"] = schedule.default_shift(times["shift"], convention.tokens, convention.width)
     return flow_step.StepSpec(
         modules=autoencoder.build(config.model.to_dict(), dtype),
-        dit=registry.build("dit", config.model.dit.to_dict(), dtype=dtype),
+        dit=registry.build(
+            "dit",
+            config.model.dit.to_dict(),
+            dtype=dtype,
+            output_precision=precision.matmul_precision(config, "output_head"),
+        ),
         path=config.flow.path,
         radius=convention.radius,
         times=flow_step.Times(**times),
         jacobi=config.flow.jacobi,
         accumulation=config.accumulation,
+        matmul_precision=precision.matmul_precision(config, "compute"),
     )
 
 

@@ -31,7 +31,8 @@ def jit_step(
     """
 
     def step(state: State, frozen: Tree, batch: Tree, hyperparams: Tree) -> State:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        products = jax.default_matmul_precision(spec.matmul_precision)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), products:
             new = train_step(spec, state, frozen, batch, hyperparams)
         return jax.lax.with_sharding_constraint(new, sharding.shardings(state, mesh))
 

@@ -58,7 +58,9 @@ def run_stage(
     stop = stop or stopping.StopRequest()
     config = precision.resolve_config(config)
     agree_on_program(config)
-    with lease.hold(workdir):
+    # What is not the step computes likewise: evaluation, pictures, the norms of tokens.
+    products = jax.default_matmul_precision(config.matmul_precision.compute)
+    with lease.hold(workdir), products:
         _run_held(config, workdir, stop, init_from, started)
 
 

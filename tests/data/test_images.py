@@ -100,6 +100,16 @@ def test_another_batch_size_reads_the_same_examples(source, config, reference):
     assert_same(join([half[::2], half[1::2]]), reference)
 
 
+def test_every_thread_has_an_example_to_read(source, config, monkeypatch):
+    asked = []
+    real = images.grain.ReadOptions
+    monkeypatch.setattr(
+        images.grain, "ReadOptions", lambda **given: asked.append(given) or real(**given)
+    )
+    take(1, source, config | {"threads": 16}, batch_size=2)
+    assert asked == [{"num_threads": 16, "prefetch_buffer_size": 32}]
+
+
 def test_worker_processes_read_the_same_batches(source, config, reference):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["pytest"])

@@ -200,6 +200,37 @@ def test_writing_goes_on_and_repairs(tmp_path):
     assert latent_writer.finish(folder, plan) == whole
 
 
+@pytest.mark.parametrize("threads", [1, 8])
+def test_threads_write_the_records_of_one_in_its_order(tmp_path, stored, threads):
+    plan = make_plan(stored)
+    write(tmp_path / "one", plan)
+    latent_writer.claim(tmp_path / "many", plan)
+    with latent_writer.ShardWriter(tmp_path / "many", plan, threads) as writer:
+        for number in range(plan["num_shards"]):
+            writer.write(number, encoded(latent_writer.shard_range(plan, number)))
+    names = sorted(path.name for path in (tmp_path / "one" / "train").iterdir())
+    assert len(names) == 2 * plan["num_shards"] + 1
+    for name in names:
+        ours, theirs = (tmp_path / "many" / name, tmp_path / "one" / "train" / name)
+        assert ours.read_bytes() == theirs.read_bytes()
+    record = latent_record.pack(tokens_of(0)[0], 0, stored)
+    assert record in (tmp_path / "many" / latent_writer.shard_name(plan, 0)).read_bytes()
+
+
+def test_a_shard_that_went_wrong_is_told_at_the_next(tmp_path):
+    plan = make_plan()
+    latent_writer.claim(tmp_path, plan)
+    bad = [(np.full((1, 2, TOKENS, WIDTH), np.inf, np.float32), np.zeros(1, np.int32))]
+    with latent_writer.ShardWriter(tmp_path, plan) as writer:
+        writer.write(0, bad)
+        while not writer._entries[0].done():
+            pass
+        with pytest.raises(ValueError, match="must be finite"):
+            writer.write(1, encoded(latent_writer.shard_range(plan, 1)))
+        writer._entries.clear()
+    assert not latent_writer._entries(tmp_path, plan)
+
+
 def damage(path):
     content = bytearray(path.read_bytes())
     content[700] ^= 0xFF  # inside the first records

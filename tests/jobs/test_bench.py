@@ -9,7 +9,7 @@ from PIL import Image
 from configs import bench as bench_config
 from dinosae_jax import rules
 from dinosae_jax.jobs import bench
-from dinosae_jax.perf import flow_speed
+from dinosae_jax.perf import flow_speed, loader_speed
 from dinosae_jax.runtime import hardware
 from dinosae_jax.train import step_flops
 from tests import tiny
@@ -34,7 +34,7 @@ def test_a_row_and_the_loader(tmp_path, capsys):
     config.overhead.stage.data.source = ""
     config.overhead.update(batch_per_device=1, repeats=1, steps=2, jpegs=2)
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "x.jpg").write_bytes(bench.synthetic_jpeg())
+    (tmp_path / "images" / "x.jpg").write_bytes(loader_speed.synthetic_jpeg())
     config.loader.data.source = f"folder:{tmp_path / 'images'}"
     config.loader.update(batch_size=4, batches=1, jpegs=2)
     config.latents.update(images=4, tokens=4, width=8, batch_size=2, batches=2)
@@ -53,7 +53,7 @@ def test_a_row_and_the_loader(tmp_path, capsys):
     added = overhead["loop_step_seconds"] - overhead["step_seconds"] + overhead["ema_seconds"]
     added += overhead["checkpoint_seconds"] / config.overhead.stage.checkpoint.every
     assert overhead["overhead"] == pytest.approx(added / overhead["step_seconds"])
-    assert set(result["loader"]) == set(bench.LOADERS)
+    assert set(result["loader"]) == set(loader_speed.LOADERS)
     assert set(result["metrics"]) == {"Frechet distance", "precision and recall"}
     assert all(seconds["cpu"] > 0 for seconds in result["metrics"].values())
     assert set(result["latents"]) == {"bfloat16", "int8"}
@@ -73,7 +73,7 @@ def test_rates_of_encoding_and_sampling():
 
 
 def test_the_synthetic_jpeg_is_like_a_photograph(tmp_path):
-    data = bench.synthetic_jpeg()
+    data = loader_speed.synthetic_jpeg()
     assert 40_000 < len(data) < 120_000  # ImageNet's average is 110 KB
     (tmp_path / "x.jpg").write_bytes(data)
     assert Image.open(tmp_path / "x.jpg").size == (500, 375)

@@ -210,18 +210,18 @@ def test_a_missing_shard_is_refused(root, tmp_path):
 
 def test_a_signal_keeps_finished_shards(root, tmp_path, monkeypatch):
     finished = []
-    write = latent_writer.write_shard
+    write = latent_writer.ShardWriter.write
 
-    def stopping(folder, plan, number, encoded):
+    def stopping(writer, number, encoded):
         if finished:
             raise KeyboardInterrupt
-        write(folder, plan, number, encoded)
+        write(writer, number, encoded)
         finished.append(number)
 
-    monkeypatch.setattr(latent_writer, "write_shard", stopping)
+    monkeypatch.setattr(latent_writer.ShardWriter, "write", stopping)
     with pytest.raises(KeyboardInterrupt):
         encode.run(config_of(root), tmp_path)
-    monkeypatch.setattr(latent_writer, "write_shard", write)
+    monkeypatch.setattr(latent_writer.ShardWriter, "write", write)
     plan = json.loads((tmp_path / "train" / "plan.json").read_text())
     assert latent_writer.missing_shards(tmp_path / "train", plan) == [1]
     encode.run(config_of(root), tmp_path)

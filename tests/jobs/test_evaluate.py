@@ -242,7 +242,9 @@ def test_a_flow_is_sampled_first(config, tmp_path):
     wanted = config(
         init_from=str(flow), metrics=("frechet", "precision_recall"), random_frozen_ok=()
     )
-    wanted.sample.update_from_flattened_dict({"count": 10, "batch_size": 16, "sampling.steps": 2})
+    wanted.sample.update_from_flattened_dict(
+        {"count": 10, "batch_per_device": 2, "sampling.steps": 2}
+    )
     evaluate.run(wanted, tmp_path / "out")
     about, rows = read(tmp_path / "out")
     assert (about["kind"], about["checkpoint_step"], about["steps"]) == ("flow", 0, 2)

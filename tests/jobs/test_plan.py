@@ -175,6 +175,8 @@ def test_a_row_and_the_ledger(tmp_path, capsys, monkeypatch):
     assert row["flops"] == step_flops.train_flops(stage)
     # Data parallel: the gradients are summed once, and nothing else moves but scalars.
     assert set(row["collectives"]) == {"all-reduce"}
+    assert set(row["collective_bytes"]) == {"all-reduce f32"}
+    assert "predicted_ms" not in row
     assert row["replicated"]["state"]["path"].startswith("params/")
     (entered,) = json.loads((tmp_path / "ledger.json").read_text())
     assert entered["command"] == (
@@ -196,7 +198,15 @@ def test_configs_by_name_and_variant():
 def test_an_unknown_effort_is_refused():
     config = plan_config.get_config("tiny")
     config.effort = "-1"
-    with pytest.raises(ValueError, match=r"effort must be .*; got '-1'.* known: O0, O1, O2, O3"):
+    message = r"effort must be .*; got '-1'.* known: O0, O1, O2, O3, default"
+    with pytest.raises(ValueError, match=message):
+        rules.validate(config)
+
+
+def test_a_negative_number_of_instructions_is_refused():
+    config = plan_config.get_config("tiny")
+    config.top = -1
+    with pytest.raises(ValueError, match="top counts instructions; got -1"):
         rules.validate(config)
 
 

@@ -11,8 +11,8 @@ import pytest
 import dinosae_jax
 from configs import sample as sample_config
 from dinosae_jax import rules
-from dinosae_jax.data import adm_npz
-from dinosae_jax.inference import drawing
+from dinosae_jax.data import adm_npz, png
+from dinosae_jax.inference import batching, drawing, sampling_program
 from dinosae_jax.inference.generator import Generator
 from dinosae_jax.jobs import sample
 from dinosae_jax.runtime import sharding, stopping
@@ -163,7 +163,7 @@ def test_half_precision_touches_only_layers_that_compute_in_it(generator):
 def config_for(flow_workdir, **changes):
     config = sample_config.get_config("tiny")
     config.init_from = str(flow_workdir)
-    config.count, config.batch_size, config.chunk = 20, 8, 8
+    config.count, config.batch_per_device, config.chunk = 20, 1, 8
     config.sampling.steps = 4
     config.update_from_flattened_dict(changes)
     return config
@@ -203,10 +203,47 @@ def test_a_stopped_job_goes_on_with_the_missing_chunks(flow_workdir, tmp_path, m
         sample.run(config_for(flow_workdir, seed=1), folder)
 
 
+def test_pictures_are_the_samples_rounded(generator, images):
+    drawn = generator.pictures(LABELS, key=KEY, first_index=0, batch_size=2)
+    sizes, pictures = zip(*((len(batch), batch) for batch in drawn), strict=True)
+    assert sizes == (2, 2, 1)
+    joined = np.concatenate(pictures)
+    assert joined.dtype == np.uint8
+    np.testing.assert_allclose(joined.astype(int), png.as_picture(images).astype(int), atol=1)
+    levels, finite = sampling_program.as_pictures(images)
+    np.testing.assert_array_equal(levels, png.as_picture(images))
+    assert finite.all()
+
+
+def test_png_files_are_written_on_request(flow_workdir, tmp_path):
+    sample.run(config_for(flow_workdir, png=False, count=10), tmp_path)
+    assert not (tmp_path / "images").exists()
+    assert adm_npz.open_archive(tmp_path / "samples.npz").shape == (10, 64, 64, 3)
+
+
+def test_png_files_hold_the_pictures(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3)).astype(np.uint8)
+    drawing.write_pngs(tmp_path / "images", 5, pictures)
+    for index, picture in enumerate(pictures, 5):
+        found = png.decode_png((tmp_path / "images" / f"{index:07d}.png").read_bytes())
+        np.testing.assert_array_equal(found, picture)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 20])
+def test_batches_are_regrouped_in_their_order(size):
+    batches = np.split(np.arange(11), [3, 4, 9])
+    groups = list(batching.regroup(batches, size))
+    assert [len(group) for group in groups[:-1]] == [size] * (len(groups) - 1)
+    np.testing.assert_array_equal(np.concatenate(groups), np.arange(11))
+
+
 def test_samples_that_are_not_finite_are_no_black_images(flow_workdir, tmp_path, monkeypatch):
     config = config_for(flow_workdir)
-    monkeypatch.setattr(Generator, "sample", lambda *_, **__: np.full((3, 32, 32, 3), np.nan))
-    with pytest.raises(ValueError, match="samples must be finite; got NaN") as caught:
+    broken = drawing.open_generator(config)
+    params = broken.variables["decoder"]
+    broken.variables["decoder"] = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    monkeypatch.setattr(drawing, "open_generator", lambda _: broken)
+    with pytest.raises(ValueError, match=r"must be finite; got NaN .* from number 0") as caught:
         sample.run(config, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "samples.npz").exists()

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinosae_jax.models import positions
+from dinosae_jax.models import attention, positions
 
 
 def test_sincos_first_half_is_the_column():
@@ -31,7 +31,7 @@ def test_rope_is_a_rotation_of_neighbouring_pairs():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 9, 3, 8)).astype(np.float32)
     cos, sin = positions.rope_tables(3, 8)
-    turned = positions.apply_rope(jnp.asarray(x), (cos, sin))
+    turned = attention.rotate(jnp.asarray(x), attention.Rotation(cos, sin, distance=1))
     phase = (cos[:, 0::2] + 1j * sin[:, 0::2])[None, :, None]
     expected = (x[..., 0::2] + 1j * x[..., 1::2]) * phase
     # float32 products of numbers of size 3: 1e-6 is about four ulp.
@@ -42,8 +42,8 @@ def test_rope_is_a_rotation_of_neighbouring_pairs():
 def test_rope_products_depend_on_relative_position_only():
     rng = np.random.default_rng(1)
     q, k = (jnp.asarray(np.tile(rng.normal(size=8), (1, 16, 1, 1)), jnp.float32) for _ in "qk")
-    rope = positions.rope_tables(4, 8)
-    logits = jnp.einsum("bnkd,bmkd->nm", *(positions.apply_rope(a, rope) for a in (q, k)))
+    rope = attention.Rotation(*positions.rope_tables(4, 8), distance=1)
+    logits = jnp.einsum("bnkd,bmkd->nm", *(attention.rotate(a, rope) for a in (q, k)))
     moved = np.asarray(logits).reshape(4, 4, 4, 4)
     # From (0, 0) to (1, 2) as from (2, 1) to (3, 3).
     np.testing.assert_allclose(moved[0, 0, 1, 2], moved[2, 1, 3, 3], rtol=1e-5)

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dinosae_jax.models import rope
+from dinosae_jax.models import attention, rope
+
+
+def rotate(x, sin, cos):
+    return attention.rotate(x, attention.Rotation(cos, sin, distance=x.shape[-1] // 2))
 
 
 def test_default_periods_of_a_head_of_64():
@@ -37,7 +41,7 @@ def test_rotation_pairs_a_dimension_with_the_one_half_a_head_away():
     angle = 0.7
     x = jnp.arange(1.0, 5.0).reshape(1, 1, 1, 4)
     sin, cos = jnp.full((1, 4), np.sin(angle)), jnp.full((1, 4), np.cos(angle))
-    got = rope.rotate(x, sin, cos)[0, 0, 0]
+    got = rotate(x, sin, cos)[0, 0, 0]
     plane = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     np.testing.assert_allclose(got[jnp.array([0, 2])], plane @ [1, 3], rtol=1e-6)
     np.testing.assert_allclose(got[jnp.array([1, 3])], plane @ [2, 4], rtol=1e-6)
@@ -50,8 +54,8 @@ def test_products_of_rotated_vectors_depend_on_the_offset_only():
     tile = lambda v: jnp.broadcast_to(v, (1, 20, 1, 8))  # noqa: E731
     products = jnp.einsum(
         "nd,md->nm",
-        rope.rotate(tile(q), sin, cos)[0, :, 0],
-        rope.rotate(tile(k), sin, cos)[0, :, 0],
+        rotate(tile(q), sin, cos)[0, :, 0],
+        rotate(tile(k), sin, cos)[0, :, 0],
     )
     at = lambda a, b: products[a[0] * 5 + a[1], b[0] * 5 + b[1]]  # noqa: E731
     np.testing.assert_allclose(at((0, 0), (2, 3)), at((1, 1), (3, 4)), rtol=1e-5)
@@ -61,7 +65,7 @@ def test_products_of_rotated_vectors_depend_on_the_offset_only():
 def test_tokens_before_the_patches_are_not_rotated():
     table = rope.prepend_identity(rope.rope_table(rope.default_periods(8), 2, 2), count=3)
     x = jax.random.normal(jax.random.key(1), (2, 7, 2, 8))
-    got = rope.rotate(x, *table)
+    got = rotate(x, *table)
     np.testing.assert_array_equal(got[:, :3], x[:, :3])
     assert float(jnp.abs(got[:, 3:] - x[:, 3:]).max()) > 0.1
 
@@ -69,7 +73,7 @@ def test_tokens_before_the_patches_are_not_rotated():
 def test_bfloat16_is_rotated_in_float32():
     sin, cos = rope.rope_table(rope.default_periods(8), 3, 3)
     x = jax.random.normal(jax.random.key(2), (1, 9, 1, 8), jnp.bfloat16)
-    got = rope.rotate(x, sin, cos)
+    got = rotate(x, sin, cos)
     assert got.dtype == jnp.bfloat16
-    want = rope.rotate(x.astype(jnp.float32), sin, cos).astype(jnp.bfloat16)
+    want = rotate(x.astype(jnp.float32), sin, cos).astype(jnp.bfloat16)
     np.testing.assert_array_equal(got, want)

@@ -31,6 +31,35 @@ def test_a_number_of_threads_that_was_given_stays(monkeypatch):
 
 
 @pytest.fixture
+def cache_dir(monkeypatch):
+    """Sets and reads the folder of JAX's cache, which is put back afterwards."""
+    before = jax.config.jax_compilation_cache_dir
+
+    def cache_dir(*folder):
+        if folder:
+            jax.config.update("jax_compilation_cache_dir", folder[0])
+        return jax.config.jax_compilation_cache_dir
+
+    yield cache_dir
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_kept_where_caches_are(cache_dir, monkeypatch, tmp_path):
+    cache_dir(None)
+    distributed.keep_programs("")
+    assert cache_dir() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(distributed.platform, "node", lambda: "here")
+    distributed.keep_programs("auto")
+    assert cache_dir() == str(tmp_path / "dinosae_jax" / "cpu-here")
+    distributed.keep_programs("auto")  # what was set stays, by JAX_COMPILATION_CACHE_DIR too
+    distributed.keep_programs("/elsewhere")
+    assert cache_dir() == "/elsewhere"
+    distributed.keep_programs("auto")
+    assert cache_dir() == "/elsewhere"
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """The arguments of each call of jax.distributed.initialize; no variable indicates several."""
     for name in (*distributed.MANUAL, *distributed.COUNTS, *distributed.HOSTS):

@@ -73,17 +73,41 @@ def norms_of(tokens: NDArray[np.float32]) -> NDArray[np.float64]:
     return norms
 
 
-def pack(tokens: NDArray[np.float32], label: int, stored: str) -> bytes:
-    """One record: tokens float32 [n, d] and label in a format of `FORMATS`."""
-    arrays: dict[str, NDArray] = {"label": np.array(label)}
+def pack(
+    tokens: NDArray[np.float32],
+    label: int,
+    stored: str,
+    norms: NDArray[np.float64] | None = None,
+) -> bytes:
+    """One record: tokens and label in a format of `FORMATS`, each field written in its place.
+
+    Args:
+      tokens: float32 [n, d].
+      label: class of the image.
+      stored: a name in `FORMATS`.
+      norms: float64 [n], where they are known; `norms_of` otherwise.
+    """
+    fields = layout(stored, *tokens.shape)
+    record = np.empty(sum(field.nbytes for field in fields), np.uint8)
+    arrays = _places(record, fields)
+    arrays["label"][...] = label
     if stored == "int8":
         largest = np.abs(tokens).max(axis=-1, keepdims=True)
-        arrays["direction"] = np.rint(tokens * (127.0 / np.maximum(largest, 1e-30)))
-        arrays["norm"] = norms_of(tokens)
+        scaled = tokens * (127.0 / np.maximum(largest, 1e-30))
+        arrays["direction"][...] = np.rint(scaled, out=scaled)
+        arrays["norm"][...] = norms_of(tokens) if norms is None else norms
     else:
-        arrays["latent"] = tokens
-    fields = layout(stored, *tokens.shape)
-    return b"".join(arrays[field.name].astype(field.dtype).tobytes() for field in fields)
+        arrays["latent"][...] = tokens
+    return record.tobytes()
+
+
+def _places(record: NDArray[np.uint8], fields: tuple[Field, ...]) -> dict[str, NDArray]:
+    """The fields of a record as views of its bytes."""
+    ends = np.cumsum([field.nbytes for field in fields])
+    return {
+        field.name: record[end - field.nbytes : end].view(field.dtype).reshape(field.shape)
+        for field, end in zip(fields, ends, strict=True)
+    }
 
 
 def empty_batch(fields: tuple[Field, ...], size: int) -> dict[str, NDArray]:
