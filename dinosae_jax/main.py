@@ -24,7 +24,6 @@ import errno
 import importlib
 import importlib.util
 import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -51,16 +50,25 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         _run(argv)
-    except MISTAKES as error:
-        if os.environ.get("DINOSAE_TRACEBACK"):
+    except Exception as error:
+        if not _is_mistake(error) or os.environ.get("DINOSAE_TRACEBACK"):
             raise
         sys.exit(_refuse(error))
 
 
+def _is_mistake(error: BaseException) -> bool:
+    """Whether one line tells what the user can do; also of what a bucket's library raises."""
+    from dinosae_jax.runtime import buckets
+
+    return isinstance(error, MISTAKES) or buckets.is_failure(error)
+
+
 def _adopt_model(config: ml_collections.ConfigDict) -> list[str]:
     """Gives a flow the model of its autoencoder; flags of the command line come first."""
+    from dinosae_jax.runtime import files
+
     of_a_flow = config.job == "train" and "flow" in config and config.init_from
-    if not of_a_flow or not pathlib.Path(config.init_from).exists():  # which `preflight` tells
+    if not of_a_flow or not files.path(config.init_from).exists():  # which `preflight` tells
         return []
     from dinosae_jax.weights import weight_source
 
@@ -71,6 +79,7 @@ def _adopt_model(config: ml_collections.ConfigDict) -> list[str]:
 def _run(argv: Sequence[str]) -> None:
     from dinosae_jax import config as config_lib
     from dinosae_jax import config_files, preflight, rules
+    from dinosae_jax.runtime import buckets, files
 
     if len(argv) > 1:
         raise ValueError(f"only flags are understood; got {argv[1]!r}; see --help")
@@ -82,8 +91,9 @@ def _run(argv: Sequence[str]) -> None:
     rules.validate(config)
     named = flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
     given = _WORKDIR.value or config_files.default_workdir(named)
-    rules.require_local("--workdir", given)
-    workdir = pathlib.Path(given).expanduser()
+    rules.check_url("--workdir", given)
+    workdir = files.path(given)
+    buckets.require(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir names a folder; got {workdir}, a file; name another one")
     preflight.check(config, workdir, sys.argv)
@@ -111,7 +121,7 @@ def _run(argv: Sequence[str]) -> None:
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        explained = isinstance(error, MISTAKES) and not os.environ.get("DINOSAE_TRACEBACK")
+        explained = _is_mistake(error) and not os.environ.get("DINOSAE_TRACEBACK")
         if not explained:
             traceback.print_exc()
         distributed.abandon(_refuse(error) if explained else 1)
@@ -237,8 +247,11 @@ def _last_line(error: BaseException) -> str:
 def _refuse(error: BaseException) -> int:
     """Prints an error that the user can fix: every missing input, or one line for other errors."""
     from dinosae_jax import preflight
+    from dinosae_jax.runtime import buckets
 
     message = str(error) if isinstance(error, preflight.Missing) else _last_line(error)
+    if buckets.is_failure(error) and getattr(error, "errno", None) is None:
+        message = buckets.one_sentence(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message += "; what was saved before is whole: free some space, run the same command again"
     print(f"dinosae_jax: {message}", file=sys.stderr)

@@ -14,6 +14,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_TRAIN_IMAGES = 1_281_167
 
+SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}  # of buckets, and the package that each needs
+
 AUTOENCODER_ROLES = ("stem", "vit", "decoder")
 ENCODER_ROLES = ("stem", "vit")
 

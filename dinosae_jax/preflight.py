@@ -9,17 +9,17 @@ stage. The jobs still check what they open; this check is there to be early and 
 from __future__ import annotations
 
 import difflib
-import glob
 import json
 import os
-import pathlib
 import shlex
 from collections.abc import Iterable, Sequence
 
 import ml_collections
+from etils import epath
 
 from dinosae_jax import config as config_lib
 from dinosae_jax import config_files, encoders, names
+from dinosae_jax.runtime import files
 
 SOURCES = ("tfds", "folder", "tar", "array_record")
 PROGRAM = "python -m dinosae_jax.main"
@@ -42,7 +42,7 @@ class Missing(ValueError):
     """A heading that names what is missing, then the numbered commands, one per line."""
 
 
-def check(config: ml_collections.ConfigDict, workdir: pathlib.Path, argv: Sequence[str]) -> None:
+def check(config: ml_collections.ConfigDict, workdir: epath.Path, argv: Sequence[str]) -> None:
     """Raises Missing where something that the job needs is not there.
 
     Args:
@@ -50,7 +50,7 @@ def check(config: ml_collections.ConfigDict, workdir: pathlib.Path, argv: Sequen
       workdir: of the run; a finished run needs nothing.
       argv: the command line as it was given, which the last command repeats.
     """
-    program = "dinosae" if pathlib.Path(argv[0]).name == "dinosae" else PROGRAM
+    program = "dinosae" if os.path.basename(argv[0]) == "dinosae" else PROGRAM
     survey = Survey(program)
     if (workdir / "DONE").exists():
         return
@@ -128,8 +128,8 @@ class Survey:
                 + (f"={path}, which {_why_not(path)})" if path else " is empty)")
             )
             target, source = path or conversion.folder, ""
-            if path and pathlib.Path(path).exists():  # a file as it was published, or another kind
-                source = path if pathlib.Path(path).is_file() else ""
+            if path and files.path(path).exists():  # a file as it was published, or another kind
+                source = path if files.path(path).is_file() else ""
                 target = conversion.folder
             if target != path:
                 flags[f"weights.{role}"] = target
@@ -142,7 +142,7 @@ class Survey:
         path = config.get(field, "")
         if not path or (field == "init_from" and config.get("samples")):
             return ()
-        folder = pathlib.Path(path)
+        folder = files.path(path)
         unfinished = config.job in ("train", "encode") and _is_unfinished(folder)
         if folder.exists() and not unfinished:
             return roles_of(folder)
@@ -172,8 +172,8 @@ class Survey:
 
     def _file(self, field: str, path: str) -> None:
         """Looks for a file that only the user can name."""
-        if path and not pathlib.Path(path).exists():
-            self.missing.append(f"{path} ({field}){_near(pathlib.Path(path))}")
+        if path and not files.path(path).exists():
+            self.missing.append(f"{path} ({field}){_near(files.path(path))}")
             self._data[path] = f"name another file with --config.{field}=..."
 
     def _data_set(self, config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -183,7 +183,7 @@ class Survey:
             return {}
         flags = self._images("data.source", data.source, data.data_dir)
         latents = data.get("latents", "")
-        if latents and not (pathlib.Path(latents) / "train" / "manifest.json").is_file():
+        if latents and not (files.path(latents) / "train" / "manifest.json").is_file():
             self.missing.append(f"latents (data.latents={latents})")
             self._runs[latents] = (
                 f"{self.program} --config=configs/encode.py --workdir={shlex.quote(latents)} "
@@ -197,7 +197,7 @@ class Survey:
         kind, _, place = source.partition(":")
         if kind not in SOURCES and field == "images" and not source.startswith("photos/"):
             kind, place = "folder", source
-        folder = _tfds_folder(place, data_dir) if kind == "tfds" else pathlib.Path(place)
+        folder = _tfds_folder(place, data_dir) if kind == "tfds" else files.path(place)
         if _has_images(kind, folder):
             return {}
         close = difflib.get_close_matches(place, ["imagenet2012"]) if kind == "tfds" else []
@@ -208,25 +208,25 @@ class Survey:
             right = close[0] if misspelt else place
             self._data[source] = _data_command(self.program, field, kind, right)
             return {field: f"tfds:{right}"} if misspelt else {}
-        if not _has_images("array_record", pathlib.Path(IMAGENET_ARCHIVE)):
+        if not _has_images("array_record", files.path(IMAGENET_ARCHIVE)):
             self._data[source] = f"{self.program} {IMAGENET_COMMAND}\n     # {IMAGENET_HINT}"
         return {field: f"array_record:{IMAGENET_ARCHIVE}"}
 
 
 def holds(path: str, role: str) -> bool:
     """Whether a folder holds converted weights of a role."""
-    record = _json(pathlib.Path(path) / "conversion.json")
+    record = _json(files.path(path) / "conversion.json")
     return role in record.get("config", {})
 
 
-def roles_of(path: pathlib.Path) -> Iterable[str]:
+def roles_of(path: epath.Path) -> Iterable[str]:
     """The roles that an existing `init_from` brings along; all where that cannot be seen."""
     for file, field in (("export.json", "roles"), ("conversion.json", "config")):
         if (path / file).is_file():
             return _json(path / file).get(field, SETTLED)
     workdir = path.parent.parent if path.name.isdigit() else path
-    files = list((workdir / "frozen").glob("*.safetensors"))
-    return {"stem", "decoder", *(file.name.rpartition("-")[0] for file in files)}
+    frozen = [name for name in files.names_in(workdir / "frozen") if name.endswith(".safetensors")]
+    return {"stem", "decoder", *(name.rpartition("-")[0] for name in frozen)}
 
 
 def _command_for(program: str, path: str, made: tuple[str, str], flags: dict[str, str]) -> str:
@@ -238,27 +238,26 @@ def _command_for(program: str, path: str, made: tuple[str, str], flags: dict[str
     return " ".join((*words, *(f"--config.{name}={shlex.quote(flags[name])}" for name in flags)))
 
 
-def _near(folder: pathlib.Path) -> str:
+def _near(folder: epath.Path) -> str:
     """A phrase that names the neighbour of a missing path whose name is nearest."""
-    siblings = [each.name for each in folder.parent.glob("*")]
-    close = difflib.get_close_matches(folder.name, siblings, n=1)
+    close = difflib.get_close_matches(folder.name, files.names_in(folder.parent), n=1)
     return f", did you mean {folder.parent / close[0]}?" if close else ""
 
 
-def _newest_checkpoint(folder: pathlib.Path) -> str:
+def _newest_checkpoint(folder: epath.Path) -> str:
     """How an unfinished run can be used as it is; empty where it has no checkpoint."""
-    steps = [each.name for each in (folder / "checkpoints").glob("*") if each.name.isdigit()]
+    steps = [name for name in files.names_in(folder / "checkpoints") if name.isdigit()]
     newest = f"{folder}/checkpoints/{max(steps, key=int)}" if steps else ""
     return f"   # or start from what it has: --config.init_from={newest}" if newest else ""
 
 
-def _is_unfinished(path: pathlib.Path) -> bool:
+def _is_unfinished(path: epath.Path) -> bool:
     """Whether a folder is the workdir of one run that has not reached its end."""
     return (path / "config.json").is_file() and not (path / "DONE").exists()
 
 
 def _why_not(path: str) -> str:
-    place = pathlib.Path(path)
+    place = files.path(path)
     if not place.exists():
         return "does not exist"
     kind = _json(place / "conversion.json").get("kind")
@@ -267,16 +266,16 @@ def _why_not(path: str) -> str:
     return "is no folder of converted weights"
 
 
-def _tfds_folder(name: str, data_dir: str) -> pathlib.Path:
+def _tfds_folder(name: str, data_dir: str) -> epath.Path:
     """Where tensorflow-datasets keeps a set: 'name', 'name/config' or 'name:version'."""
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(root).expanduser() / name.partition("/")[0].partition(":")[0]
+    return files.path(root) / name.partition("/")[0].partition(":")[0]
 
 
-def _has_images(kind: str, folder: pathlib.Path) -> bool:
+def _has_images(kind: str, folder: epath.Path) -> bool:
     """Whether a source of images is there; True for what only the job can tell."""
     if kind == "tar":
-        return bool(glob.glob(str(folder).replace("{split}", "*")))
+        return bool(files.matching(str(folder).replace("{split}", "*")))
     if kind == "array_record":
         return any((folder / each / "manifest.json").is_file() for each in ("", "train"))
     return kind not in ("folder", "tfds") or folder.is_dir()
@@ -301,7 +300,7 @@ def _command(program: str, argv: Sequence[str], flags: dict[str, str]) -> str:
     return " ".join((program, *(shlex.quote(each) for each in (*kept, *added))))
 
 
-def _json(path: pathlib.Path) -> dict:
+def _json(path: epath.Path) -> dict:
     """A JSON object; empty where there is none, for the job to say what is wrong with it."""
     try:
         found = json.loads(path.read_text())

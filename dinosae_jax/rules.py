@@ -7,6 +7,7 @@ the way out.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -164,24 +165,52 @@ def leaves(config: ml_collections.ConfigDict, seen: str = "") -> Iterator[tuple[
 
 
 def require_local(field: str, value: str) -> None:
-    """Refuses a URL where a path is wanted: 'gs://...', or 'folder:gs://...' for images.
+    """Refuses a URL where only a path of this machine is read.
 
     Raises:
       ValueError: with the field, the URL and what works.
     """
-    if re.match(r"([a-z_]+:)?[A-Za-z][A-Za-z0-9+.-]*://", value):
+    if _scheme(value):
         raise ValueError(
             f"{field} is a path on this machine; got {value!r}, a URL, which is not read; mount "
             "the bucket (gcsfuse, mountpoint-s3, rclone mount) or copy it, and name that folder"
         )
 
 
+def check_url(field: str, value: str) -> None:
+    """Refuses a URL that is no bucket: 'https://...', or 'folder:https://...' for images.
+
+    Raises:
+      ValueError: with the field, the URL and what works, or the package that is missing.
+    """
+    scheme = _scheme(value)
+    if not scheme:
+        return
+    known = ", ".join(f"{name}://" for name in names.SCHEMES)
+    if scheme not in names.SCHEMES:
+        raise ValueError(
+            f"{field} is a path on this machine or one that begins with {known}; got {value!r}; "
+            "copy it to one of these, or mount it and name that folder"
+        )
+    if importlib.util.find_spec(names.SCHEMES[scheme]) is None:
+        raise ValueError(
+            f"{field} in a bucket needs the package {names.SCHEMES[scheme]}; got {value!r} without "
+            "it; run pip install 'dinosae-jax[cloud]'"
+        )
+
+
+def _scheme(value: str) -> str:
+    """The scheme of a URL, also behind the kind of a source; '' for a path."""
+    found = re.match(r"(?:[a-z_]+:)?([A-Za-z][A-Za-z0-9+.-]*)://", value)
+    return found[1].lower() if found else ""
+
+
 def _check_leaf(field: str, value: Any) -> None:
-    """The rules for every value: finite numbers, seeds in range, no URLs."""
+    """The rules for every value: finite numbers, seeds in range, no URLs but of buckets."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{field} must be a finite number; got {value}; set --config.{field}=...")
     if isinstance(value, str):
-        require_local(field, value)
+        check_url(field, value)
     if field.rpartition(".")[2] in ("seed", "seeds"):
         for seed in value if isinstance(value, tuple | list) else (value,):
             if not (isinstance(seed, int) and 0 <= seed <= LARGEST_SEED):

@@ -22,10 +22,11 @@ require_repository() {
     refuse "REPO_URL must not hold credentials: use an ssh address or a git credential helper"
 }
 
-# require_workdir_under FOLDER: the machines share FOLDER and it outlives them.
-require_workdir_under() {
-  [[ $WORKDIR == "$1"/* ]] ||
-    refuse "--workdir must lie under $1, which the machines share, got $WORKDIR: use $1/NAME"
+# require_bucket: --workdir lies in a bucket, or under the share /workdir where NFS_SHARE names one.
+require_bucket() {
+  [[ $WORKDIR == gs://?*/?* || $WORKDIR == s3://?*/?* ]] ||
+    [[ -n ${NFS_SHARE:-} && $WORKDIR == /workdir/* ]] ||
+    refuse "--workdir must lie in a bucket, gs://BUCKET/NAME or s3://BUCKET/NAME, got $WORKDIR"
 }
 
 # quote WORD...: one line that a shell reads back as exactly these words.

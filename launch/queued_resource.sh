@@ -14,6 +14,7 @@ create() {
   local flags=("--node-id=$TPU_NAME" "--accelerator-type=$ACCELERATOR_TYPE"
     "--runtime-version=$RUNTIME_VERSION")
   [[ ${SPOT:-0} != 1 ]] || flags+=(--spot)
+  [[ -z ${SERVICE_ACCOUNT:-} ]] || flags+=("--service-account=$SERVICE_ACCOUNT")
   [[ -z ${VALID_FOR:-} ]] || flags+=("--valid-until-duration=$VALID_FOR")
   run "${queued[@]}" create "$TPU_NAME" "${where[@]}" "${flags[@]}"
 }

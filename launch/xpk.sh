@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A workload on a GKE cluster that XPK made: run, status, logs, delete. The code comes in IMAGE, see
 # launch/Dockerfile.
-#   launch/xpk.sh [--dry-run] run --config=configs/X.py --workdir=DIR [...]
+#   launch/xpk.sh [--dry-run] run --config=configs/X.py --workdir=gs://BUCKET/NAME [...]
 #   launch/xpk.sh [--dry-run] status | logs | delete
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -11,6 +11,7 @@ where=("--project=$PROJECT_ID" "--zone=$ZONE" "--cluster=$CLUSTER")
 
 create() {
   require TPU_TYPE SLICES IMAGE
+  require_bucket
   run xpk workload create "${where[@]}" "--workload=$WORKLOAD" "--tpu-type=$TPU_TYPE" \
     "--num-slices=$SLICES" "--docker-image=$IMAGE" --max-restarts=10 \
     --termination-grace-period-seconds=120 \

@@ -168,7 +168,7 @@ def test_the_stages_of_a_chain_draw_from_different_seeds():
     assert hae_stage1.get_config().seed != hae_stage2.get_config().seed
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://b", "https://a.b/c", "folder:gs://b/c"])
+@pytest.mark.parametrize("url", ["az://bucket/x", "https://a.b/c", "folder:hf://b/c"])
 @pytest.mark.parametrize(
     ("module", "field"),
     [
@@ -190,9 +190,20 @@ def test_the_stages_of_a_chain_draw_from_different_seeds():
 def test_a_url_is_no_path(module, field, url):
     config = module.get_config("tiny")
     config.update_from_flattened_dict({field: url})
-    match = f"^{field} is a path on this machine; got '{url}', a URL.*mount the bucket"
+    match = f"^{field} is a path on this machine or .* gs://, s3://; got '{url}'; copy it"
     with pytest.raises(ValueError, match=match):
         rules.validate(config)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "folder:s3://bucket/x"])
+def test_a_bucket_needs_its_package(url, monkeypatch):
+    config = sae_stage1.get_config("tiny")
+    config.data.source = url
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^data.source in a bucket needs .*dinosae-jax\[cloud\]"):
+        rules.validate(config)
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: name)
+    rules.validate(config)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from dinosae_jax import encoders
-from dinosae_jax.runtime import files
+from dinosae_jax.runtime import buckets, files
 from dinosae_jax.weights.conversion import FORMAT_VERSION, METADATA_FILE, WEIGHTS_FOLDER
 from weights_conversion import mapping, modules, tables
 from weights_conversion.readers import containers, inputs
@@ -139,7 +141,7 @@ def _merge(states: Sequence[containers.StateDict]) -> dict[str, Any]:
     return tensors
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: epath.Path) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(
             f"--output must be a directory; got {output}, which is a file; name another"
@@ -151,8 +153,15 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _write(output: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+def _write(output: epath.Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
     """Writes the checkpoint, then conversion.json, whose presence says that it is complete."""
+    if buckets.is_bucket(output):
+        with tempfile.TemporaryDirectory(prefix="dinosae_jax_") as place:
+            _write(epath.Path(place), arrays, metadata)
+            (output / METADATA_FILE).unlink(missing_ok=True)
+            (output / WEIGHTS_FOLDER).rmtree(missing_ok=True)
+            files.publish_folder(Path(place), output, last=METADATA_FILE)
+        return
     import orbax.checkpoint as ocp
 
     output.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dinosae_jax.runtime import files
 from dinosae_jax.weights import conversion
 from weights_conversion import mapping
 from weights_conversion.convert import FILES_KINDS
@@ -45,14 +46,14 @@ def export_directory(kind: str, directory: str | Path, output: str | Path) -> li
             f"--kind must be what {directory} was converted as; got {kind}, it is of kind "
             f"{short(metadata['kind'])}; change it"
         )
-    output = inputs.user_path(output)
-    if output.suffix != ".safetensors":
-        raise ValueError(f"--output must end in .safetensors; got {output}; rename it")
+    target = inputs.user_path(output)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"--output must end in .safetensors; got {target}; rename it")
     entries = [_entry(record) for record in metadata["tensors"]]
     if sum(file["keys"] for file in metadata["files"]) != len(entries):
         raise _damaged("files whose keys are not the tensors")
-    files = [file for file in metadata["files"] for _ in range(file["keys"])]
-    names = [_stored_name(file, entry) for file, entry in zip(files, entries, strict=True)]
+    sources = [file for file in metadata["files"] for _ in range(file["keys"])]
+    names = [_stored_name(file, entry) for file, entry in zip(sources, entries, strict=True)]
     counts = collections.Counter(names)
     odd = next((n for n in names if counts[n] > 1 or not n.isprintable()), None)
     if odd is not None:
@@ -65,7 +66,8 @@ def export_directory(kind: str, directory: str | Path, output: str | Path) -> li
         for name, entry in zip(names, entries, strict=True)
     ]
     notes = {"source": json.dumps(metadata["files"]), "format": "pt"}
-    write_safetensors(output, tensors, notes)
+    with files.publishing(target) as partial:
+        write_safetensors(partial, tensors, notes)
     return [key for key, *_ in tensors]
 
 

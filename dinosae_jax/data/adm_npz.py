@@ -15,17 +15,17 @@ import contextlib
 import dataclasses
 import errno
 import math
-import pathlib
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO
 
 import numpy as np
+from etils import epath
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from dinosae_jax.runtime import untrusted
+from dinosae_jax.runtime import files, untrusted
 
 MAX_EXPANSION = 200
 MAX_IMAGE_BYTES = 1 << 26
@@ -37,7 +37,7 @@ Images = NDArray[np.uint8]  # [n, h, w, 3]
 class Archive:
     """Images of an .npz batch or reference, read on demand."""
 
-    path: pathlib.Path
+    path: epath.Path
     shape: tuple[int, int, int, int]
 
     def batches(self, size: int) -> Iterator[Images]:
@@ -63,7 +63,7 @@ class Archive:
                 yield np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def open_archive(path: pathlib.Path) -> Archive:
+def open_archive(path: epath.Path) -> Archive:
     """Opens the images of an .npz file and checks their layout; no image is read yet.
 
     Raises:
@@ -96,7 +96,7 @@ def open_archive(path: pathlib.Path) -> Archive:
     return Archive(path, (shape[0], shape[1], shape[2], shape[3]))
 
 
-def write_images(path: pathlib.Path, batches: Iterable[Images], count: int) -> None:
+def write_images(path: epath.Path, batches: Iterable[Images], count: int) -> None:
     """Writes exactly `count` images as an .npz batch, keeping one batch in memory.
 
     Args:
@@ -107,13 +107,12 @@ def write_images(path: pathlib.Path, batches: Iterable[Images], count: int) -> N
     Raises:
       ValueError: batches of another layout, or fewer images than `count`.
     """
-    partial = path.with_name(path.name + ".partial")
     with (
+        files.publishing(path) as partial,
         zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as file,
     ):
         _write_batches(file, batches, count)
-    partial.replace(path)
 
 
 def _write_batches(file: IO[bytes], batches: Iterable[Images], count: int) -> None:
@@ -144,7 +143,7 @@ def _write_batches(file: IO[bytes], batches: Iterable[Images], count: int) -> No
 
 
 @contextlib.contextmanager
-def open_members(path: pathlib.Path) -> Iterator[np.lib.npyio.NpzFile]:
+def open_members(path: epath.Path) -> Iterator[np.lib.npyio.NpzFile]:
     """Opens an .npz file whose members were checked: reading them takes what the file is worth.
 
     Raises:
@@ -157,11 +156,11 @@ def open_members(path: pathlib.Path) -> Iterator[np.lib.npyio.NpzFile]:
             yield arrays
 
 
-def _check_members(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
+def _check_members(path: epath.Path, archive: zipfile.ZipFile) -> None:
     """Raises ValueError where a member is no array, lies about its size, or is a bomb."""
     members = archive.infolist()
     total = sum(member.file_size for member in members)
-    limit = MAX_EXPANSION * path.stat().st_size
+    limit = MAX_EXPANSION * files.size(path)
     names = {member.filename for member in members}
     if total > limit or len(members) > MAX_MEMBERS or len(names) < len(members):
         raise ValueError(
@@ -182,7 +181,7 @@ def _check_members(path: pathlib.Path, archive: zipfile.ZipFile) -> None:
 
 
 @contextlib.contextmanager
-def as_one_line(path: pathlib.Path) -> Iterator[None]:
+def as_one_line(path: epath.Path) -> Iterator[None]:
     """Turns what zipfile raises for bytes that changed into a ValueError that names the file."""
     try:
         yield

@@ -13,20 +13,19 @@ import functools
 import io
 import logging
 import os
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from PIL import Image
 
 from dinosae_jax.data import crops, pixels
 from dinosae_jax.data.manifest import MANIFEST, is_whole, read_manifest
 from dinosae_jax.data.records import LARGEST_BAD_PART, Records, pack_record
 from dinosae_jax.data.sources import open_records, with_synsets
-from dinosae_jax.runtime import console
-from dinosae_jax.runtime.files import file_sha256, write_json
+from dinosae_jax.runtime import console, files
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read; the images are compressed
 CHUNK = 256  # images that are read ahead
@@ -93,7 +92,7 @@ def convert_images(
         "unlabelled": records.unlabelled,
         "num_shards": num_shards,
     }
-    folder = pathlib.Path(output) / split
+    folder = files.path(output) / split
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"partial_{MANIFEST}"
     shards = _finished_shards(folder, partial, plan)
@@ -106,10 +105,10 @@ def convert_images(
             packed = console.progress(of, packed, bounds[1] - bounds[0], 1)
             shards[name] = _write_shard(folder / name, packed)
             _check_skipped(shards, len(records))
-            write_json(partial, _manifest(plan, shards))
+            files.write_json(partial, _manifest(plan, shards))
             console.report(f"{of}s: {shards[name]['count']}")
     manifest = _manifest(plan, shards)
-    write_json(folder / MANIFEST, manifest)
+    files.write_json(folder / MANIFEST, manifest)
     partial.unlink(missing_ok=True)
     return manifest
 
@@ -120,7 +119,7 @@ def _manifest(plan: dict[str, Any], shards: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finished_shards(
-    folder: pathlib.Path, partial: pathlib.Path, plan: dict[str, Any]
+    folder: epath.Path, partial: epath.Path, plan: dict[str, Any]
 ) -> dict[str, Any]:
     """The shards by name that an earlier run of this conversion wrote and that are still whole."""
     path = next((path for path in (partial, folder / MANIFEST) if path.exists()), None)
@@ -137,20 +136,19 @@ def _finished_shards(
     return {each["name"]: each for each in manifest["shards"] if is_whole(folder, each)}
 
 
-def _write_shard(path: pathlib.Path, packed: Iterable[tuple[str, bytes | None]]) -> dict[str, Any]:
+def _write_shard(path: epath.Path, packed: Iterable[tuple[str, bytes | None]]) -> dict[str, Any]:
     """Writes one shard under a temporary name, renames it, and returns its manifest entry."""
-    partial = path.with_name("." + path.name)
-    writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
-    count, skipped = 0, []
-    for name, record in packed:
-        if record is None:
-            skipped.append(name)
-        else:
-            writer.write(record)
-            count += 1
-    writer.close()
-    size, digest = partial.stat().st_size, file_sha256(partial)
-    os.replace(partial, path)
+    with files.publishing(path) as partial:
+        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+        count, skipped = 0, []
+        for name, record in packed:
+            if record is None:
+                skipped.append(name)
+            else:
+                writer.write(record)
+                count += 1
+        writer.close()
+        size, digest = partial.stat().st_size, files.file_sha256(partial)
     return {"name": path.name, "count": count, "bytes": size, "sha256": digest, "skipped": skipped}
 
 

@@ -1,4 +1,4 @@
-"""A folder of the file system as a tree of images; links are followed."""
+"""A folder of the file system, or of a bucket, as a tree of images; links are followed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from dinosae_jax.data.tree import (
     is_image,
     printable,
 )
+from dinosae_jax.runtime import buckets, files
 
 LOOP = "links to a folder above them"
 
 
-def open_folder(path: str) -> Node:
+def open_folder(path: str | os.PathLike) -> Node:
     """Returns the tree of a folder.
 
     Reading it raises ValueError where a folder cannot be read, or where a link leads to nothing and
     is not named as images are: a whole class may be behind it.
     """
-    return _node(path, frozenset())
+    found = files.path(path)
+    return _object_node(str(found)) if buckets.is_bucket(found) else _node(str(found), frozenset())
 
 
 def _node(path: str, above: frozenset[tuple[int, int]]) -> Node:
@@ -55,6 +57,27 @@ def _read(path: str, above: frozenset[tuple[int, int]]) -> Contents:
                 folders[name] = _node(entry.path, above)
         else:
             left_out.add(NO_IMAGE, _shown(entry))
+    return Contents(images, folders, left_out)
+
+
+def _object_node(path: str) -> Node:
+    return Node(printable(path), functools.partial(_read_bucket, path))
+
+
+def _read_bucket(path: str) -> Contents:
+    images: dict[str, Image] = {}
+    folders: dict[str, Node] = {}
+    left_out = LeftOut()
+    for name, size in sorted(buckets.contents(path).items()):
+        place, shown = f"{path}/{name}", printable(f"{path.rpartition('/')[2]}/{name}")
+        if is_hidden(name):
+            left_out.add(HIDDEN, shown)
+        elif size is None:
+            folders[name] = _object_node(place)
+        elif is_image(name):
+            images[name] = Image(place, 0, size)
+        else:
+            left_out.add(NO_IMAGE, shown)
     return Contents(images, folders, left_out)
 
 

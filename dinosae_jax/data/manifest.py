@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
+
+from etils import epath
 
 from dinosae_jax.runtime import files, untrusted
 
 MANIFEST = "manifest.json"
 
 
-def read_manifest(path: pathlib.Path, again: str = "the conversion") -> dict[str, Any]:
+def read_manifest(path: epath.Path, again: str = "the conversion") -> dict[str, Any]:
     """Reads a manifest file, which a stranger may have written.
 
     Raises:
@@ -25,7 +26,7 @@ def read_manifest(path: pathlib.Path, again: str = "the conversion") -> dict[str
     return untrusted.read_json(path, way_out)
 
 
-def check_form(folder: pathlib.Path, manifest: dict[str, Any], again: str) -> None:
+def check_form(folder: epath.Path, manifest: dict[str, Any], again: str) -> None:
     """Raises ValueError where a manifest lists no shards, or some outside its folder."""
     shards, names = manifest.get("shards"), manifest.get("label_names", [])
     way_out = f"run {again} again"
@@ -47,14 +48,14 @@ def _is_shard(entry: Any) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in fields.items())
 
 
-def is_whole(folder: pathlib.Path, shard: dict[str, Any]) -> bool:
+def is_whole(folder: epath.Path, shard: dict[str, Any]) -> bool:
     """Whether a shard exists and has the size that its manifest entry states."""
     path = folder / shard["name"]
-    return path.is_file() and path.stat().st_size == shard["bytes"]
+    return path.is_file() and files.size(path) == shard["bytes"]
 
 
 def check_shards(
-    folder: pathlib.Path,
+    folder: epath.Path,
     manifest: dict[str, Any],
     *,
     sha256: bool = False,

@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from dinosae_jax import rules
 from dinosae_jax.data import crops
 
 FILES = {
@@ -151,6 +152,7 @@ def prepare(data_dir: str | os.PathLike | None = None, config: str = "112") -> s
             f"the photo set comes at short side {sorted(TILES)}; got photos/{config}; "
             "take one of these"
         )
+    rules.require_local("data.data_dir of the embedded photos", str(data_dir or ""))
     root = pathlib.Path(data_dir or default_data_dir())
     final = root / "photos" / config / str(Photos.VERSION)
     if final.exists():

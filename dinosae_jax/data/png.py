@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
-import pathlib
 
 import numpy as np
+from etils import epath
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
+
+from dinosae_jax.runtime import files
 
 Picture = NDArray[np.uint8]  # [height, width, 3]
 
@@ -43,7 +44,7 @@ def decode_png(data: bytes) -> Picture:
         return np.asarray(image.convert("RGB"))
 
 
-def write_png(path: pathlib.Path, picture: ArrayLike, compress_level: int = 6) -> None:
+def write_png(path: epath.Path, picture: ArrayLike, compress_level: int = 6) -> None:
     """Writes a picture [h, w, c] as PNG; readers never see half a file.
 
     Args:
@@ -52,7 +53,6 @@ def write_png(path: pathlib.Path, picture: ArrayLike, compress_level: int = 6) -
       compress_level: of zlib, 0 to 9. 1 takes a sixth of the time of 6 for a photograph of 256
         pixels (6 ms instead of 37 ms), and 15% more bytes.
     """
-    partial = path.with_name(path.name + ".partial")
     image = Image.fromarray(np.ascontiguousarray(as_picture(picture)))
-    image.save(partial, format="PNG", compress_level=compress_level)
-    os.replace(partial, path)
+    with files.publishing(path) as partial:
+        image.save(partial, format="PNG", compress_level=compress_level)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dinosae_jax.data.pixels import AS_THEY_ARE
+from dinosae_jax.runtime import buckets, files
 
 LARGEST_BAD_PART = 0.01  # of the images may be unreadable, then reading stops
 
@@ -77,9 +78,17 @@ class FileRecords:
         return len(self.names)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        with open(self.files[self.file_of[index]], "rb") as file:
-            file.seek(self.offsets[index])
-            return file.read(self.sizes[index]), int(self.labels[index])
+        place = (int(self.offsets[index]), int(self.sizes[index]))
+        file = self.files[self.file_of[index]]
+        try:
+            return files.read_range(file, *place), int(self.labels[index])
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or not buckets.is_bucket(file):
+                raise
+            # No damage: a run that passed over the image would not be the same again.
+            raise ValueError(
+                f"the bucket of the images must answer; got {error}; run the same command again"
+            ) from error
 
     def name(self, index: int) -> str:
         return self.names[index]

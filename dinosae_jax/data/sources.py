@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import os
-import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from etils import epath
 
 from dinosae_jax import rules
 from dinosae_jax.data import folder_tree, tar_tree, tree
@@ -23,7 +22,7 @@ from dinosae_jax.data.records import (
     fingerprint_of,
 )
 from dinosae_jax.data.tree import EXTENSIONS, SPLIT_NAMES
-from dinosae_jax.runtime import console
+from dinosae_jax.runtime import buckets, console, files, snapshots
 
 SYNSETS = (
     "put each image into a folder of its class, or convert the set with configs/convert_images.py "
@@ -76,7 +75,7 @@ def open_folder(path: str | os.PathLike) -> Records:
             f"a folder of images must hold images that end in {' '.join(sorted(EXTENSIONS))}; got "
             f"{root.place} with none{f'; left out: {left_out}' if left_out else ''}; check the path"
         )
-    records = _file_records(found, (pathlib.Path(path).resolve().name,), (), "")
+    records = _file_records(found, (files.absolute(files.path(path)).name,), (), "")
     _report(root.place, records, left_out)
     return records
 
@@ -109,7 +108,7 @@ def with_synsets(records: Records, path: str | os.PathLike) -> Records:
             f"them; got another one, because {reason}; leave eval_synsets empty, or give both "
             "splits"
         )
-    names = pathlib.Path(path).read_text().split()
+    names = files.path(path).read_text().split()
     if len(names) != len(records):
         raise ValueError(
             f"a list of synsets names the class of each image in a line; got {len(names)} names "
@@ -147,7 +146,7 @@ def _report(title: str, records: Records, left_out: tree.LeftOut) -> None:
 
 def _open(source: str, split: str, data_dir: str | None) -> tuple[Records, bool, tree.LeftOut]:
     """The records of a split and True, or of a whole set that has no splits and False."""
-    rules.require_local("an image source", source)
+    rules.check_url("an image source", source)
     kind, _, place = source.partition(":")
     if source.startswith("photos/"):
         from dinosae_jax.data import photos
@@ -162,7 +161,7 @@ def _open(source: str, split: str, data_dir: str | None) -> tuple[Records, bool,
         root = tree.unwrap(folder_tree.open_folder(place))
         return _open_tree(tree.find_split(root, split))
     if kind == "array_record" and place:
-        return *_open_archive(pathlib.Path(place), split), tree.LeftOut()
+        return *_open_archive(files.path(place), split), tree.LeftOut()
     raise ValueError(
         "an image source is 'photos/112', 'tfds:NAME', 'folder:PATH', 'tar:PATTERN' or "
         f"'array_record:PATH'; got {source!r}; name one of these"
@@ -237,7 +236,7 @@ def _file_records(
 def _tar_part(pattern: str, split: str) -> tree.Part:
     """The split of some tar files, which {split} in their pattern or folders in them tell."""
     if "{split}" not in pattern:
-        tars = _matching(pattern)
+        tars = files.matching(pattern)
         if not tars:
             raise ValueError(
                 f"a tar source must name tar files; got {pattern}, which matches nothing; check "
@@ -257,7 +256,7 @@ def _tar_part(pattern: str, split: str) -> tree.Part:
 def _split_tars(pattern: str, split: str) -> tree.Node | None:
     """The tree of the tars of a split, below a folder of the split's name where they have one."""
     for name in SPLIT_NAMES[split]:
-        tars = _matching(pattern.replace("{split}", name))
+        tars = files.matching(pattern.replace("{split}", name))
         if tars:
             start = os.path.basename(pattern).partition("*")[0]
             shared = start.replace("{split}", name) if "{split}" in start else ""
@@ -265,10 +264,6 @@ def _split_tars(pattern: str, split: str) -> tree.Node | None:
             alone = len(root.contents.folders) == 1 and not root.contents.images
             return (tree.split_folder(root, split) if alone else None) or root
     return None
-
-
-def _matching(pattern: str) -> list[str]:
-    return [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
 
 
 def _open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords, bool]:
@@ -283,7 +278,7 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords
         )
 
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
+        builder = tfds.builder(name, data_dir=_tfds_folder(name, data_dir))
     except Exception as error:  # tensorflow-datasets has no common class for these
         raise refusal(f"is not known ({_first_line(error)})") from error
     info = builder.info
@@ -313,11 +308,19 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> tuple[TfdsRecords
     return TfdsRecords(source, tuple(labels), fingerprint_of(parts), title), has_splits
 
 
+def _tfds_folder(name: str, data_dir: str | None) -> str | None:
+    """The folder of tensorflow-datasets; one in a bucket as a copy of the set alone."""
+    if not data_dir or not buckets.is_bucket(data_dir):
+        return data_dir
+    title = name.partition("/")[0].partition(":")[0]
+    return str(snapshots.local(files.path(data_dir) / title).parent)
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _open_archive(root: pathlib.Path, split: str) -> tuple[ArchiveRecords, bool]:
+def _open_archive(root: epath.Path, split: str) -> tuple[ArchiveRecords, bool]:
     """An archive whose shards all have the sizes that its manifest states."""
     import grain
 
@@ -333,7 +336,8 @@ def _open_archive(root: pathlib.Path, split: str) -> tuple[ArchiveRecords, bool]
             unlabelled = f"{folder} has classes that training has not, the first {unknown[0]}"
         else:
             numbers = np.asarray([training.index(name) for name in names], np.int64)
-    paths = [str(folder / shard["name"]) for shard in manifest["shards"]]
+    here = snapshots.local(folder, [shard["name"] for shard in manifest["shards"]])
+    paths = [str(here / shard["name"]) for shard in manifest["shards"]]
     parts = [(shard["name"], shard["sha256"]) for shard in manifest["shards"]]
     records = ArchiveRecords(
         source=grain.sources.ArrayRecordDataSource(paths),
@@ -347,13 +351,13 @@ def _open_archive(root: pathlib.Path, split: str) -> tuple[ArchiveRecords, bool]
     return records, has_splits
 
 
-def _archive_folder(root: pathlib.Path, split: str) -> tuple[pathlib.Path, bool]:
+def _archive_folder(root: epath.Path, split: str) -> tuple[epath.Path, bool]:
     """The folder of a split of an archive and True, or the archive itself and False."""
     try:
-        folders = {entry.name for entry in os.scandir(root) if entry.is_dir()}
+        folders = set(files.folders_in(root))
     except OSError as error:
         raise ValueError(
-            f"an archive must be readable; got {root} ({error.strerror}); check the path"
+            f"an archive must be readable; got {root} ({error.strerror or error}); check the path"
         ) from error
     if (root / MANIFEST).exists() or not folders & tree.EVERY_SPLIT:
         return root, False

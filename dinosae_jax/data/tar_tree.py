@@ -23,6 +23,7 @@ from dinosae_jax.data.tree import (
     is_image,
     printable,
 )
+from dinosae_jax.runtime import files
 
 LINK = "links or sparse files in a tar"
 TWICE = "replaced by a later member of that name"
@@ -98,7 +99,7 @@ def _add(root: _Folder, top: Sequence[str], member: _Member, number: int, path: 
 def _members(path: str) -> Iterator[_Member]:
     """The files of a tar and of the tars in it, in their order."""
     try:
-        with open(path, "rb") as file:
+        with files.path(path).open("rb") as file:
             yield from _members_of(file, [], "", 0)
     except (OSError, tarfile.TarError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

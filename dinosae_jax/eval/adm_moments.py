@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 import numpy as np
+from etils import epath
 from numpy.typing import NDArray
 
 from dinosae_jax import names
@@ -34,7 +34,7 @@ MOMENTS = {"pool3": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 ROUNDING = 1e-4  # of the largest number of a covariance: symmetry and sign may be off by this
 
 
-def read_moments(path: pathlib.Path, tap: str, answer: Recipe | None = None) -> Statistics | None:
+def read_moments(path: epath.Path, tap: str, answer: Recipe | None = None) -> Statistics | None:
     """Reads the moments that a reference stores for one tap.
 
     A file says how its moments were made by a member `recipe`, or by being one of `PUBLISHED`.
@@ -80,13 +80,13 @@ def read_moments(path: pathlib.Path, tap: str, answer: Recipe | None = None) -> 
     return Statistics(recipe.count, mean, covariance * (recipe.count - 1), recipe)
 
 
-def is_published(path: pathlib.Path) -> bool:
+def is_published(path: epath.Path) -> bool:
     """Whether a file is one of ADM's references of ImageNet, by its sha256."""
-    wanted = PUBLISHED.get(path.stat().st_size)
+    wanted = PUBLISHED.get(files.size(path))
     return wanted is not None and files.file_sha256(path) == wanted
 
 
-def check_covariance(path: pathlib.Path, covariance: NDArray[np.float64]) -> None:
+def check_covariance(path: epath.Path, covariance: NDArray[np.float64]) -> None:
     """Checks that a matrix [d, d] of a file is symmetric and has no negative eigenvalue.
 
     Raises:
@@ -104,7 +104,7 @@ def check_covariance(path: pathlib.Path, covariance: NDArray[np.float64]) -> Non
 
 
 def _members(
-    path: pathlib.Path, wanted: tuple[str, str]
+    path: epath.Path, wanted: tuple[str, str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Recipe | None] | None:
     """Mean, covariance and the file's own recipe; None where it has neither of the two."""
     with adm_npz.open_members(path) as archive:

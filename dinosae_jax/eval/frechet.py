@@ -8,14 +8,15 @@ own.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import warnings
 
 import numpy as np
+from etils import epath
 from numpy.typing import ArrayLike, NDArray
 
 from dinosae_jax.data import adm_npz
 from dinosae_jax.eval.recipe import Recipe, check_comparable, check_features, check_pair
+from dinosae_jax.runtime import files
 
 Float64 = NDArray[np.float64]
 
@@ -125,18 +126,19 @@ def frechet_distance_of_few(first: ArrayLike, second: ArrayLike) -> float:
     )
 
 
-def write_statistics(path: pathlib.Path, moments: Statistics) -> None:
+def write_statistics(path: epath.Path, moments: Statistics) -> None:
     """Writes moments and their recipe as .npz."""
-    np.savez(
-        path,
-        mean=moments.mean,
-        scatter=moments.scatter,
-        count=moments.count,
-        recipe=moments.recipe.to_json(),
-    )
+    with files.publishing(path) as partial:
+        np.savez(
+            partial,
+            mean=moments.mean,
+            scatter=moments.scatter,
+            count=moments.count,
+            recipe=moments.recipe.to_json(),
+        )
 
 
-def read_statistics(path: pathlib.Path) -> Statistics:
+def read_statistics(path: epath.Path) -> Statistics:
     """Reads what `write_statistics` wrote.
 
     Raises:
@@ -156,7 +158,7 @@ def read_statistics(path: pathlib.Path) -> Statistics:
         return Statistics(int(archive["count"]), mean, scatter, recipe)
 
 
-def check_moments(path: pathlib.Path, mean: Float64, scatter: Float64) -> None:
+def check_moments(path: epath.Path, mean: Float64, scatter: Float64) -> None:
     """Raises ValueError unless mean [d] and scatter or covariance [d, d] fit and are finite."""
     if mean.ndim != 1 or scatter.shape != (len(mean), len(mean)):
         raise ValueError(

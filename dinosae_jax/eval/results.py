@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from etils import epath
 
 from dinosae_jax.runtime import files
 
@@ -49,7 +50,7 @@ class Result:
     reference_count: int = 0
 
 
-def write(folder: pathlib.Path, about: Mapping[str, Any], results: Sequence[Result]) -> str:
+def write(folder: epath.Path, about: Mapping[str, Any], results: Sequence[Result]) -> str:
     """Writes results.json and results.md.
 
     Args:

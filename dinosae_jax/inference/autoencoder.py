@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import math
-import pathlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from numpy.typing import ArrayLike, NDArray
 
 from dinosae_jax import encoders
@@ -79,7 +80,7 @@ class Autoencoder:
     @classmethod
     def load(
         cls,
-        directory: str | pathlib.Path,
+        directory: str | os.PathLike,
         dtype: str = "auto",
         pixel_range: str = "",
         mesh: jax.sharding.Mesh | None = None,
@@ -256,7 +257,7 @@ def random_source(model: Mapping[str, Any], seed: int) -> weight_source.WeightSo
             "All networks are randomly initialised (random_frozen_ok names them): the "
             "reconstructions show that the machinery works and nothing else."
         ],
-        pathlib.Path("random"),
+        epath.Path("random"),
     )
 
 

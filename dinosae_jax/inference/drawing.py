@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax import config as config_lib
 from dinosae_jax.data import adm_npz, png
@@ -33,7 +33,7 @@ BALANCED_EACH = 50  # images per class, the usual 50,000 of ImageNet
 CONTINUABLE = ("batch_per_device", "chunk", "compile_cache")
 
 
-def draw_series(config: ml_collections.ConfigDict, folder: pathlib.Path) -> Sequence[str]:
+def draw_series(config: ml_collections.ConfigDict, folder: epath.Path) -> Sequence[str]:
     """Draws what the config describes; finished chunks are kept. Returns the classes' names.
 
     Args:
@@ -66,7 +66,7 @@ def _draw_held(
     config: ml_collections.ConfigDict,
     labels: np.ndarray,
     settings: dict[str, Any],
-    folder: pathlib.Path,
+    folder: epath.Path,
 ) -> None:
     claim(folder, config, generator)
     for note in generator.notes:
@@ -138,7 +138,7 @@ def choose_labels(labels: str, count: int, num_classes: int, seed: int) -> np.nd
     return np.resize(natural, count or len(natural))
 
 
-def claim(folder: pathlib.Path, config: ml_collections.ConfigDict, generator: Generator) -> None:
+def claim(folder: epath.Path, config: ml_collections.ConfigDict, generator: Generator) -> None:
     """Writes the config and the weights' checksums, or compares them with those in the folder.
 
     Raises:
@@ -172,7 +172,7 @@ def draw_chunks(
     generator: Generator,
     config: ml_collections.ConfigDict,
     labels: np.ndarray,
-    folder: pathlib.Path,
+    folder: epath.Path,
 ) -> None:
     """Draws the images that are missing; a chunk is written while the next one is drawn."""
     start = first = first_missing(folder, len(labels), config.chunk)
@@ -198,7 +198,7 @@ def draw_chunks(
         writing.result()
 
 
-def first_missing(folder: pathlib.Path, count: int, chunk: int) -> int:
+def first_missing(folder: epath.Path, count: int, chunk: int) -> int:
     """Index of the first image that has to be drawn; the first process's files decide."""
     start = 0
     while start < count and chunk_path(folder, start).exists():
@@ -210,18 +210,18 @@ def first_missing(folder: pathlib.Path, count: int, chunk: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(start)))
 
 
-def chunk_path(folder: pathlib.Path, start: int) -> pathlib.Path:
+def chunk_path(folder: epath.Path, start: int) -> epath.Path:
     """The file of the chunk that begins with image `start`."""
     return folder / "chunks" / f"{start:07d}.npy"
 
 
-def _write(folder: pathlib.Path, start: int, images: np.ndarray, png_files: bool) -> None:
+def _write(folder: epath.Path, start: int, images: np.ndarray, png_files: bool) -> None:
     if png_files:
         write_pngs(folder / "images", start, images)
     write_chunk(folder, start, images)
 
 
-def write_pngs(folder: pathlib.Path, start: int, images: np.ndarray) -> None:
+def write_pngs(folder: epath.Path, start: int, images: np.ndarray) -> None:
     """Writes uint8 images [b, h, w, 3] as PNG files numbered from `start`, on all cores."""
     folder.mkdir(exist_ok=True)
 
@@ -232,22 +232,24 @@ def write_pngs(folder: pathlib.Path, start: int, images: np.ndarray) -> None:
         list(pool.map(write, range(len(images))))
 
 
-def write_chunk(folder: pathlib.Path, start: int, images: np.ndarray) -> None:
+def write_chunk(folder: epath.Path, start: int, images: np.ndarray) -> None:
     """Writes uint8 images [b, h, w, 3] as one file, which marks them as complete."""
     (folder / "chunks").mkdir(exist_ok=True)
     path = chunk_path(folder, start)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, images)
-    partial.replace(path)
+    with files.publishing(path) as partial:
+        np.save(partial, images)
 
 
-def finish(folder: pathlib.Path, labels: np.ndarray, chunk: int) -> None:
+def finish(folder: epath.Path, labels: np.ndarray, chunk: int) -> None:
     """Writes samples.npz and labels.npy from the chunks, then removes the chunks."""
     paths = [chunk_path(folder, start) for start in range(0, len(labels), chunk)]
-    adm_npz.write_images(folder / "samples.npz", (np.load(path) for path in paths), len(labels))
-    np.save(folder / "labels.npy", labels)
+    adm_npz.write_images(folder / "samples.npz", map(_load, paths), len(labels))
+    with files.publishing(folder / "labels.npy") as partial:
+        np.save(partial, labels)
     files.write_json(folder / "DONE", {"images": len(labels)})
-    for path in paths:
-        path.unlink()
-    (folder / "chunks").rmdir()
+    (folder / "chunks").rmtree()
+
+
+def _load(path: epath.Path) -> np.ndarray:
+    with path.open("rb") as file:
+        return np.load(file)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import pathlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,10 +90,10 @@ class Generator:
     @classmethod
     def load(
         cls,
-        directory: str | pathlib.Path,
+        directory: str | os.PathLike,
         dtype: str = "auto",
         mesh: jax.sharding.Mesh | None = None,
-        autoencoder: str | pathlib.Path = "",
+        autoencoder: str | os.PathLike = "",
     ) -> Generator:
         """Reads a flow's workdir (its newest checkpoint), a checkpoint, an export or a conversion.
 

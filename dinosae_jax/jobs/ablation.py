@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import functools
 import json
-import pathlib
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax import rules
 from dinosae_jax.data import png
@@ -30,7 +30,7 @@ from dinosae_jax.train import stages
 from dinosae_jax.weights import weight_source
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Runs every arm with every seed, then writes the comparison.
 
     Args:
@@ -80,7 +80,7 @@ def arm_config(config: ml_collections.ConfigDict, arm: str, seed: int) -> ml_col
 
 
 def write_comparison(
-    folder: pathlib.Path, arms: tuple[str, ...], seeds: tuple[int, ...], metrics: tuple[str, ...]
+    folder: epath.Path, arms: tuple[str, ...], seeds: tuple[int, ...], metrics: tuple[str, ...]
 ) -> str:
     """Writes results.json, table.md and curves.png from the runs' metrics, and prints the table.
 
@@ -113,7 +113,7 @@ def write_comparison(
     return table
 
 
-def _evaluations(path: pathlib.Path) -> list[dict[str, float]]:
+def _evaluations(path: epath.Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if any(name.startswith("eval/") for name in line)]
 
@@ -122,7 +122,7 @@ AFFINE_SPREAD = 0.5
 
 
 def train_autoencoder(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, stop: stopping.StopRequest
+    config: ml_collections.ConfigDict, folder: epath.Path, stop: stopping.StopRequest
 ) -> str:
     """Trains the autoencoder of all arms, unless that is done; returns its workdir.
 
@@ -148,7 +148,7 @@ def train_autoencoder(
 
 
 def compare(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, stop: stopping.StopRequest
+    config: ml_collections.ConfigDict, folder: epath.Path, stop: stopping.StopRequest
 ) -> str:
     """Computes the scores that are not in scores.json, and writes tables and a figure.
 

@@ -10,7 +10,6 @@ end of a group); the result is the median group's.
 from __future__ import annotations
 
 import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax.eval import frechet, precision_recall
 from dinosae_jax.eval.recipe import Recipe
@@ -25,7 +25,7 @@ from dinosae_jax.perf import flow_speed, loader_speed, overhead, step_speed
 from dinosae_jax.runtime import console, files, hardware
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Measures the steps in `chain`, a run's overhead, data loading, sampling and metrics.
 
     Args:
@@ -66,7 +66,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         files.write_json(folder / "bench.json", result)
 
 
-def measure_run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
+def measure_run(config: ml_collections.ConfigDict, folder: epath.Path) -> dict[str, float]:
     """Runs `overhead.measure_overhead`, on synthetic JPEGs where the stage names no source."""
     if not config.stage.data.source:
         images_folder = loader_speed.write_jpegs(folder.parent / "jpegs", config.jpegs)

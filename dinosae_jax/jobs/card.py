@@ -12,7 +12,6 @@ import datetime
 import json
 import multiprocessing
 import os
-import pathlib
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 
 from dinosae_jax.eval.protocols import provenance
 from dinosae_jax.perf import card_rows, cards
@@ -31,7 +31,7 @@ SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 ALONE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Measures the rows that are missing, until the time is up.
 
     Args:
@@ -64,7 +64,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         _keep(folder, [records[row] for row in config.card.rows if row in records])
         _say(_describe(records[name]))
     if config.card.ledger:
-        cards.enter(pathlib.Path(config.card.ledger), list(records.values()))
+        cards.enter(files.path(config.card.ledger), list(records.values()))
 
 
 def _say(text: str) -> None:
@@ -72,7 +72,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _keep(folder: pathlib.Path, rows: list[cards.Record]) -> None:
+def _keep(folder: epath.Path, rows: list[cards.Record]) -> None:
     files.write_json(folder / "card.json", rows)
     files.write_text(folder / "card.md", cards.table(rows))
 
@@ -89,7 +89,7 @@ def _check_card(config: ml_collections.ConfigDict, machine: cards.Record) -> Non
 
 
 def _measured_before(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, about: dict[str, Any]
+    config: ml_collections.ConfigDict, folder: epath.Path, about: dict[str, Any]
 ) -> dict[str, cards.Record]:
     """The rows that this commit measured on this card, by name."""
     path = folder / "card.json"
@@ -103,7 +103,7 @@ def _measured_before(
 
 
 def _compile_ahead(
-    rows: list[str], config: ml_collections.ConfigDict, folder: pathlib.Path, deadline: float
+    rows: list[str], config: ml_collections.ConfigDict, folder: epath.Path, deadline: float
 ) -> None:
     """Compiles the steps into the cache, `compilers` at a time, in half of the time at most."""
     waiting = [name for name in rows if name in config.stages] if config.card.compilers > 1 else []
@@ -119,7 +119,7 @@ def _compile_ahead(
 
 
 def _measure(
-    name: str, config: ml_collections.ConfigDict, folder: pathlib.Path, seconds: float
+    name: str, config: ml_collections.ConfigDict, folder: epath.Path, seconds: float
 ) -> cards.Record:
     """One row by a process that may take so long: its lines, or what went wrong."""
     path = folder / "rows" / f"{name}.json"
@@ -157,7 +157,7 @@ def _end(child: Any) -> None:
     child.join()
 
 
-def _child(name: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def _child(name: str, config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """What a process does: measures one row and writes its file."""
     _keep_programs(folder)
     rows: dict[str, Callable[..., Any]] = {"machine": card_rows.machine, **card_rows.ROWS}
@@ -171,12 +171,12 @@ def _child(name: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -
     files.write_json(folder / "rows" / f"{name}.json", result)
 
 
-def _compile(name: str, config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def _compile(name: str, config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     _keep_programs(folder)
     card_rows.compile_ahead(name, config)
 
 
-def _keep_programs(folder: pathlib.Path) -> None:
+def _keep_programs(folder: epath.Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

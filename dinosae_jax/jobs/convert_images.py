@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import ml_collections
+from etils import epath
 
 from dinosae_jax.data import archive
 from dinosae_jax.runtime import console
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Writes each split to workdir/SPLIT; intact shards are kept.
 
     Args:

@@ -9,7 +9,6 @@ own shards on its own devices; all must see the workdir.
 from __future__ import annotations
 
 import functools
-import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+from etils import epath
 from jax.experimental import multihost_utils
 
 from dinosae_jax import names
@@ -32,7 +32,7 @@ from dinosae_jax.weights import role_files
 SPLITS = ("train", "eval")
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Writes the missing shards of both splits.
 
     Args:
@@ -94,7 +94,7 @@ def write_split(
     autoencoder: Autoencoder,
     source: images.ImageSource,
     plan: dict[str, Any],
-    folder: pathlib.Path,
+    folder: epath.Path,
     stop: stopping.StopRequest,
 ) -> None:
     """Encodes the missing shards, then writes the manifest."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import pathlib
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 
 from dinosae_jax import config as config_lib
 from dinosae_jax import names, rules
@@ -23,7 +23,7 @@ from dinosae_jax.data import adm_npz
 from dinosae_jax.eval import features, results
 from dinosae_jax.eval.protocols import generated, inputs, provenance, reconstructions
 from dinosae_jax.eval.protocols.inputs import Subject
-from dinosae_jax.eval.protocols.references import check_file
+from dinosae_jax.eval.protocols.references import local_npz
 from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.runtime import console, precision, sharding
 from dinosae_jax.weights import weight_source
@@ -41,7 +41,7 @@ SAMPLE_METRICS = (
 METRICS = (*IMAGE_METRICS, *SAMPLE_METRICS, "interpolated_frechet")
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Measures what the config names and writes the results.
 
     Args:
@@ -83,8 +83,7 @@ def open_subject(config: ml_collections.ConfigDict) -> Subject:
             "out (`encoder` names the weights for features)"
         )
     if config.samples:
-        path = pathlib.Path(config.samples)
-        check_file("samples", path)
+        path = local_npz("samples", config.samples)
         return Subject("samples", path.name, None, None, adm_npz.open_archive(path))
     source = inputs.open_weights(config)
     name = config.init_from or "random"

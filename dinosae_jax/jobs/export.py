@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import ml_collections
+from etils import epath
 
 from dinosae_jax import licences
 from dinosae_jax.eval.protocols import inputs
 from dinosae_jax.inference import autoencoder, published
 from dinosae_jax.names import AUTOENCODER_ROLES
-from dinosae_jax.runtime import console, lease
+from dinosae_jax.runtime import console, files, lease
 from dinosae_jax.weights import weight_source
 
 # The roles in an export, where the run has them; discriminator and optimizers are left out.
 EXPORTED = (*AUTOENCODER_ROLES, "dit")
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Writes the export of `config.init_from` into the folder, which `Autoencoder.load` reads.
 
     Args:
@@ -41,5 +40,5 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         console.report(f"{config.name}: {note}")
     for role, entry in source.weights.items():
         console.report(f"{config.name}: {licences.sentence(role, entry)}")
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.name != lease.FILE)
+    size = sum(files.size(file) for file in folder.iterdir() if file.name != lease.FILE)
     console.report(f"{config.name}: wrote {', '.join(roles)} to {folder} ({size / 1e6:,.1f} MB)")

@@ -5,18 +5,18 @@ Costs are estimates from formulas alone; nothing is trained or compiled.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 
 import jax
 import ml_collections
+from etils import epath
 
 from dinosae_jax import config as config_lib
 from dinosae_jax.runtime import console, files, hardware
 from dinosae_jax.train import step_flops
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Writes both tables to workdir/paper.md.
 
     Args:

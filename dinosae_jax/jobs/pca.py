@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax.data import images, png
 from dinosae_jax.eval.protocols import inputs, provenance
@@ -16,7 +15,7 @@ from dinosae_jax.report import pca
 from dinosae_jax.runtime import console
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Draws the figure.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pathlib
 import re
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 
 from dinosae_jax import encoders, names
 from dinosae_jax.perf import collectives, dtypes, hlo, prediction, programs, targets
@@ -34,7 +34,7 @@ COSTS = [*KEY, "TFLOP", "state", "aliased", "frozen", "temporaries", "collective
 COSTS += ["largest copies", "CPU s to compile"]
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Plans `stages.<chain[0]>` on `target`.
 
     Args:
@@ -52,7 +52,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         files.write_json(folder / "plan.json", row)
         if config.ledger:
             row.pop("costliest", None)
-            enter(pathlib.Path(config.ledger), {**row, "command": command()})
+            enter(files.path(config.ledger), {**row, "command": command()})
 
 
 def plan(
@@ -224,7 +224,7 @@ def command() -> str:
     return " ".join(["python -m dinosae_jax.main", *kept])
 
 
-def enter(path: pathlib.Path, row: Row) -> None:
+def enter(path: epath.Path, row: Row) -> None:
     """Puts a row into the ledger in place of an earlier one of the same command.
 
     Args:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from etils import epath
 
 from dinosae_jax.data import images, loading
 from dinosae_jax.eval import probe, results
@@ -26,7 +26,7 @@ NETWORKS: dict[str, Callable[..., autoencoder_lib.EncoderOutput]] = {
 }
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Probes both networks on the classes of a data set.
 
     Args:

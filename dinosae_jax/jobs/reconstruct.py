@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 from numpy.typing import NDArray
 
 from dinosae_jax import names
@@ -55,7 +57,7 @@ class Survey(NamedTuple):
     skipped: list[dict[str, str]]
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Reconstructs the images of `config.images`; a second run writes everything again.
 
     Args:
@@ -90,10 +92,10 @@ def open_images(images: str, data_dir: str = "") -> Records:
     Raises:
       ValueError: where there are no images, or they cannot be read.
     """
-    if pathlib.Path(images).is_dir():
-        return sources.open_folder(images)
-    if images.startswith(SOURCE_KINDS):
+    if images.startswith(SOURCE_KINDS) and not os.path.isdir(images):
         return sources.open_records(images, "eval", data_dir=data_dir or None)
+    if files.path(images).is_dir():
+        return sources.open_folder(images)
     raise ValueError(
         f"images is a folder of images, or one of {', '.join(SOURCE_KINDS)}...; got {images!r}, "
         "which is not a folder; check the path"
@@ -181,7 +183,7 @@ def _measure(
     records: Records,
     survey: Survey,
     config: ml_collections.ConfigDict,
-    folder: pathlib.Path,
+    folder: epath.Path,
 ) -> list[Row]:
     """Reconstructs, measures and draws every usable image: rows in the order of the set."""
     rows: dict[int, Row] = {}
@@ -250,13 +252,13 @@ def _picture_name(records: Records, index: int) -> str:
     return f"images/{index:05d}_{plain[:80]}.png"
 
 
-def _write_picture(path: pathlib.Path, original: Image, shown: Image) -> None:
+def _write_picture(path: epath.Path, original: Image, shown: Image) -> None:
     if jax.process_index() == 0:
         png.write_png(path, pictures.side_by_side([original, shown]))
 
 
 def _finish(
-    folder: pathlib.Path,
+    folder: epath.Path,
     config: ml_collections.ConfigDict,
     model: Autoencoder,
     rows: list[Row],

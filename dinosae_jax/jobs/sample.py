@@ -5,21 +5,20 @@ The workdir holds what `inference.drawing` writes, and grid.png.
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax.data import adm_npz, png
 from dinosae_jax.inference import drawing
 from dinosae_jax.report import pictures
-from dinosae_jax.runtime import console
+from dinosae_jax.runtime import console, snapshots
 
 GRID_IMAGES, GRID_COLUMNS = 100, 10
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Draws what the config describes; finished chunks are kept.
 
     Args:
@@ -32,7 +31,9 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
     """
     label_names = drawing.draw_series(config, folder)
     if jax.process_index() == 0 and not (folder / "grid.png").exists():
-        first = next(adm_npz.open_archive(folder / "samples.npz").batches(GRID_IMAGES))
-        shown = [label_names[label] for label in np.load(folder / "labels.npy")[: len(first)]]
+        samples = adm_npz.open_archive(snapshots.local(folder / "samples.npz"))
+        first = next(samples.batches(GRID_IMAGES))
+        labels = np.load(snapshots.local(folder / "labels.npy"))[: len(first)]
+        shown = [label_names[label] for label in labels]
         png.write_png(folder / "grid.png", pictures.labelled_grid(first, shown, GRID_COLUMNS))
         console.report(f"{config.name}: wrote {folder / 'grid.png'}")

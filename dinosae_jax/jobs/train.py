@@ -6,10 +6,9 @@ notes.json and, when finished, DONE. A chain's workdir holds one folder per stag
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import ml_collections
+from etils import epath
 
 from dinosae_jax import rules
 from dinosae_jax.report import html_report
@@ -17,7 +16,7 @@ from dinosae_jax.runtime import console, files, stopping
 from dinosae_jax.train import stages
 
 
-def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
+def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
     """Trains what the config describes; finished stages are skipped, interrupted stages resume.
 
     Args:
@@ -41,14 +40,14 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
         _report(folder)
 
 
-def _report(folder: pathlib.Path) -> None:
+def _report(folder: epath.Path) -> None:
     if jax.process_index() == 0:
         html_report.write_report(folder)
         console.report(f"The report is {folder / 'report.html'}")
 
 
 def _run_chain(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, stop: stopping.StopRequest
+    config: ml_collections.ConfigDict, folder: epath.Path, stop: stopping.StopRequest
 ) -> None:
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from typing import Any
+
+from etils import epath
 
 from dinosae_jax import names
 from dinosae_jax.runtime import files
@@ -42,7 +43,7 @@ minutes; its numbers mean nothing: do not enter them.
 """
 
 
-def enter(path: pathlib.Path, records: list[Record]) -> None:
+def enter(path: epath.Path, records: list[Record]) -> None:
     """Puts measured rows into a JSON file, and writes the Markdown page of the same name.
 
     Args:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import pathlib
 import time
 from collections.abc import Callable
 
 import ml_collections
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from dinosae_jax.data import crops, images
@@ -50,7 +50,7 @@ def synthetic_jpeg() -> bytes:
     return buffer.getvalue()
 
 
-def write_jpegs(folder: pathlib.Path, count: int) -> pathlib.Path:
+def write_jpegs(folder: epath.Path, count: int) -> epath.Path:
     """Fills a folder with `count` synthetic JPEGs of one class for each split; returns it."""
     encoded = synthetic_jpeg()
     for split in ("train", "val"):

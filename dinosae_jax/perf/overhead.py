@@ -6,8 +6,6 @@ take turns in one process, so that a busy machine slows both; the median turn of
 
 from __future__ import annotations
 
-import pathlib
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,15 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+from etils import epath
 
 from dinosae_jax.data import loading
-from dinosae_jax.runtime import precision, sharding, stopping
+from dinosae_jax.runtime import files, precision, sharding, stopping
 from dinosae_jax.train import autoencoder_task, loop, state
 from dinosae_jax.train.task import Run, Task
 from dinosae_jax.weights import checkpoint
 
 
-def measure_overhead(config: ml_collections.ConfigDict, folder: pathlib.Path) -> dict[str, float]:
+def measure_overhead(config: ml_collections.ConfigDict, folder: epath.Path) -> dict[str, float]:
     """Times the loop of an autoencoder stage against its bare step.
 
     Args:
@@ -40,7 +39,7 @@ def measure_overhead(config: ml_collections.ConfigDict, folder: pathlib.Path) ->
     stage = precision.resolve_config(config.stage)
     stage.batch_size = config.batch_per_device * jax.device_count()
     mesh = sharding.make_mesh(stage.mesh.fsdp)
-    shutil.rmtree(folder, ignore_errors=True)
+    files.path(folder).rmtree(missing_ok=True)
     folder.mkdir(parents=True)
     task = autoencoder_task.prepare(stage, folder, mesh)
     bare, looped = [], []
@@ -94,7 +93,7 @@ def _loop(
     stage: ml_collections.ConfigDict,
     steps: int,
     manager: Any,
-    folder: pathlib.Path,
+    folder: epath.Path,
     mesh: jax.sharding.Mesh,
 ) -> tuple[float, state.TrainState]:
     """Seconds per step of the loop, and the state after it.

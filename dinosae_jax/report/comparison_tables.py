@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax.data import png
 from dinosae_jax.eval import features
@@ -73,7 +73,7 @@ def tables(
 
 def write_pictures(
     config: ml_collections.ConfigDict,
-    folder: pathlib.Path,
+    folder: epath.Path,
     scores: dict[str, comparison.Score],
     title: str,
 ) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ def robustness_png(rows: list[Row]) -> bytes:
     return _png(figure)
 
 
-def write_comparison(path: pathlib.Path, series: Mapping[str, Runs], names: Sequence[str]) -> None:
+def write_comparison(path: epath.Path, series: Mapping[str, Runs], names: Sequence[str]) -> None:
     """Draws a comparison: one panel per metric, one colour per arm, one thin line per seed.
 
     Args:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
-import pathlib
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from etils import epath
 from PIL import Image
 
 from dinosae_jax.data import png
 from dinosae_jax.report import curves, pictures
 from dinosae_jax.report.run_files import Run, Stage, last_value, metric_names, read_run
-from dinosae_jax.runtime.files import write_text
+from dinosae_jax.runtime import files
 
 PAGE_WIDTH = 1120
 KID = "eval/kid_encoder"
@@ -66,7 +68,7 @@ a { color: var(--mark); }
 """
 
 
-def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
+def write_report(workdir: str | os.PathLike) -> epath.Path:
     """Writes report.html and curves.png from the files that a run has left so far.
 
     Args:
@@ -80,7 +82,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     Raises:
       ValueError: the workdir does not exist.
     """
-    folder = pathlib.Path(workdir)
+    folder = files.path(workdir)
     run = read_run(folder)
     drawn = {stage.name: _stage_curves(stage) for stage in run.stages}
     if run.is_chain:
@@ -96,7 +98,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         drawn_spheres = [stage for stage in run.stages if stage.picture("sphere.png")]
         _combine_pictures(folder, drawn_spheres[-1:], "sphere.png", ": norms and directions")
         _combine_metrics(folder, run.stages)
-    write_text(folder / "report.html", render(run, drawn))
+    files.write_text(folder / "report.html", render(run, drawn))
     return folder / "report.html"
 
 
@@ -212,7 +214,7 @@ def _picture(stage: Stage, name: str, caption: str) -> str:
     path = stage.picture(name)
     if path is None:
         return ""
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
         width = image.width
     shown = min(LARGEST_MAGNIFICATION * width, PAGE_WIDTH)
     psnr = last_value(stage.metrics, "eval/psnr")
@@ -244,9 +246,7 @@ def _values(title: str, rows: list[dict[str, Any]], prefix: str) -> str:
 # -------------------------------------------------------------------- combined files of a chain
 
 
-def _combine_pictures(
-    folder: pathlib.Path, stages: Sequence[Stage], name: str, caption: str
-) -> None:
+def _combine_pictures(folder: epath.Path, stages: Sequence[Stage], name: str, caption: str) -> None:
     paths = [(stage.name, stage.picture(name)) for stage in stages]
     blocks = [
         pictures.captioned(png.decode_png(path.read_bytes()), f"{stage}{caption}")
@@ -261,8 +261,8 @@ def _stage_curves(stage: Stage) -> bytes | None:
     """The stage's curves.png, redrawn only where its data are newer: drawing takes a second."""
     path = stage.folder / "curves.png"
     sources = [stage.folder / name for name in ("metrics.jsonl", "baselines.json")]
-    changed = max((file.stat().st_mtime for file in sources if file.is_file()), default=0.0)
-    if path.is_file() and path.stat().st_mtime > changed:
+    changed = max((files.modified(file) for file in sources if file.is_file()), default=0.0)
+    if path.is_file() and files.modified(path) > changed:
         return path.read_bytes()
     drawn = curves.curves_png(stage)
     if drawn:
@@ -270,7 +270,7 @@ def _stage_curves(stage: Stage) -> bytes | None:
     return drawn
 
 
-def _combine_curves(folder: pathlib.Path, drawn: dict[str, bytes | None]) -> None:
+def _combine_curves(folder: epath.Path, drawn: dict[str, bytes | None]) -> None:
     panels = [
         pictures.captioned(png.decode_png(data), name, size=22)
         for name, data in drawn.items()
@@ -280,9 +280,9 @@ def _combine_curves(folder: pathlib.Path, drawn: dict[str, bytes | None]) -> Non
         png.write_png(folder / "curves.png", pictures.stack(panels))
 
 
-def _combine_metrics(folder: pathlib.Path, stages: Sequence[Stage]) -> None:
+def _combine_metrics(folder: epath.Path, stages: Sequence[Stage]) -> None:
     rows = [{"stage": stage.name, **row} for stage in stages for row in stage.metrics]
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    files.write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ------------------------------------------------------------------------------------ HTML pieces

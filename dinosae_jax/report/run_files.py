@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pathlib
 from typing import Any
+
+from etils import epath
+
+from dinosae_jax.runtime import files
 
 Row = dict[str, Any]
 
@@ -30,7 +33,7 @@ class Stage:
     """
 
     name: str
-    folder: pathlib.Path
+    folder: epath.Path
     config: Row
     metrics: list[Row]
     timing: list[Row]
@@ -50,7 +53,7 @@ class Stage:
         """The last step in any file."""
         return max(row.get("step", 0) for row in [*self.metrics, *self.timing, self.done])
 
-    def picture(self, name: str) -> pathlib.Path | None:
+    def picture(self, name: str) -> epath.Path | None:
         """The path of a picture of that file name, or None where it does not exist."""
         path = self.folder / name
         return path if path.is_file() else None
@@ -66,7 +69,7 @@ class Run:
     is_chain: bool
 
 
-def read_run(workdir: pathlib.Path) -> Run:
+def read_run(workdir: epath.Path) -> Run:
     """Reads a stage's or a chain's workdir.
 
     Raises:
@@ -77,7 +80,7 @@ def read_run(workdir: pathlib.Path) -> Run:
             f"a report needs the workdir of a run; got {workdir}, which does not exist; check the "
             "path"
         )
-    name = workdir.resolve().name
+    name = files.absolute(workdir).name
     chain = _json(workdir / "chain.json", {})
     if not chain:
         stage = read_stage(workdir)
@@ -86,11 +89,11 @@ def read_run(workdir: pathlib.Path) -> Run:
     return Run(name, stages, _merge_notes(_json(workdir / "notes.json", []), stages), is_chain=True)
 
 
-def read_stage(folder: pathlib.Path) -> Stage:
+def read_stage(folder: epath.Path) -> Stage:
     """Reads the files of one stage; files that do not exist yet read as empty."""
     parameters = folder / "parameters.txt"
     return Stage(
-        name=folder.resolve().name,
+        name=files.absolute(folder).name,
         folder=folder,
         config=_json(folder / "config.json", {}),
         metrics=_json_lines(folder / "metrics.jsonl"),
@@ -143,11 +146,11 @@ def _merge_notes(notes: list[str], stages: list[Stage]) -> list[str]:
     ]
 
 
-def _json(path: pathlib.Path, default: Any) -> Any:
+def _json(path: epath.Path, default: Any) -> Any:
     return json.loads(path.read_text() or "null") or default if path.is_file() else default
 
 
-def _json_lines(path: pathlib.Path) -> list[Row]:
+def _json_lines(path: epath.Path) -> list[Row]:
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:

@@ -12,6 +12,8 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
+from dinosae_jax.runtime import files
+
 # Environment variables by which a person or a cluster announces several processes.
 MANUAL = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_COUNT", "JAX_PROCESS_ID")
 COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
@@ -80,7 +82,7 @@ def keep_programs(compile_cache: str) -> None:
         name = f"cpu-{platform.node()}" if backend == "cpu" else backend
         compile_cache = str(caches / "dinosae_jax" / name)
     if compile_cache:
-        jax.config.update("jax_compilation_cache_dir", compile_cache)
+        jax.config.update("jax_compilation_cache_dir", str(files.path(compile_cache)))
 
 
 def spare_threads() -> None:

@@ -5,6 +5,9 @@ removes it at the end. A lease is stale where its process has ended (seen on the
 once), or where it was not touched for `STALE` seconds (seen from another machine, by the clock of
 the file system). A stale lease is taken over with a line. Of several processes of one run the first
 alone holds it.
+
+In a bucket every change of the lease is a conditional write, which fails where somebody else has
+changed it since it was read; a lease that was given back is the empty record `FREE`.
 """
 
 from __future__ import annotations
@@ -22,18 +25,21 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from dinosae_jax.runtime import agreement, console, distributed, terminal
+from etils import epath
+
+from dinosae_jax.runtime import agreement, buckets, console, distributed, files, terminal
 
 FILE = ".lease"
 HEARTBEAT = 5.0  # seconds
 STALE = 60.0  # seconds
+FREE = b"{}"  # in a bucket
 LOST = 3  # exit code of a run whose folder was taken over
 
 _held: set[str] = set()  # tokens of this process: a chain and its stage may be one folder
 
 
 @contextlib.contextmanager
-def hold(folder: pathlib.Path) -> Iterator[None]:
+def hold(folder: epath.Path) -> Iterator[None]:
     """Holds a folder, made if missing, for this run.
 
     Raises:
@@ -59,14 +65,20 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
         release(folder, token)
 
 
-def release(folder: pathlib.Path, token: str) -> None:
+def release(folder: epath.Path, token: str) -> None:
     """Removes a lease of this run; one that is somebody else's by now is left alone."""
+    path = folder / FILE
     with contextlib.suppress(OSError):
-        if _read(folder / FILE).get("token") == token:
-            (folder / FILE).unlink()
+        if not buckets.is_bucket(path):
+            if _read(path).get("token") == token:
+                path.unlink()
+            return
+        found, version = buckets.read_version(path)
+        if _parse(found).get("token") == token:
+            buckets.write_if(path, FREE, version)
 
 
-def _take(folder: pathlib.Path) -> str | None:
+def _take(folder: epath.Path) -> str | None:
     """The token of a new lease; None where this process holds the folder already."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
@@ -78,6 +90,8 @@ def _take(folder: pathlib.Path) -> str | None:
             age = _age(path)
         except FileNotFoundError:
             continue  # released in this moment
+        if owner.get("token") == token:
+            break  # a conditional write that succeeded, but whose answer was lost
         if owner.get("token") in _held:
             return None
         name = _name(owner)
@@ -113,9 +127,12 @@ def _owner(token: str) -> dict[str, Any]:
     }
 
 
-def _create(path: pathlib.Path, token: str) -> bool:
+def _create(path: epath.Path, token: str) -> bool:
     """Creates a lease, whole or not at all; False where there is one already."""
     owner = json.dumps(_owner(token))
+    if buckets.is_bucket(path):
+        found, version = buckets.read_version(path)
+        return found in (b"", FREE) and buckets.write_if(path, owner.encode(), version)
     partial = path.with_name(f"{FILE}.{token}")
     partial.write_text(owner)
     try:
@@ -124,7 +141,7 @@ def _create(path: pathlib.Path, token: str) -> bool:
         return False
     except OSError:  # a file system without links
         try:
-            with path.open("x") as file:
+            with open(path, "x") as file:
                 file.write(owner)
         except FileExistsError:
             return False
@@ -133,12 +150,16 @@ def _create(path: pathlib.Path, token: str) -> bool:
     return True
 
 
-def _take_over(path: pathlib.Path, owner: dict[str, Any], token: str) -> bool:
+def _take_over(path: epath.Path, owner: dict[str, Any], token: str) -> bool:
     """Replaces the stale lease of `owner` by ours; False where somebody else was quicker.
 
     Only who has created the file `.lease.after.<token of the owner>` may replace that owner's
     lease, and looks once more that it is still there: of many that found it stale one goes on.
     """
+    if buckets.is_bucket(path):
+        found, version = buckets.read_version(path)
+        ours = json.dumps(_owner(token)).encode()
+        return _parse(found) == owner and buckets.write_if(path, ours, version)
     claim = path.with_name(f"{FILE}.after.{owner.get('token', '')}")
     try:
         if not _create(claim, token):
@@ -151,9 +172,9 @@ def _take_over(path: pathlib.Path, owner: dict[str, Any], token: str) -> bool:
     try:
         if _read(path) != owner:
             return False
-        ours = path.with_name(f"{FILE}.{token}")
-        ours.write_text(json.dumps(_owner(token)))
-        ours.replace(path)
+        replacement = path.with_name(f"{FILE}.{token}")
+        replacement.write_text(json.dumps(_owner(token)))
+        replacement.replace(path)
         return True
     except FileNotFoundError:  # released in this moment
         return False
@@ -161,13 +182,13 @@ def _take_over(path: pathlib.Path, owner: dict[str, Any], token: str) -> bool:
         claim.unlink(missing_ok=True)
 
 
-def _beat(folder: pathlib.Path, token: str, ended: threading.Event) -> None:
+def _beat(folder: epath.Path, token: str, ended: threading.Event) -> None:
     """Touches the lease until the run ends; ends the run where the lease was taken over."""
     while not ended.wait(HEARTBEAT):
         try:
             owner = _read(folder / FILE)
             if owner.get("token") == token:
-                os.utime(folder / FILE)
+                _touch(folder / FILE)
                 continue
         except FileNotFoundError:
             owner = {}
@@ -185,21 +206,42 @@ def _beat(folder: pathlib.Path, token: str, ended: threading.Event) -> None:
         distributed.abandon(LOST)
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _touch(path: epath.Path) -> None:
+    """Makes the lease look new; in a bucket only where nobody changes it at the same time."""
+    if not buckets.is_bucket(path):
+        os.utime(path)
+        return
+    found, version = buckets.read_version(path)
+    owner = _parse(found)
+    beaten = owner | {"beats": owner.get("beats", 0) + 1}  # a version of its own
+    buckets.write_if(path, json.dumps(beaten).encode(), version)  # the next beat sees the result
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    if not buckets.is_bucket(path):
+        return _parse(path.read_bytes())
+    found, version = buckets.read_version(path)
+    if version is None:
+        raise FileNotFoundError(str(path))
+    return _parse(found)
+
+
+def _parse(text: bytes) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(text))
     except ValueError:
         return {}  # half written, on a file system without links
 
 
-def _age(path: pathlib.Path) -> float:
-    """Seconds since the lease was touched, both times by the file system's clock."""
+def _age(path: epath.Path) -> float:
+    """Seconds since the lease was touched, both times by the clock of where it is."""
     probe = path.with_name(f"{FILE}.{uuid.uuid4().hex}")
-    probe.touch()
-    try:
-        return probe.stat().st_mtime - path.stat().st_mtime
-    finally:
-        probe.unlink()
+    with buckets.as_oserror(probe):
+        probe.write_bytes(b"")
+        try:
+            return files.modified(probe) - files.modified(path)
+        finally:
+            probe.unlink()
 
 
 def _has_ended(owner: dict[str, Any]) -> bool | None:

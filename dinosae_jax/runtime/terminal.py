@@ -77,7 +77,7 @@ def quiet_libraries() -> None:
     if os.environ.get("DINOSAE_TRACEBACK"):
         return
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(lambda record: not record.exc_info)
+        logging.getLogger(name).addFilter(_is_of_use)
     uncaught, in_thread = sys.excepthook, threading.excepthook
 
     def on_uncaught(*error: Any) -> None:
@@ -89,6 +89,12 @@ def quiet_libraries() -> None:
             in_thread(arguments)
 
     sys.excepthook, threading.excepthook = on_uncaught, on_thread
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Whether a library's line says more than that a bucket is slower than a disk."""
+    waited = str(record.msg).startswith("Waiting for previous save to complete took")
+    return not record.exc_info and not waited
 
 
 def end_on_keyboard() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
+import tempfile
 
 import jax
+from etils import epath
 
 from dinosae_jax import rules
+from dinosae_jax.runtime import buckets, files
 
 FOLDER = "profile"
 
@@ -14,16 +18,19 @@ FOLDER = "profile"
 class StepTrace:
     """Traces the steps that `profile_steps` names, on the first process, into workdir/profile."""
 
-    def __init__(self, profile_steps: str, workdir: pathlib.Path):
+    def __init__(self, profile_steps: str, workdir: epath.Path):
         enabled = bool(profile_steps) and jax.process_index() == 0
         self.first, self.end = rules.profile_range(profile_steps) if enabled else (0, 0)
         self.folder = workdir / FOLDER
+        # The profiler writes to a disk alone.
+        self.temporary = tempfile.mkdtemp() if enabled and buckets.is_bucket(workdir) else ""
+        self.place = self.temporary or self.folder
         self.tracing = False
 
     def before(self, step: int) -> None:
         """Starts the trace where this is its first step."""
         if step == self.first:
-            jax.profiler.start_trace(self.folder)
+            jax.profiler.start_trace(self.place)
             self.tracing = True
 
     def after(self, step: int, result: jax.Array) -> None:
@@ -37,3 +44,6 @@ class StepTrace:
         if self.tracing:
             jax.profiler.stop_trace()
             self.tracing = False
+            if self.temporary:
+                files.publish_folder(pathlib.Path(self.temporary), self.folder)
+                shutil.rmtree(self.temporary)

@@ -11,6 +11,10 @@ import json
 import pathlib
 from typing import Any
 
+from etils import epath
+
+from dinosae_jax.runtime import buckets, files
+
 MAX_JSON_BYTES = 1 << 24
 
 
@@ -20,7 +24,7 @@ def short(text: object, limit: int = 80) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def read_json(path: pathlib.Path, way_out: str) -> dict[str, Any]:
+def read_json(path: epath.Path, way_out: str) -> dict[str, Any]:
     """Reads a JSON object.
 
     Args:
@@ -31,12 +35,12 @@ def read_json(path: pathlib.Path, way_out: str) -> dict[str, Any]:
       ValueError: one line, where the file is missing, too large, or no JSON object.
     """
     try:
-        size = path.stat().st_size
+        size = files.size(path)
         text = path.read_bytes() if size <= MAX_JSON_BYTES else b""
     except OSError as error:
         raise ValueError(
-            f"{short(path.name)} must be readable; got {error.strerror} at {short(path, 300)}; "
-            f"{way_out}"
+            f"{short(path.name)} must be readable; got {error.strerror or error} at "
+            f"{short(path, 300)}; {way_out}"
         ) from None
     try:
         content = json.loads(text) if size <= MAX_JSON_BYTES else f"{size} bytes"
@@ -51,7 +55,7 @@ def read_json(path: pathlib.Path, way_out: str) -> dict[str, Any]:
     )
 
 
-def inside(folder: pathlib.Path, name: object, way_out: str) -> pathlib.Path:
+def inside(folder: epath.Path, name: object, way_out: str) -> epath.Path:
     """The file that a record calls `name`, which must lie in the record's own folder.
 
     Args:
@@ -73,10 +77,15 @@ def inside(folder: pathlib.Path, name: object, way_out: str) -> pathlib.Path:
     return path
 
 
-def check_inside(folder: pathlib.Path, path: pathlib.Path, way_out: str) -> None:
-    """Raises ValueError where a path, its symbolic links followed, leaves a folder."""
+def check_inside(folder: epath.Path, path: epath.Path, way_out: str) -> None:
+    """Raises ValueError where a path, its symbolic links followed, leaves a folder.
+
+    In a bucket there are no links.
+    """
+    if buckets.is_bucket(folder):
+        return
     try:
-        stays = path.resolve().is_relative_to(folder.resolve())
+        stays = pathlib.Path(path).resolve().is_relative_to(pathlib.Path(folder).resolve())
     except (OSError, RuntimeError):  # a link to itself
         stays = False
     if not stays:
@@ -86,12 +95,12 @@ def check_inside(folder: pathlib.Path, path: pathlib.Path, way_out: str) -> None
         )
 
 
-def check_tree_inside(folder: pathlib.Path, way_out: str) -> int:
+def check_tree_inside(folder: epath.Path, way_out: str) -> int:
     """Raises ValueError where anything below a folder is a link out of it; returns its bytes."""
     total = 0
-    for path in folder.rglob("*"):
+    for path in pathlib.Path(folder).rglob("*"):
         if path.is_symlink():
-            check_inside(folder, path, way_out)
+            check_inside(folder, epath.Path(path), way_out)
         if path.is_file():
             total += path.stat().st_size
     return total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax.data import images, loading, png
 from dinosae_jax.eval import image_quality, robustness
@@ -72,7 +72,7 @@ class Evaluation:
                 sums[name] = sums.get(name, 0.0) + float((each * mask).sum())
         return {f"eval/{name}": value / count for name, value in sums.items()}
 
-    def write_pictures(self, state: state_lib.TrainState, workdir: pathlib.Path) -> None:
+    def write_pictures(self, state: state_lib.TrainState, workdir: epath.Path) -> None:
         """Writes reconstructions.png (one image per class, up to ten) and baselines.json."""
         originals, reconstructions, labels = [], [], []
         baselines: dict[str, list[np.ndarray]] = {"block_means": [], "mean_colour": []}
@@ -99,7 +99,7 @@ class Evaluation:
             {f"{n}_psnr": float(np.mean(np.concatenate(v))) for n, v in baselines.items()},
         )
 
-    def write_robustness(self, state: state_lib.TrainState, workdir: pathlib.Path) -> None:
+    def write_robustness(self, state: state_lib.TrainState, workdir: epath.Path) -> None:
         """Writes robustness.json, measured on the first evaluation batch."""
         batch = next(loading.evaluation_batches(self.source, self.config, self.mesh))
         placed = sharding.put_batch({name: batch[name] for name in ("image", "mask")}, self.mesh)
@@ -114,7 +114,7 @@ class Evaluation:
         if jax.process_index() == 0:
             files.write_json(workdir / "robustness.json", rows)
 
-    def write_sphere(self, state: state_lib.TrainState, workdir: pathlib.Path) -> None:
+    def write_sphere(self, state: state_lib.TrainState, workdir: epath.Path) -> None:
         """Writes sphere.png of the first evaluation image and the first image of another class."""
         batch = next(loading.evaluation_batches(self.source, self.config, self.mesh))
         placed = sharding.put_batch({n: batch[n] for n in ("image", "label", "mask")}, self.mesh)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from etils import epath
 from orbax.checkpoint import CheckpointManager
 
 from dinosae_jax.data import images, loading
@@ -52,7 +52,7 @@ def step_spec(config: ml_collections.ConfigDict) -> autoencoder_step.StepSpec:
 
 
 def prepare(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+    config: ml_collections.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh
 ) -> Task:
     """Opens the data, finds the weights and builds the task.
 

@@ -8,7 +8,6 @@ values.
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 from numpy.typing import NDArray
 
 from dinosae_jax.data import crops, loading, png
@@ -149,7 +149,7 @@ def write_samples(
     generator: Generator,
     seed: int,
     batch_size: int,
-    path: pathlib.Path,
+    path: epath.Path,
     examples: Callable[[Iterable[int]], dict[int, NDArray[np.uint8]]] | None,
 ) -> None:
     """Writes a grid of up to `SHOWN_CLASSES` classes with `SHOWN_EACH` samples each.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from etils import epath
 from orbax.checkpoint import CheckpointManager
 
 from dinosae_jax import names
@@ -54,7 +54,7 @@ def step_spec(config: ml_collections.ConfigDict) -> flow_step.StepSpec:
 
 
 def prepare(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+    config: ml_collections.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh
 ) -> Task:
     """Opens images or cached latents, finds the autoencoder and its token norms, builds the task.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 from numpy.typing import NDArray
 
 from dinosae_jax import encoders
@@ -48,7 +48,7 @@ def token_norms(
     spec: flow_step.StepSpec,
     frozen: flow_step.Variables,
     source: loading.Source,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     mesh: jax.sharding.Mesh,
     of: str,
 ) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _measure(
     spec: flow_step.StepSpec,
     frozen: flow_step.Variables,
     source: loading.Source,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     mesh: jax.sharding.Mesh,
     of: str,
     size: int,
@@ -129,24 +129,22 @@ def _measure(
     return np.concatenate(rows)
 
 
-def _read_norms(workdir: pathlib.Path, of: str) -> dict[str, Any] | None:
+def _read_norms(workdir: epath.Path, of: str) -> dict[str, Any] | None:
     path = workdir / NORMS_FILE
     norms = json.loads(path.read_text()) if path.exists() else None
     return norms if norms and norms.get("of", of) == of else None  # older files do not say
 
 
-def _read_partial(workdir: pathlib.Path, of: str) -> NDArray[np.float32]:
+def _read_partial(workdir: epath.Path, of: str) -> NDArray[np.float32]:
     path = workdir / PARTIAL_FILE
     if path.exists():
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             if str(file["of"]) == of:
                 return file["rows"]
     return np.zeros((0, 2), np.float32)
 
 
-def _write_partial(workdir: pathlib.Path, of: str, rows: list[NDArray[np.float32]]) -> None:
+def _write_partial(workdir: epath.Path, of: str, rows: list[NDArray[np.float32]]) -> None:
     if jax.process_index() == 0:
-        partial = workdir / f".{PARTIAL_FILE}"
-        with partial.open("wb") as file:
-            np.savez(file, of=of, rows=np.concatenate(rows))  # type: ignore[arg-type]
-        partial.replace(workdir / PARTIAL_FILE)
+        with files.publishing(workdir / PARTIAL_FILE) as partial:
+            np.savez(partial, of=of, rows=np.concatenate(rows))  # type: ignore[arg-type]

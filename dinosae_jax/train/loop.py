@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from dinosae_jax.runtime import console, sharding, stopping, tracing
+from dinosae_jax.runtime import console, files, sharding, stopping, tracing
 from dinosae_jax.train import metric_writer
 from dinosae_jax.train import state as state_lib
 from dinosae_jax.train.task import Run, State, Task
@@ -65,7 +65,7 @@ def run(task: Task, run: Run) -> State:
             if step % config.log_every == 0 or step == config.steps:
                 state = _write_line(task, run, state, step, writer, progress, batch)
             if step % config.checkpoint.every == 0 or step == config.steps or stopped:
-                checkpoint.save(run.manager, state, task.record)
+                checkpoint.save(run.manager, state, task.record, writer.publish)
             if stopped and step < config.steps:
                 raise stopping.Interrupted(
                     f"{config.name} stopped at step {step} of {config.steps}", stopped
@@ -73,6 +73,7 @@ def run(task: Task, run: Run) -> State:
             if _is_due(config, step):
                 _evaluate(task, run, state, step, writer)
                 progress.restart_clock(step)
+        writer.publish()
         checkpoint.wait(run.manager)
     except stopping.Interrupted:
         checkpoint.wait(run.manager)
@@ -95,7 +96,7 @@ def _evaluate(
     try:
         values = task.evaluate(state)
     except stopping.Interrupted as stop:
-        checkpoint.save(run.manager, state, task.record)
+        checkpoint.save(run.manager, state, task.record, writer.publish)
         raise stopping.Interrupted(
             f"{config.name} stopped in its evaluation at step {step} of {config.steps}", stop.number
         ) from None
@@ -122,7 +123,8 @@ def _write_line(
     in_a_row = int(state.skipped_in_a_row)
     if in_a_row >= run.config.skip_limit:
         dump = run.workdir / f"bad_batch_{step}_{jax.process_index()}.npz"
-        np.savez_compressed(dump, **batch)  # type: ignore[arg-type]
+        with files.publishing(dump) as partial:
+            np.savez_compressed(partial, **batch)  # type: ignore[arg-type]
         raise FloatingPointError(
             f"a run stops after skip_limit={run.config.skip_limit} steps in a row with a "
             f"non-finite loss or gradient; got {in_a_row}; lower the learning rate or look at the "

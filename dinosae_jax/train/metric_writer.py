@@ -2,35 +2,47 @@
 
 metrics.jsonl holds only what the data and the seed determine, so that it is the same, byte for
 byte, whether or not a run was interrupted; everything that depends on time is in timing.jsonl.
+
+Objects in a bucket cannot grow. For a run that lives in one the files grow in a folder of this
+machine, and `publish` writes those that have grown as whole objects: after every line of metrics,
+and before every checkpoint, which is not saved without the lines before it.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from etils import epath
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import event_file_writer
 
-from dinosae_jax.runtime import agreement, console, hardware
+from dinosae_jax.runtime import agreement, buckets, console, hardware
+
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
 
 class RunWriter:
     """Appends to the files of one stage; it starts by cutting them back to `start_step`."""
 
-    def __init__(self, workdir: pathlib.Path, start_step: int, enabled: bool = True):
+    def __init__(self, workdir: epath.Path, start_step: int, enabled: bool = True):
         self.enabled = enabled
         if not enabled:
             return
-        self.metrics_path = workdir / "metrics.jsonl"
-        self.timing_path = workdir / "timing.jsonl"
+        self.workdir = workdir
+        self.temporary = _copy(workdir) if buckets.is_bucket(workdir) else None
+        self.published: dict[str, int] = {}  # file -> its bytes in the bucket
+        folder = pathlib.Path(self.temporary.name if self.temporary else workdir)
+        self.metrics_path = folder / METRICS
+        self.timing_path = folder / TIMING
         cut_back(self.metrics_path, start_step)
         cut_back(self.timing_path, start_step)
-        self.events = event_file_writer.EventFileWriter(str(workdir / "tensorboard"))
+        self.events = event_file_writer.EventFileWriter(str(folder / "tensorboard"))
         # TensorBoard drops what an interrupted run wrote after this step.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self.events.add_event(
@@ -42,6 +54,7 @@ class RunWriter:
         if self.enabled:
             _append(self.metrics_path, {"step": step, **values})
             self._scalars(step, values)
+            self._try_to_publish()
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl has an evaluation of a step; a collective."""
@@ -62,10 +75,32 @@ class RunWriter:
         )
         self.events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
+    def publish(self) -> None:
+        """Writes the files that have grown to the bucket; raises OSError where that fails."""
+        if not self.enabled or not self.temporary:
+            return
+        self.events.flush()
+        folder = pathlib.Path(self.temporary.name)
+        for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+            name, length = path.relative_to(folder).as_posix(), path.stat().st_size
+            if self.published.get(name) != length:
+                buckets.upload(path, self.workdir / name)
+                self.published[name] = length
+
+    def _try_to_publish(self) -> None:
+        try:
+            self.publish()
+        except OSError as error:
+            console.report(f"The lines of metrics are kept for the next time: {error}")
+
     def close(self) -> None:
         """Flushes the event file."""
-        if self.enabled:
-            self.events.close()
+        if not self.enabled:
+            return
+        self._try_to_publish()
+        self.events.close()
+        if self.temporary:
+            self.temporary.cleanup()
 
 
 class Progress:
@@ -124,6 +159,15 @@ def describe_speed(speed: Mapping[str, float]) -> str:
     shown = f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.3g} GFLOP/s"
     used = f" ({speed['mfu']:.0%} MFU)" if "mfu" in speed else ""
     return f"{shown}/device{used}"
+
+
+def _copy(workdir: epath.Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder of this machine with the lines that a bucket holds."""
+    folder = tempfile.TemporaryDirectory(prefix="dinosae_jax_")
+    for name in (METRICS, TIMING):
+        if (workdir / name).exists():
+            (pathlib.Path(folder.name) / name).write_bytes((workdir / name).read_bytes())
+    return folder
 
 
 def cut_back(path: pathlib.Path, last_step: int) -> None:

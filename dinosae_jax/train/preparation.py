@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 from clu import parameter_overview
-from orbax.checkpoint import CheckpointManager
+from etils import epath
 
 from dinosae_jax.data import loading
 from dinosae_jax.latent_convention import LatentConvention
@@ -104,7 +103,7 @@ def choose_source(path: str) -> str:
     Raises:
       ValueError: for a workdir whose run has not reached its last step.
     """
-    folder = pathlib.Path(path)
+    folder = files.path(path)
     step = None if weight_source.is_folder_of_weights(folder) else checkpoint.newest(folder)
     if step is None:
         return path
@@ -146,7 +145,7 @@ def agree_on_inputs(
 
 def restore_or_create(
     config: ml_collections.ConfigDict,
-    manager: CheckpointManager,
+    manager: checkpoint.Manager,
     create: Callable[[Variables], state_lib.TrainState],
     trained: Variables,
     mesh: jax.sharding.Mesh,
@@ -209,7 +208,7 @@ def check_frozen(saved: dict[str, Any], record: dict[str, Any]) -> None:
 
 
 def store_frozen(
-    workdir: pathlib.Path, variables: Variables, trained: tuple[str, ...]
+    workdir: epath.Path, variables: Variables, trained: tuple[str, ...]
 ) -> dict[str, Any]:
     """Writes the frozen roles and the overview of all roles into a workdir.
 

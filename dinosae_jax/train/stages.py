@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 
 from dinosae_jax import config as config_lib
 from dinosae_jax.runtime import (
@@ -37,9 +38,9 @@ KINDS = {  # file that identifies a folder -> what the folder holds
 
 def run_stage(
     config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     stop: stopping.StopRequest | None = None,
-    init_from: pathlib.Path | None = None,
+    init_from: epath.Path | None = None,
 ) -> None:
     """Trains one stage to its last step and marks it DONE.
 
@@ -75,9 +76,9 @@ def agree_on_program(config: ml_collections.ConfigDict) -> None:
 
 def _run_held(
     config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
+    workdir: epath.Path,
     stop: stopping.StopRequest,
-    init_from: pathlib.Path | None,
+    init_from: epath.Path | None,
     started: float,
 ) -> None:
     mesh = sharding.make_mesh(config.mesh.fsdp)
@@ -113,7 +114,7 @@ def _run_held(
         )
 
 
-def check_kind(folder: pathlib.Path, is_chain: bool) -> None:
+def check_kind(folder: epath.Path, is_chain: bool) -> None:
     """Raises ValueError where a workdir holds something that the files of this run would hide."""
     ours = "chain.json" if is_chain else "config.json"
     for name, what in KINDS.items():
@@ -124,7 +125,7 @@ def check_kind(folder: pathlib.Path, is_chain: bool) -> None:
             )
 
 
-def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+def claim(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
     """Writes config.json, or compares the config with an existing file.
 
     Raises:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from orbax.checkpoint import CheckpointManager
 
 from dinosae_jax.data import loading
@@ -52,7 +52,7 @@ class Run(NamedTuple):
     """
 
     config: Any
-    workdir: pathlib.Path
+    workdir: epath.Path
     mesh: jax.sharding.Mesh
     manager: CheckpointManager
     stop: stopping.StopRequest

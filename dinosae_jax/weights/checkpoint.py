@@ -6,6 +6,10 @@ The checksums are compared when the state comes back, so that a damaged file can
 different weights. The seal has the sha256 of every other file. Where a checkpoint does not come
 back, the seal decides why: bytes that are not those that were saved are damage, and anything else
 (a permission, a server that is away, a peer that is lost, a full device) is not.
+
+On a disk a checkpoint is committed by a rename, in a bucket by the object `commit_success.txt`,
+which is written after all others. There a checkpoint that cannot be written does not stop a run:
+the one before it is still good, and the next may succeed. `MOST_FAILURES` in a row stop it.
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ import hashlib
 import json
 import logging
 import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any, NoReturn
 
 import jax
@@ -29,15 +33,20 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from dinosae_jax.runtime import agreement, console, files, jit
+from dinosae_jax.runtime import agreement, buckets, console, files, jit
+from dinosae_jax.weights import bucket_arrays
 
 Tree = Any
 FOLDER = "checkpoints"
 SEAL = "seal.json"  # in the folder of each checkpoint
 # What Orbax still changes when a checkpoint is sealed, and never reads for what we restore.
-UNSEALED = (SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")
+COMMIT = "commit_success.txt"  # in a bucket, in the folder of each checkpoint
+UNSEALED = (SEAL, "_CHECKPOINT_METADATA", COMMIT)
 NEWEST = "checkpoints.json"  # in the workdir: the newest step that was ever committed
 
+
+MOST_FAILURES = 3  # in a row
+HASHING_THREADS = 8
 
 # Words in a key of random numbers -> jax's name of the implementation.
 KEY_SIZES = {2: "threefry2x32", 4: "rbg"}
@@ -51,10 +60,15 @@ class NoneWhole(ValueError):
     """Every checkpoint of a workdir is damaged."""
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, with the step that is being saved and how many saves in a row failed."""
+
+    started: int | None = None
+    failures = 0
+
+
 @contextlib.contextmanager
-def open_manager(
-    workdir: pathlib.Path, keep: int, milestones: int = 0
-) -> Iterator[ocp.CheckpointManager]:
+def open_manager(workdir: epath.Path, keep: int, milestones: int = 0) -> Iterator[Manager]:
     """The manager of `workdir/checkpoints`, which saves in the background until its block ends.
 
     Args:
@@ -65,56 +79,120 @@ def open_manager(
     workdir.mkdir(parents=True, exist_ok=True)
     with files.path_for_glob(workdir) as place:
         folder = place / FOLDER
+        manager: Manager
+        mode = ocp.options.AtomicityMode.AUTO
+        if buckets.is_bucket(folder):
+            mode = ocp.options.AtomicityMode.COMMIT_FILE
+            bucket_arrays.teach_orbax()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=milestones or None,
             enable_async_checkpointing=True,
             create=True,
             async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=functools.partial(_seal_unfinished, folder)
+                post_finalization_callback=lambda: _seal_unfinished(manager)
             ),
+            atomicity_options=ocp.options.AtomicityOptions(mode=mode),
         )
-        with ocp.CheckpointManager(folder, options=options) as manager:
+        with Manager(folder, options=options) as manager:
             yield manager
 
 
-def save(manager: ocp.CheckpointManager, state: Tree, record: dict[str, Any]) -> None:
+def save(
+    manager: Manager,
+    state: Tree,
+    record: dict[str, Any],
+    first: Callable[[], None] = lambda: None,
+) -> None:
     """Starts saving the state under its step; a step that is already there is left alone.
 
     Args:
       manager: from `open_manager`.
       state: has a field `step`.
       record: JSON-like; shapes and checksums are added.
+      first: writes what must be there before the checkpoint is.
 
     Raises:
-      OSError: where the disk is full; the last committed checkpoint is still good.
+      OSError: where the disk is full, or a bucket failed `MOST_FAILURES` times in a row; the last
+        committed checkpoint is still good.
     """
     step = int(state.step)
-    if step in manager.all_steps():
-        return
-    record = {**record, "shapes": _shapes(state), "checksums": checksums(state)}
-    record["sha256"] = digest(record)
-    arguments = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
-    )
-    before = manager.latest_step()
     with explain_full_disk(manager):
-        manager.save(step, args=arguments)
-        if before is not None:  # committed: Orbax waits for the save before
-            note_newest(workdir_of(manager), before)
+        settle(manager)
+        if step in manager.all_steps():
+            return
+        record = {**record, "shapes": _shapes(state), "checksums": checksums(state)}
+        record["sha256"] = digest(record)
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+        )
+        with _counting_failures(manager):
+            manager.started = step
+            first()
+            manager.save(step, args=arguments)
 
 
-def wait(manager: ocp.CheckpointManager) -> None:
-    """Blocks until every started save is committed; raises OSError where the disk is full."""
+def wait(manager: Manager) -> None:
+    """Blocks until the last save is committed; raises OSError where it is not."""
     with explain_full_disk(manager):
+        settle(manager)
+    if manager.failures:
+        raise OSError(
+            f"the last checkpoint could not be written to {workdir_of(manager) / FOLDER}; "
+            f"{_kept(manager)}; run the same command again"
+        )
+
+
+def settle(manager: Manager) -> None:
+    """Waits for the save before, and notes the newest checkpoint.
+
+    Raises:
+      OSError: as `save`.
+    """
+    with _counting_failures(manager):
         manager.wait_until_finished()
-        if (step := manager.latest_step()) is not None:
+        step = manager.latest_step()
+        if step is not None:
             note_newest(workdir_of(manager), step)
+        if step == manager.started:
+            manager.failures = 0
 
 
-def restore_newest(
-    manager: ocp.CheckpointManager, target: Tree
-) -> tuple[Tree, dict[str, Any]] | None:
+@contextlib.contextmanager
+def _counting_failures(manager: Manager) -> Iterator[None]:
+    """In a bucket, turns an error of any process into a line, up to `MOST_FAILURES` in a row."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if not buckets.is_bucket(manager.directory):
+            raise
+        failure = error
+    if not buckets.is_bucket(manager.directory):
+        return
+    said = agreement.gather(failure and buckets.one_sentence(failure))
+    first = next(filter(None, said), None)
+    if first is None:
+        return
+    with contextlib.suppress(Exception):  # the bucket may still be away
+        manager.reload()
+    manager.failures += 1
+    if manager.failures >= MOST_FAILURES:
+        raise OSError(
+            f"{MOST_FAILURES} checkpoints in a row could not be written to {manager.directory} "
+            f"({first}); {_kept(manager)}; put right what hinders it and run the same command again"
+        ) from failure
+    console.report(
+        f"A checkpoint could not be written ({first}); the run goes on, {_kept(manager)}"
+    )
+
+
+def _kept(manager: Manager) -> str:
+    step = manager.latest_step()
+    return "no checkpoint is complete yet" if step is None else f"that of step {step} is safe"
+
+
+def restore_newest(manager: Manager, target: Tree) -> tuple[Tree, dict[str, Any]] | None:
     """The newest checkpoint that is whole, and its record; None where there is none at all.
 
     The first process chooses, and all read what it has chosen. A damaged checkpoint is renamed
@@ -150,13 +228,13 @@ def restore_newest(
     return None
 
 
-def lost_work(workdir: pathlib.Path) -> str:
+def lost_work(workdir: epath.Path) -> str:
     """What shows that a workdir without a checkpoint had got further than step 0; '' for nothing.
 
     Lines of metrics alone show it only where no file says that no checkpoint was committed yet: a
     run may end before its first one.
     """
-    damaged = sorted(path.name for path in (workdir / FOLDER).glob("*.damaged*"))
+    damaged = sorted(n for n in files.names_in(workdir / FOLDER) if ".damaged" in n)
     if damaged:
         return f"{', '.join(damaged)} in {workdir / FOLDER}"
     noted = workdir / NEWEST
@@ -168,13 +246,13 @@ def lost_work(workdir: pathlib.Path) -> str:
     return f"{metrics} with {len(lines)} lines of later steps" if lines else ""
 
 
-def note_newest(workdir: pathlib.Path, step: int | None) -> None:
+def note_newest(workdir: epath.Path, step: int | None) -> None:
     """Notes the newest committed step, or None at the start of a run, for `lost_work`."""
     if jax.process_index() == 0:
         files.write_json(workdir / NEWEST, {"step": step})
 
 
-def _restore(folder: pathlib.Path, target: Tree) -> tuple[Tree, dict[str, Any]]:
+def _restore(folder: epath.Path, target: Tree) -> tuple[Tree, dict[str, Any]]:
     """The state and record of one checkpoint, the same on all processes; Damaged where it is."""
     state, record, failure = None, {}, None
     try:
@@ -203,7 +281,7 @@ def _restore(folder: pathlib.Path, target: Tree) -> tuple[Tree, dict[str, Any]]:
     return state, record
 
 
-def _agree(folder: pathlib.Path, failure: Exception | None) -> None:
+def _agree(folder: epath.Path, failure: Exception | None) -> None:
     """Raises on every process where reading failed on one: Damaged where the files are.
 
     Raises:
@@ -230,7 +308,7 @@ def _agree(folder: pathlib.Path, failure: Exception | None) -> None:
     ) from failure
 
 
-def _damage(folder: pathlib.Path, failure: Exception | None) -> str:
+def _damage(folder: epath.Path, failure: Exception | None) -> str:
     """What of a checkpoint's files is not as it was saved; '' where they are whole.
 
     Raises:
@@ -276,22 +354,27 @@ _SYSTEM_WORDS = (
 )
 
 
-def seal(folder: pathlib.Path) -> None:
+def seal(folder: epath.Path) -> None:
     """Writes the sha256 of every file of a checkpoint into it."""
     found = _hashes(folder)
     files.write_json(folder / SEAL, {"files": found, "sha256": digest(found)})
 
 
-def _seal_unfinished(folder: pathlib.Path) -> None:
-    """Seals the checkpoint that is being written, before Orbax commits it by a rename.
+def _seal_unfinished(manager: Manager) -> None:
+    """Seals the checkpoint that is being written, before Orbax commits it.
 
-    Where Orbax commits otherwise (buckets), the checkpoint is sealed when it has come back once.
+    On a disk it has a name of its own until then.
     """
-    for path in folder.glob("*.orbax-checkpoint-tmp*"):
-        seal(path)
+    folder = manager.directory
+    if buckets.is_bucket(folder):
+        seal(folder / str(manager.started))
+        return
+    for name in files.names_in(folder):
+        if ".orbax-checkpoint-tmp" in name:
+            seal(folder / name)
 
 
-def check_seal(folder: pathlib.Path) -> None:
+def check_seal(folder: epath.Path) -> None:
     """Compares the files of a sealed checkpoint with its seal, before native code reads them.
 
     Args:
@@ -317,10 +400,11 @@ def _changed(found: dict[str, str], sealed: dict[str, str]) -> list[str]:
     return [name for name, sha256 in sealed.items() if found.get(name) != sha256]
 
 
-def _read_seal(folder: pathlib.Path) -> dict[str, str] | None:
+def _read_seal(folder: epath.Path) -> dict[str, str] | None:
     """File -> sha256; None where the seal is missing or not as it was written."""
     try:
-        content = json.loads((folder / SEAL).read_text())
+        with buckets.as_oserror(folder):
+            content = json.loads((folder / SEAL).read_text())
         found = dict(content["files"])
         whole = content["sha256"] == digest(found)
     except (FileNotFoundError, KeyError, TypeError, ValueError):
@@ -328,22 +412,27 @@ def _read_seal(folder: pathlib.Path) -> dict[str, str] | None:
     return found if whole else None
 
 
-def _hashes(folder: pathlib.Path) -> dict[str, str]:
+def _hashes(folder: epath.Path) -> dict[str, str]:
     """File -> sha256 of what a checkpoint holds; OSError where that is unreadable."""
-    found = {}
-    for place, _, names in os.walk(folder, onerror=_raise):
-        for name in sorted(names):
-            path = pathlib.Path(place) / name
-            if name not in UNSEALED:
-                found[path.relative_to(folder).as_posix()] = files.file_sha256(path)
-    return found
+    if buckets.is_bucket(folder):
+        found = sorted(buckets.listing(folder))
+    else:
+        found = [
+            os.path.relpath(os.path.join(place, name), folder)
+            for place, _, names in os.walk(folder, onerror=_raise)
+            for name in sorted(names)
+        ]
+    sealed = [name for name in found if os.path.basename(name) not in UNSEALED]
+    with futures.ThreadPoolExecutor(HASHING_THREADS) as pool:
+        hashes = pool.map(lambda name: files.file_sha256(folder / name), sealed)
+        return dict(zip(sealed, hashes, strict=True))
 
 
 def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def load_fields(folder: pathlib.Path, fields: tuple[str, ...]) -> tuple[Tree, dict[str, Any]]:
+def load_fields(folder: epath.Path, fields: tuple[str, ...]) -> tuple[Tree, dict[str, Any]]:
     """Some fields of the state of one checkpoint, as numpy arrays.
 
     Args:
@@ -375,13 +464,18 @@ def load_fields(folder: pathlib.Path, fields: tuple[str, ...]) -> tuple[Tree, di
     return jax.device_get(tree), record
 
 
-def newest(workdir: pathlib.Path) -> pathlib.Path | None:
+def newest(workdir: epath.Path) -> epath.Path | None:
     """The folder of the newest committed checkpoint of a workdir."""
-    steps = [path for path in (workdir / FOLDER).glob("*") if path.name.isdigit()]
-    return max(steps, key=lambda path: int(path.name), default=None)
+    folder = workdir / FOLDER
+    steps = sorted((int(name) for name in files.names_in(folder) if name.isdigit()), reverse=True)
+    return next((folder / str(step) for step in steps if _is_committed(folder / str(step))), None)
 
 
-def read_record(folder: pathlib.Path) -> dict[str, Any]:
+def _is_committed(folder: epath.Path) -> bool:
+    return not buckets.is_bucket(folder) or (folder / COMMIT).exists()
+
+
+def read_record(folder: epath.Path) -> dict[str, Any]:
     """The record of one checkpoint.
 
     Args:
@@ -391,7 +485,8 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
       Damaged: where it is not as it was saved.
       OSError: where it cannot be read.
     """
-    text = (folder / "record" / "metadata").read_bytes()
+    with buckets.as_oserror(folder):
+        text = (folder / "record" / "metadata").read_bytes()
     try:
         record = dict(json.loads(text))
     except (TypeError, ValueError) as error:
@@ -431,7 +526,7 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 
 
 @contextlib.contextmanager
-def explain_full_disk(manager: ocp.CheckpointManager) -> Iterator[None]:
+def explain_full_disk(manager: Manager) -> Iterator[None]:
     """Turns the many ways in which a full disk shows up into one sentence, an OSError."""
     try:
         yield
@@ -487,14 +582,17 @@ def _check_sums(state: Tree, expected: dict[str, int]) -> None:
         raise Damaged(f"{len(wrong)} arrays differ from their checksums, first {wrong[0]}")
 
 
-def _set_aside(folder: pathlib.Path, error: Exception) -> str:
+def _set_aside(folder: epath.Path, error: Exception) -> str:
     """Renames a damaged checkpoint, says so, and returns its new name."""
     aside = folder.with_name(f"{folder.name}.damaged")
     number = 1
     while aside.exists():
         number += 1
         aside = folder.with_name(f"{folder.name}.damaged{number}")
-    folder.rename(aside)
+    if buckets.is_bucket(folder):
+        buckets.move(folder, aside)
+    else:
+        folder.rename(aside)
     reason = " ".join(str(error).split())[:200]
     console.report(
         f"The checkpoint of step {folder.name} is damaged ({reason}); it is kept as {aside}."
@@ -502,7 +600,7 @@ def _set_aside(folder: pathlib.Path, error: Exception) -> str:
     return aside.name
 
 
-def _agree_on_steps(manager: ocp.CheckpointManager, tries: int = 10) -> None:
+def _agree_on_steps(manager: Manager, tries: int = 10) -> None:
     """Waits until all processes see the same checkpoints: Orbax decides by them what to save."""
     for left in reversed(range(tries)):
         manager.reload()
@@ -514,19 +612,21 @@ def _agree_on_steps(manager: ocp.CheckpointManager, tries: int = 10) -> None:
     agreement.require_equal("checkpoints", {"steps": sorted(manager.all_steps())})
 
 
-def _newest_step(manager: ocp.CheckpointManager) -> int | None:
-    """The newest step that Orbax takes for committed, or that has a seal."""
+def _newest_step(manager: Manager) -> int | None:
+    """The newest step that Orbax takes for committed, or on a disk that has a seal."""
     manager.reload()
-    folders = pathlib.Path(manager.directory).iterdir()
-    sealed = [int(path.name) for path in folders if path.name.isdigit() and (path / SEAL).exists()]
+    folder, sealed = manager.directory, []
+    if not buckets.is_bucket(folder):
+        steps = filter(str.isdigit, files.names_in(folder))
+        sealed = [int(name) for name in steps if (folder / name / SEAL).exists()]
     return max([*manager.all_steps(), *sealed], default=None)
 
 
-def workdir_of(manager: ocp.CheckpointManager) -> pathlib.Path:
+def workdir_of(manager: Manager) -> epath.Path:
     """The workdir whose checkpoints a manager keeps, by its own name."""
-    folder = pathlib.Path(manager.directory).parent
-    return folder.resolve() if folder.is_symlink() else folder
+    folder = manager.directory.parent
+    return epath.Path(os.path.realpath(folder)) if os.path.islink(folder) else folder
 
 
-def _path(folder: pathlib.Path) -> epath.Path:
-    return epath.Path(folder.absolute())
+def _path(folder: epath.Path) -> epath.Path:
+    return files.absolute(folder)

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
-from dinosae_jax.runtime import untrusted
+from dinosae_jax.runtime import files, snapshots, untrusted
 
 METADATA_FILE = "conversion.json"
 WEIGHTS_FOLDER = "weights"
@@ -52,26 +53,26 @@ class Weights:
         return {role: variables["params"] for role, variables in self.variables.items()}
 
 
-def is_conversion(directory: str | Path) -> bool:
+def is_conversion(directory: str | os.PathLike) -> bool:
     """Whether a directory holds converted weights."""
-    return (Path(directory).expanduser() / METADATA_FILE).is_file()
+    return (files.path(directory) / METADATA_FILE).is_file()
 
 
-def read_metadata(directory: str | Path) -> dict[str, Any]:
+def read_metadata(directory: str | os.PathLike) -> dict[str, Any]:
     """Reads conversion.json.
 
     Raises:
       ValueError: There is none, or it is damaged or of another version.
     """
-    directory = Path(directory).expanduser()
-    path = directory / METADATA_FILE
+    folder = files.path(directory)
+    path = folder / METADATA_FILE
     if not path.is_file():
         raise ValueError(
-            f"converted weights have a {METADATA_FILE}; got {directory}, which holds no converted "
+            f"converted weights have a {METADATA_FILE}; got {folder}, which holds no converted "
             "weights; make them with python -m weights_conversion.convert --kind=K --input=FILE "
             "--output=DIR"
         )
-    untrusted.check_inside(directory, path, AGAIN)
+    untrusted.check_inside(folder, path, AGAIN)
     metadata = untrusted.read_json(path, AGAIN)
     if metadata.get("format_version") != FORMAT_VERSION:
         version = untrusted.short(metadata.get("format_version"))
@@ -83,7 +84,7 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def _check_record(path: Path, metadata: dict[str, Any]) -> None:
+def _check_record(path: epath.Path, metadata: dict[str, Any]) -> None:
     """Raises ValueError where conversion.json is not what `convert` writes."""
     fields = {"kind": str, "layout": str, "files": list, "config": dict, "tensors": list}
     wrong = [name for name, kind in fields.items() if not isinstance(metadata.get(name), kind)]
@@ -133,7 +134,7 @@ def _is_empty_array(entry: Any) -> bool:
         return False
 
 
-def load(directory: str | Path, roles: Collection[str] | None = None) -> Weights:
+def load(directory: str | os.PathLike, roles: Collection[str] | None = None) -> Weights:
     """Loads converted weights as float32, masks applied.
 
     Args:
@@ -169,15 +170,14 @@ def load(directory: str | Path, roles: Collection[str] | None = None) -> Weights
     return Weights(variables, {role: config[role] for role in wanted}, metadata)
 
 
-def restore(directory: str | Path, metadata: dict[str, Any]) -> Tree:
+def restore(directory: str | os.PathLike, metadata: dict[str, Any]) -> Tree:
     """The stored tree, every tensor in its source's dtype: {role: ..., "buffers": {key: array}}.
 
     Raises:
       ValueError: The checkpoint is damaged, leaves its directory, or would take much more memory
         than it has bytes.
     """
-    directory = Path(directory).expanduser()
-    tree = read_arrays(directory, WEIGHTS_FOLDER)
+    tree = read_arrays(snapshots.local(files.path(directory)), WEIGHTS_FOLDER)
     for target, (shape, dtype) in metadata["empty"].items():  # Orbax stores no empty arrays
         parts = target.split("/") if not target.startswith("buffers/") else target.split("/", 1)
         node = tree
@@ -192,7 +192,7 @@ def restore(directory: str | Path, metadata: dict[str, Any]) -> Tree:
     return tree
 
 
-def read_arrays(directory: Path, name: str) -> Tree:
+def read_arrays(directory: epath.Path, name: str) -> Tree:
     """Restores an Orbax checkpoint that a stranger may have written.
 
     Args:
@@ -204,7 +204,7 @@ def read_arrays(directory: Path, name: str) -> Tree:
     """
     import orbax.checkpoint as ocp
 
-    folder = directory.absolute() / name
+    folder = files.absolute(directory) / name
     check_stored(directory, folder, MAX_EXPANSION, AGAIN)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -215,7 +215,7 @@ def read_arrays(directory: Path, name: str) -> Tree:
         raise not_whole(folder, error, AGAIN) from None
 
 
-def check_stored(directory: Path, folder: Path, expansion: int, way_out: str) -> None:
+def check_stored(directory: epath.Path, folder: epath.Path, expansion: int, way_out: str) -> None:
     """Looks at an Orbax checkpoint from a stranger before its arrays are read.
 
     Args:
@@ -234,7 +234,7 @@ def check_stored(directory: Path, folder: Path, expansion: int, way_out: str) ->
     _check_names(folder, way_out)
     try:
         with ocp.StandardCheckpointer() as checkpointer:  # of a relative path it finds nothing
-            declared = checkpointer.metadata(folder.absolute())
+            declared = checkpointer.metadata(files.absolute(folder))
         declared = getattr(declared, "item_metadata", declared)
         total = sum(_bytes_of(array) for array in _leaves(getattr(declared, "tree", declared)))
         if total > expansion * size:
@@ -247,13 +247,13 @@ def check_stored(directory: Path, folder: Path, expansion: int, way_out: str) ->
         raise not_whole(folder, error, way_out) from None
 
 
-def not_whole(folder: Path, error: Exception, way_out: str) -> ValueError:
+def not_whole(folder: epath.Path, error: Exception, way_out: str) -> ValueError:
     """The refusal, in one line, of a checkpoint whose reading raised `error`."""
     reason = untrusted.short(str(error).strip() or type(error).__name__, 200)
     return ValueError(f"{folder} must be a whole checkpoint; got {reason}; {way_out}")
 
 
-def _check_names(folder: Path, way_out: str) -> None:
+def _check_names(folder: epath.Path, way_out: str) -> None:
     """Raises ValueError where an array's name could be read as a path out of the folder."""
     record = untrusted.read_json(folder / "_METADATA", way_out)
     tree = record.get("tree_metadata")

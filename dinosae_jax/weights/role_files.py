@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from dinosae_jax.runtime import untrusted
+from dinosae_jax.runtime import files, untrusted
 
 Tree = Any
 
@@ -29,7 +29,7 @@ class RoleFile(NamedTuple):
     sha256: str
 
 
-def write(folder: pathlib.Path, role: str, variables: Tree) -> RoleFile:
+def write(folder: epath.Path, role: str, variables: Tree) -> RoleFile:
     """Writes a role once, from the first process; a file of the same content is left as it is.
 
     Args:
@@ -46,13 +46,11 @@ def write(folder: pathlib.Path, role: str, variables: Tree) -> RoleFile:
     target = folder / file.name
     if jax.process_index() == 0 and not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(data)
-        partial.rename(target)
+        files.write_bytes(target, data)
     return file
 
 
-def read(folder: pathlib.Path, file: RoleFile) -> Tree:
+def read(folder: epath.Path, file: RoleFile) -> Tree:
     """Reads a role back and checks its content.
 
     The arrays are windows of the file's bytes: reading takes twice its size.
@@ -87,7 +85,7 @@ def read(folder: pathlib.Path, file: RoleFile) -> Tree:
         ) from None
 
 
-def file_from(entry: object, record: pathlib.Path) -> RoleFile:
+def file_from(entry: object, record: epath.Path) -> RoleFile:
     """The file of a role as a record lists it: [name, sha256].
 
     Raises:
@@ -108,7 +106,7 @@ def sha256(variables: Tree) -> str:
     return hashlib.sha256(_serialise(variables)).hexdigest()
 
 
-def link(source: pathlib.Path, folder: pathlib.Path) -> None:
+def link(source: epath.Path, folder: epath.Path) -> None:
     """Makes a role file appear in another folder, without a second copy where that is possible."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / source.name
@@ -117,9 +115,7 @@ def link(source: pathlib.Path, folder: pathlib.Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        partial = target.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(source.read_bytes())
-        partial.rename(target)
+        files.write_bytes(target, source.read_bytes())
 
 
 def _serialise(variables: Tree) -> bytes:

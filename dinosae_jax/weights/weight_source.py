@@ -8,17 +8,18 @@ For each role, in this order: `init_from` (the moving averages of another run), 
 from __future__ import annotations
 
 import math
-import pathlib
+import os
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import ml_collections
+from etils import epath
 from flax import traverse_util
 
 from dinosae_jax import config as config_lib
-from dinosae_jax import encoders, licences, names, rules
+from dinosae_jax import encoders, licences, names
 from dinosae_jax.latent_convention import LatentConvention
-from dinosae_jax.runtime import files, lease, untrusted
+from dinosae_jax.runtime import buckets, files, lease, snapshots, untrusted
 from dinosae_jax.weights import checkpoint, conversion, role_files
 
 Tree = Any
@@ -58,20 +59,40 @@ class WeightSource(NamedTuple):
     model: dict[str, Any]
     convention: dict[str, Any]
     notes: list[str]
-    path: pathlib.Path
+    path: epath.Path
     flow: dict[str, Any] = {}  # noqa: RUF012  (never changed)
     sha256: str = ""
     weights: dict[str, Any] = {}  # noqa: RUF012
 
 
-def open_weights(path: str | pathlib.Path) -> WeightSource:
+def open_weights(path: str | os.PathLike) -> WeightSource:
     """Reads a workdir (its newest checkpoint), one checkpoint, or an export.
 
     Raises:
       ValueError: where nothing of the kind is there, or a file is damaged.
     """
-    rules.require_local("the place of weights", str(path))
-    folder = pathlib.Path(path).expanduser()
+    folder = files.path(path)
+    here = _on_this_machine(folder)
+    source = _open(here)
+    return source._replace(path=folder / source.path.relative_to(here))
+
+
+def _on_this_machine(folder: epath.Path) -> epath.Path:
+    """A folder of weights; of one in a bucket a copy of what is read of it."""
+    if not buckets.is_bucket(folder):
+        return folder
+    chosen = folder if is_folder_of_weights(folder) else checkpoint.newest(folder)
+    if chosen is None:
+        raise _refusal(folder)
+    if not _is_checkpoint(chosen):
+        return snapshots.local(chosen)
+    workdir = chosen.parent.parent
+    parts = (f"{checkpoint.FOLDER}/{chosen.name}/", f"{FROZEN_FOLDER}/")
+    wanted = [name for name in buckets.listing(workdir) if name.startswith(parts)]
+    return snapshots.local(workdir, wanted) / folder.relative_to(workdir)
+
+
+def _open(folder: epath.Path) -> WeightSource:
     if (folder / EXPORT_FILE).exists():
         return _open_export(folder)
     if conversion.is_conversion(folder):
@@ -86,10 +107,7 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
         )
     step = folder if _is_checkpoint(folder) else checkpoint.newest(folder)
     if step is None:
-        raise ValueError(
-            "weights come from a stage's workdir, a checkpoint, an export or a conversion; got "
-            f"{str(path)!r}, which {_why_not(folder)}"
-        )
+        raise _refusal(folder)
     again = "take it from where it came once more, or an earlier one"
     untrusted.check_inside(folder, step, again)
     untrusted.check_tree_inside(step, again)
@@ -124,7 +142,7 @@ def open_weights(path: str | pathlib.Path) -> WeightSource:
     return WeightSource(variables, *stated, step, record.get("flow", {}), digest, weights)
 
 
-def is_folder_of_weights(folder: pathlib.Path) -> bool:
+def is_folder_of_weights(folder: epath.Path) -> bool:
     """Whether a folder is one checkpoint, an export or a conversion, so that nothing is chosen."""
     exported = (folder / EXPORT_FILE).exists()
     return exported or conversion.is_conversion(folder) or _is_checkpoint(folder)
@@ -136,11 +154,11 @@ def identity(source: WeightSource) -> dict[str, Any]:
     return {"path": str(source.path), "step": step, "sha256": source.sha256}
 
 
-def _is_checkpoint(folder: pathlib.Path) -> bool:
+def _is_checkpoint(folder: epath.Path) -> bool:
     return folder.name.isdigit() and (folder / "state").exists()
 
 
-def export(source: WeightSource, output: pathlib.Path, wanted: tuple[str, ...]) -> None:
+def export(source: WeightSource, output: epath.Path, wanted: tuple[str, ...]) -> None:
     """Writes roles as one self-contained folder that `open_weights` reads.
 
     Raises:
@@ -259,9 +277,9 @@ def _adopt_kind(config: Any, role: str, model: dict[str, Any]) -> list[str]:
     return [f"model.{role}.kind: {ours} -> {theirs}"]
 
 
-def _stated_model(path: str | pathlib.Path) -> tuple[dict[str, Any], int | None]:
+def _stated_model(path: str | os.PathLike) -> tuple[dict[str, Any], int | None]:
     """The model config that a workdir, checkpoint, export or conversion records; image size."""
-    folder = pathlib.Path(path)
+    folder = files.path(path)
     again = "take the folder from where it came once more"
     if (folder / EXPORT_FILE).exists():
         record = untrusted.read_json(folder / EXPORT_FILE, again)
@@ -278,20 +296,17 @@ def _stated_model(path: str | pathlib.Path) -> tuple[dict[str, Any], int | None]
         record = untrusted.read_json(step / "config.json", again)
         size = _section(record, "data", folder).get("image_size")
         return _model_section(record, folder), size if isinstance(size, int) else None
-    raise ValueError(
-        "weights come from a stage's workdir, a checkpoint, an export or a conversion; got "
-        f"{str(path)!r}, which {_why_not(folder)}"
-    )
+    raise _refusal(folder)
 
 
-def _model_section(record: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+def _model_section(record: dict[str, Any], folder: epath.Path) -> dict[str, Any]:
     model = _section(record, "model", folder)
     for role in names.AUTOENCODER_ROLES:
         _section({role: {}} | model, role, folder)
     return model
 
 
-def _section(record: dict[str, Any], name: str, folder: pathlib.Path) -> dict[str, Any]:
+def _section(record: dict[str, Any], name: str, folder: epath.Path) -> dict[str, Any]:
     """One group of fields of a record; ValueError where it is missing or something else."""
     section = record.get(name)
     if not isinstance(section, dict):
@@ -400,7 +415,7 @@ def _network(role: str, model: Any) -> str:
     return encoders.conversion(role, model).network if role == "vit" else NETWORKS[role]
 
 
-def _open_export(folder: pathlib.Path) -> WeightSource:
+def _open_export(folder: epath.Path) -> WeightSource:
     path = folder / EXPORT_FILE
     again = "export it again, or take the folder from where it came once more"
     untrusted.check_inside(folder, path, again)
@@ -431,7 +446,14 @@ def _open_export(folder: pathlib.Path) -> WeightSource:
     )
 
 
-def _why_not(folder: pathlib.Path) -> str:
+def _refusal(folder: epath.Path) -> ValueError:
+    return ValueError(
+        "weights come from a stage's workdir, a checkpoint, an export or a conversion; got "
+        f"{str(folder)!r}, which {_why_not(folder)}"
+    )
+
+
+def _why_not(folder: epath.Path) -> str:
     chain = folder / "chain.json"
     if chain.exists():
         stages = untrusted.read_json(chain, "name one of its folders").get("stages", ())

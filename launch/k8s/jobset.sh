@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A JobSet on Kubernetes, TPU slices (GKE) or GPU nodes: run, logs, delete. The code comes in IMAGE,
 # see launch/Dockerfile.
-#   launch/k8s/jobset.sh [--dry-run] run --config=configs/X.py --workdir=/workdir/NAME [...]
+#   launch/k8s/jobset.sh [--dry-run] run --config=configs/X.py --workdir=gs://BUCKET/NAME [...]
 #   launch/k8s/jobset.sh [--dry-run] logs | delete
 # shellcheck disable=SC2016 source-path=SCRIPTDIR
 # (SC2016: ${NAME} in single quotes is text here, the placeholder in the YAML.)
@@ -63,7 +63,7 @@ run_with_input() {
 
 submit() {
   require PLATFORM
-  require_workdir_under /workdir
+  require_bucket
   [[ $PLATFORM == tpu || $PLATFORM == gpu ]] ||
     refuse "PLATFORM must be tpu or gpu, got '$PLATFORM'"
   local text

@@ -22,7 +22,7 @@ SCRIPTS = sorted([*LAUNCH.glob("**/*.sh"), LAUNCH / "slurm.sbatch"])
 RUN = [
     "run",
     "--config=configs/rfm_dit.py:tiny",
-    "--workdir=/workdir/first",
+    "--workdir=gs://bucket/first",
     "--config.note=it's 5",
 ]
 ENTRY_ARGS = shlex.join(RUN[1:-1]) + " '--config.note=it'\\''s 5'"
@@ -41,7 +41,7 @@ TPU = settings("TPU_NAME=slice PROJECT_ID=project ZONE=zone-a")
 TPU_TYPE = settings("ACCELERATOR_TYPE=v6e-8 RUNTIME_VERSION=v2-alpha-tpuv6e")
 XPK = settings("PROJECT_ID=project ZONE=zone-a CLUSTER=cluster WORKLOAD=work")
 JOBSET = settings("NAMESPACE=ml JOB_NAME=train")
-JOBSET_RUN = JOBSET | settings(f"IMAGE={IMAGE} CLAIM=share")
+JOBSET_RUN = JOBSET | settings(f"IMAGE={IMAGE} SERVICE_ACCOUNT=runs")
 JOBSET_TPU = JOBSET_RUN | settings(
     "PLATFORM=tpu TPU_ACCELERATOR=tpu-v6e-slice TPU_TOPOLOGY=4x4"
     " SLICES=2 HOSTS_PER_SLICE=4 CHIPS_PER_HOST=4"
@@ -50,16 +50,15 @@ JOBSET_GPU = JOBSET_RUN | settings("PLATFORM=gpu NODES=2 GPUS_PER_NODE=8")
 SLURM = settings(
     "CHECKOUT=/me/code JOB_NAME=train NODES=2 GPUS_PER_NODE=4 CPUS_PER_TASK=12 TIME_LIMIT=4:00:00"
 )
-SKY = REPOSITORY | settings("JOB_NAME=train ACCELERATORS=H200:8 BUCKET=gs://bucket")
+SKY = REPOSITORY | settings("JOB_NAME=train ACCELERATORS=H200:8")
 
 WHERE = "--project=project --zone=zone-a"
 SSH = f"gcloud compute tpus tpu-vm ssh slice {WHERE}"
 QUEUED = "gcloud compute tpus queued-resources"
 FIRST_POD = "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 SKY_LAUNCH = "sky jobs launch --yes --detach-run --name=train --gpus=H200:8"
-SKY_ENV = (
-    f"--use-spot --env=REPO_URL={URL} --env=REVISION=0123abc --env=BUCKET=gs://bucket "
-    + shlex.quote("--env=ENTRY_ARGS=" + ENTRY_ARGS)
+SKY_ENV = f"--use-spot --env=REPO_URL={URL} --env=REVISION=0123abc " + shlex.quote(
+    "--env=ENTRY_ARGS=" + ENTRY_ARGS
 )
 
 # Texts that are sent to the hosts of a TPU VM.
@@ -72,7 +71,7 @@ INSTALL = (
     f" && git fetch --quiet {URL} 0123abc && git checkout --quiet --detach FETCH_HEAD"
     " && python3 -m pip install --quiet --user uv"
     " && python3 -m uv venv --quiet --allow-existing --seed --python 3.12 .venv"
-    " && .venv/bin/python -m pip install --quiet --editable '.[tpu]'"
+    " && .venv/bin/python -m pip install --quiet --editable '.[tpu,cloud]'"
 )
 START = (
     "cd dinosae_jax && . .venv/bin/activate"
@@ -116,15 +115,16 @@ TABLE = [
         "create",
         TPU | TPU_TYPE,
         f"gcloud compute tpus tpu-vm create slice {WHERE}"
-        " --accelerator-type=v6e-8 --version=v2-alpha-tpuv6e --spot",
-        also="SPOT=1",
+        " --accelerator-type=v6e-8 --version=v2-alpha-tpuv6e --spot --service-account=runs",
+        also="SPOT=1 SERVICE_ACCOUNT=runs",
     ),
     row(
         "tpu_vm.sh",
         "setup",
-        TPU | REPOSITORY | settings("NFS_SHARE=10.0.0.2:/share"),
+        TPU | REPOSITORY,
         on("all", MOUNT),
         on("all", INSTALL),
+        also="NFS_SHARE=10.0.0.2:/share",
     ),
     row("tpu_vm.sh", "run", TPU, on("all", START)),
     row("tpu_vm.sh", "logs", TPU, on("0", TAIL)),
@@ -135,8 +135,9 @@ TABLE = [
         "create",
         TPU | TPU_TYPE,
         f"{QUEUED} create slice {WHERE} --node-id=slice --accelerator-type=v6e-8"
-        " --runtime-version=v2-alpha-tpuv6e --spot --valid-until-duration=6h",
-        also="SPOT=1 VALID_FOR=6h",
+        " --runtime-version=v2-alpha-tpuv6e --spot --service-account=runs"
+        " --valid-until-duration=6h",
+        also="SPOT=1 SERVICE_ACCOUNT=runs VALID_FOR=6h",
     ),
     row(
         "queued_resource.sh",
@@ -260,14 +261,16 @@ def test_each_missing_variable_is_refused_by_name_before_anything_runs(row, sand
         ("tpu_vm.sh", ["run", "--workdir=/workdir/a"], TPU, "run needs --config="),
         ("tpu_vm.sh", ["run", "--config=a.py"], TPU, "run needs --workdir="),
         ("tpu_vm.sh", [*RUN, "steps=3"], TPU, "--NAME=VALUE, got 'steps=3'"),
-        ("tpu_vm.sh", ["run", "--config=a", "--workdir=/tmp/a"], TPU, "must lie under /workdir"),
+        ("tpu_vm.sh", ["run", "--config=a", "--workdir=/tmp/a"], TPU, "must lie in a bucket"),
+        ("tpu_vm.sh", ["run", "--config=a", "--workdir=/workdir/a"], TPU, "must lie in a bucket"),
+        ("tpu_vm.sh", ["run", "--config=a", "--workdir=gs://a"], TPU, "gs://BUCKET/NAME"),
         ("sky.sh", RUN, SKY | {"PLATFORM": "cpu"}, "tpu or gpu, got 'cpu'"),
         ("k8s/jobset.sh", ["logs"], JOBSET | {"JOB_NAME": "A_b"}, "DNS label"),
         (
             "k8s/jobset.sh",
             RUN,
-            JOBSET_GPU | {"CLAIM": "a}, b: {"},
-            "CLAIM must be one plain word",
+            JOBSET_GPU | {"SERVICE_ACCOUNT": "a}, b: {"},
+            "SERVICE_ACCOUNT must be one plain word",
         ),
         ("local.sh", RUN, {"PROCESSES": "none", "DEVICE": "cpu"}, "positive number, got 'none'"),
         ("local.sh", RUN, {"PROCESSES": "2", "DEVICE": "tpu"}, "cpu or gpu, got 'tpu'"),

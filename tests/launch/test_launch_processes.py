@@ -15,7 +15,7 @@ LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 RUN = [
     "run",
     "--config=configs/rfm_dit.py:tiny",
-    "--workdir=/workdir/first",
+    "--workdir=gs://bucket/first",
     "--config.note=it's 5",
 ]
 

@@ -7,11 +7,14 @@ or the shards in any order may be given.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dinosae_jax.runtime import untrusted
+from etils import epath
+
+from dinosae_jax.runtime import buckets, files, snapshots, untrusted
 from weights_conversion.readers import formats
 from weights_conversion.readers.stored import RefusedFileError, short
 
@@ -20,18 +23,22 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..+)?")
 
 
-def user_path(text: str | Path) -> Path:
-    """A path as typed: `~` stands for the home folder, a URL is refused.
+def user_path(text: str | os.PathLike) -> epath.Path:
+    """A path as typed: `~` stands for the home folder, a URL that is no bucket is refused.
 
     Raises:
       ValueError: The text is empty or a URL.
     """
+    if buckets.is_bucket(text):
+        return files.path(text)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(text)):
-        raise ValueError(f"paths are local files and folders; got {text}; copy it here first")
+        raise ValueError(
+            f"paths are local files and folders, or in gs:// or s3://; got {text}; copy it here"
+        )
     if not str(text):
         raise ValueError("a path names a file or folder; got an empty one; write it after the =")
     try:
-        return Path(text).expanduser()
+        return epath.Path(Path(text).expanduser())
     except RuntimeError:
         raise ValueError(
             f"~NAME is the home folder of a user; got {text}, and there is no such user; write the "
@@ -59,15 +66,16 @@ def _exists(text: str) -> bool:
         return False
 
 
-def find_files(given: Iterable[str | Path]) -> list[Path]:
-    """The files behind what was given: files, folders, or indices of shards.
+def find_files(given: Iterable[str | os.PathLike]) -> list[Path]:
+    """The files behind what was given: files, folders, or indices of shards; in buckets, copies.
 
     Raises:
       RefusedFileError: Something is missing, is no weights, or leaves its folder.
     """
-    files = [file for path in given for file in _files_of(user_path(path))]
-    _check_complete(files)
-    return files
+    here = (Path(snapshots.local(user_path(path))) for path in given)
+    found = [file for path in here for file in _files_of(path)]
+    _check_complete(found)
+    return found
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -105,7 +113,7 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _in_index(index: Path) -> list[Path]:
     """The shards that an index names, each once, in the order of its keys."""
-    where = untrusted.read_json(index, "download it again").get("weight_map")
+    where = untrusted.read_json(epath.Path(index), "download it again").get("weight_map")
     if not isinstance(where, dict) or not where:
         raise RefusedFileError(
             f"{short(index.name)}: weights are a safetensors or a torch file, or the index of "
@@ -134,7 +142,7 @@ def _inside(folder: Path, name: str) -> Path:
     if is_cache and path.is_symlink() and path.resolve().parent == cache.parent / "blobs":
         return path
     try:
-        return untrusted.inside(folder, name, "give the file itself as --input")
+        return Path(untrusted.inside(epath.Path(folder), name, "give the file itself as --input"))
     except ValueError as error:
         raise RefusedFileError(str(error)) from None
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
+from etils import epath
 from numpy.typing import NDArray
 
 from dinosae_jax.data import pixels
@@ -24,7 +24,7 @@ from dinosae_jax.data.latents import latent_record
 from dinosae_jax.data.manifest import MANIFEST, check_form, check_shards, read_manifest
 from dinosae_jax.data.order import Share, crop_generator, draw_flip, share_of, training_index
 from dinosae_jax.data.records import fingerprint_of
-from dinosae_jax.runtime import untrusted
+from dinosae_jax.runtime import files, snapshots, untrusted
 
 HASHED_BYTES = 4 * 2**30  # caches up to this size are hashed whole when they are opened
 AHEAD = 2  # batches
@@ -44,7 +44,7 @@ def image_recipe(data_config: Mapping[str, Any]) -> dict[str, Any]:
     return {**{field: data_config[field] for field in IMAGE_FIELDS}, "pixels": stored}
 
 
-def check_classes(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+def check_classes(folder: epath.Path, manifest: Mapping[str, Any]) -> None:
     """Raises ValueError where a split numbers other classes than `train` beside it."""
     training = folder.parent / "train" / MANIFEST
     if training.exists():
@@ -69,7 +69,7 @@ class LatentSource:
       fields: the arrays of a record.
     """
 
-    def __init__(self, folder: pathlib.Path, manifest: dict[str, Any]):
+    def __init__(self, folder: epath.Path, manifest: dict[str, Any]):
         self.folder = folder
         self.manifest = manifest
         self.label_names = tuple(manifest.get("label_names", ()))
@@ -78,7 +78,9 @@ class LatentSource:
         self.fields = latent_record.layout(
             manifest["format"], manifest["tokens"], manifest["width"]
         )
-        paths = [str(folder / shard["name"]) for shard in manifest["shards"]]
+        names = [shard["name"] for shard in manifest["shards"]]
+        here = snapshots.local(folder, names)
+        paths = [str(here / name) for name in names]
         self._records = grain.sources.ArrayRecordDataSource(paths)
 
     def __len__(self) -> int:
@@ -116,7 +118,7 @@ def open_latents(data_config: Mapping[str, Any], split: str) -> LatentSource:
     Raises:
       ValueError: a missing or damaged cache, or one of other images.
     """
-    folder = pathlib.Path(data_config["latents"]) / split
+    folder = files.path(data_config["latents"]) / split
     manifest = read_manifest(folder / MANIFEST, ENCODE)
     recipe = manifest.get("images")
     recipe = recipe if isinstance(recipe, dict) else {}
@@ -144,7 +146,7 @@ def open_latents(data_config: Mapping[str, Any], split: str) -> LatentSource:
     return LatentSource(folder, manifest)
 
 
-def _check_sizes(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
+def _check_sizes(folder: epath.Path, manifest: dict[str, Any]) -> None:
     """Raises ValueError where a manifest's records could not be in its shards."""
     sizes = [manifest.get(name) for name in ("count", "tokens", "width")]
     whole = all(type(size) is int and 0 < size < 1 << 40 for size in sizes)

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from numpy.typing import NDArray
 
 from dinosae_jax.data.latents import latent_record
 from dinosae_jax.data.manifest import MANIFEST, is_whole, read_manifest
-from dinosae_jax.runtime.files import file_sha256, write_json
+from dinosae_jax.runtime import files
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record a read; noise does not compress
 SHARD_BYTES = 2**30
@@ -52,7 +53,7 @@ def shard_range(plan: dict[str, Any], number: int) -> range:
     return range(*edges)
 
 
-def claim(folder: pathlib.Path, plan: dict[str, Any]) -> None:
+def claim(folder: epath.Path, plan: dict[str, Any]) -> None:
     """Makes the folder this cache's, or compares the cache that it holds with `plan`.
 
     Args:
@@ -65,7 +66,7 @@ def claim(folder: pathlib.Path, plan: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = next((folder / name for name in (MANIFEST, PLAN) if (folder / name).exists()), None)
     if path is None:
-        write_json(folder / PLAN, plan)
+        files.write_json(folder / PLAN, plan)
         return
     there = read_manifest(path)
     for key, value in plan.items():
@@ -78,7 +79,7 @@ def claim(folder: pathlib.Path, plan: dict[str, Any]) -> None:
 
 
 def missing_shards(
-    folder: pathlib.Path, plan: dict[str, Any], process_index: int = 0, process_count: int = 1
+    folder: epath.Path, plan: dict[str, Any], process_index: int = 0, process_count: int = 1
 ) -> list[int]:
     """Returns the shards of this process that lack the sha256 that they had when written."""
     entries = _entries(folder, plan)
@@ -92,7 +93,7 @@ class ShardWriter:
     Leaving the `with` block waits for every shard that was handed over whole, also after a signal.
     """
 
-    def __init__(self, folder: pathlib.Path, plan: dict[str, Any], threads: int = 1):
+    def __init__(self, folder: epath.Path, plan: dict[str, Any], threads: int = 1):
         """Starts no thread before there is something to do.
 
         Args:
@@ -128,20 +129,23 @@ class ShardWriter:
           ValueError: tokens that are not finite, of this shard or (late) of an earlier one.
         """
         self.check()
-        partial = self._folder / f".{shard_name(self._plan, number)}"
-        writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
-        written: list[concurrent.futures.Future[NDArray[np.float64]]] = []
-        waiting: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
-        for tokens, labels in encoded:
-            packed = [
-                self._packing.submit(_pack, variants, int(label), self._plan["format"])
-                for variants, label in zip(tokens, labels, strict=True)
-            ]
-            written.append(self._writing.submit(_write, writer, packed))
-            waiting.append(written[-1])
-            if len(waiting) > BATCHES_AHEAD:
-                waiting.popleft().result()
-        self._entries.append(self._hashing.submit(self._finish, number, partial, writer, written))
+        with contextlib.ExitStack() as stack:
+            target = self._folder / shard_name(self._plan, number)
+            partial = stack.enter_context(files.publishing(target))
+            writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+            written: list[concurrent.futures.Future[NDArray[np.float64]]] = []
+            waiting: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+            for tokens, labels in encoded:
+                packed = [
+                    self._packing.submit(_pack, variants, int(label), self._plan["format"])
+                    for variants, label in zip(tokens, labels, strict=True)
+                ]
+                written.append(self._writing.submit(_write, writer, packed))
+                waiting.append(written[-1])
+                if len(waiting) > BATCHES_AHEAD:
+                    waiting.popleft().result()
+            rest = (number, partial, writer, written, stack.pop_all())
+            self._entries.append(self._hashing.submit(self._finish, *rest))
 
     def _finish(
         self,
@@ -149,26 +153,27 @@ class ShardWriter:
         partial: pathlib.Path,
         writer: ArrayRecordWriter,
         written: list[concurrent.futures.Future[NDArray[np.float64]]],
+        publishing: contextlib.ExitStack,
     ) -> None:
-        """Closes, hashes and renames a shard, and writes beside it what it holds."""
+        """Closes, hashes and publishes a shard, and writes beside it what it holds."""
         moments = np.zeros(3)
-        for batch in written:
-            moments += batch.result()
-        writer.close()
         name = shard_name(self._plan, number)
-        entry = {
-            "name": name,
-            "count": len(shard_range(self._plan, number)),
-            "bytes": partial.stat().st_size,
-            "sha256": file_sha256(partial),
-            "norm_moments": moments.tolist(),
-        }
-        os.replace(partial, self._folder / name)
-        write_json(self._folder / f"{name}.json", entry)
+        with publishing:
+            for batch in written:
+                moments += batch.result()
+            writer.close()
+            entry = {
+                "name": name,
+                "count": len(shard_range(self._plan, number)),
+                "bytes": partial.stat().st_size,
+                "sha256": files.file_sha256(partial),
+                "norm_moments": moments.tolist(),
+            }
+        files.write_json(self._folder / f"{name}.json", entry)
 
 
 def write_shard(
-    folder: pathlib.Path, plan: dict[str, Any], number: int, encoded: Iterable[Encoded]
+    folder: epath.Path, plan: dict[str, Any], number: int, encoded: Iterable[Encoded]
 ) -> None:
     """Writes one shard; see `ShardWriter`.
 
@@ -200,7 +205,7 @@ def _write(
     return np.array([norms.size, norms.sum(), (norms**2).sum()])
 
 
-def finish(folder: pathlib.Path, plan: dict[str, Any]) -> dict[str, Any]:
+def finish(folder: epath.Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Writes the manifest of a cache whose shards are complete.
 
     Returns:
@@ -223,13 +228,13 @@ def finish(folder: pathlib.Path, plan: dict[str, Any]) -> dict[str, Any]:
     deviation = math.sqrt(max(squares / count - mean**2, 0.0))
     norms = {"mean": mean, "deviation": deviation, "tokens": int(count)}
     manifest = plan | {"norms": norms, "shards": shards}
-    write_json(folder / MANIFEST, manifest)
+    files.write_json(folder / MANIFEST, manifest)
     for leftover in (PLAN, *(f"{shard['name']}.json" for shard in shards)):
         (folder / leftover).unlink(missing_ok=True)
     return manifest
 
 
-def _entries(folder: pathlib.Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _entries(folder: epath.Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """What each written shard holds, by its number."""
     names = {shard_name(plan, number): number for number in range(plan["num_shards"])}
     found = {}
@@ -237,12 +242,13 @@ def _entries(folder: pathlib.Path, plan: dict[str, Any]) -> dict[int, dict[str, 
         found = {
             names[shard["name"]]: shard for shard in read_manifest(folder / MANIFEST)["shards"]
         }
-    for path in folder.glob("latents-*.json"):
-        found[names[path.stem]] = json.loads(path.read_text())
+    for name in files.names_in(folder):
+        if name.startswith("latents-") and name.endswith(".json"):
+            found[names[name.removesuffix(".json")]] = json.loads((folder / name).read_text())
     return found
 
 
-def _is_good(folder: pathlib.Path, entry: dict[str, Any] | None) -> bool:
+def _is_good(folder: epath.Path, entry: dict[str, Any] | None) -> bool:
     if entry is None or not is_whole(folder, entry):
         return False
-    return file_sha256(folder / entry["name"]) == entry["sha256"]
+    return files.file_sha256(folder / entry["name"]) == entry["sha256"]

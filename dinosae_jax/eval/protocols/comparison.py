@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax import config as config_lib
 from dinosae_jax.data import images, png
@@ -127,7 +127,7 @@ class Scores:
     """Scores by key, kept in a file with the recipe that they share."""
 
     def __init__(
-        self, path: pathlib.Path, recipe: dict[str, Any], judge: Callable[[np.ndarray], Score]
+        self, path: epath.Path, recipe: dict[str, Any], judge: Callable[[np.ndarray], Score]
     ):
         """Reads what the file holds.
 
@@ -157,7 +157,7 @@ class Scores:
 
 
 def draw_samples(
-    config: ml_collections.ConfigDict, folder: pathlib.Path, setting: Setting
+    config: ml_collections.ConfigDict, folder: epath.Path, setting: Setting
 ) -> np.ndarray:
     """Samples of a setting, uint8 [b, h, w, 3], balanced over the classes."""
     generator = _generator(folder / setting.arm / f"seed{setting.seed}")
@@ -175,5 +175,5 @@ def draw_samples(
 
 
 @functools.lru_cache(maxsize=2)
-def _generator(workdir: pathlib.Path) -> Generator:
+def _generator(workdir: epath.Path) -> Generator:
     return Generator.load(workdir)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 
 import jax
 import ml_collections
+from etils import epath
 from jax.experimental import multihost_utils
 
 from dinosae_jax.data import adm_npz
@@ -14,7 +14,7 @@ from dinosae_jax.eval import distances, features, results
 from dinosae_jax.eval.protocols import inputs, references
 from dinosae_jax.inference import drawing
 from dinosae_jax.names import PATCH_SIZE
-from dinosae_jax.runtime import console
+from dinosae_jax.runtime import console, snapshots
 
 
 def run(
@@ -23,7 +23,7 @@ def run(
     network: features.FeatureNetwork,
     metrics: tuple[str, ...],
     mesh: jax.sharding.Mesh,
-    folder: pathlib.Path,
+    folder: epath.Path,
 ) -> list[results.Result]:
     """Every metric of an .npz of samples, or of a flow, which is sampled first."""
     taps = taps_of(network, metrics)
@@ -74,14 +74,14 @@ def taps_of(network: features.FeatureNetwork, metrics: tuple[str, ...]) -> tuple
     return tuple(dict.fromkeys(taps))
 
 
-def draw_samples(config: ml_collections.ConfigDict, folder: pathlib.Path) -> adm_npz.Archive:
+def draw_samples(config: ml_collections.ConfigDict, folder: epath.Path) -> adm_npz.Archive:
     """Draws the samples of a flow into `folder`/samples, which every host must see."""
     wanted = config.sample.copy_and_resolve_references()
     wanted.name = f"{config.name} samples"
     wanted.init_from, wanted.seed, wanted.dtype = config.init_from, config.seed, config.dtype
     drawing.draw_series(wanted, folder / "samples")
     multihost_utils.sync_global_devices("samples are written")
-    return adm_npz.open_archive(folder / "samples" / "samples.npz")
+    return adm_npz.open_archive(snapshots.local(folder / "samples" / "samples.npz"))
 
 
 def _expected(config: ml_collections.ConfigDict, subject: inputs.Subject) -> tuple[int, int, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax.data import images
 from dinosae_jax.eval import distances, features, image_quality, interpolation, results
@@ -39,7 +39,7 @@ def run(
     network: features.FeatureNetwork,
     metrics: tuple[str, ...],
     mesh: jax.sharding.Mesh,
-    folder: pathlib.Path,
+    folder: epath.Path,
 ) -> list[results.Result]:
     """Every metric of an autoencoder on the evaluation images of a data set.
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from dinosae_jax.data import adm_npz, images
 from dinosae_jax.eval import adm_moments, distances, features, frechet
 from dinosae_jax.eval.protocols import inputs
 from dinosae_jax.eval.recipe import Recipe, check_comparable
-from dinosae_jax.runtime import console, files, sharding
+from dinosae_jax.runtime import console, files, sharding, snapshots
 
 KEPT_REFERENCE = 10_000  # images of a data set whose features Precision/Recall and KID see, as ADM
 
@@ -53,7 +53,7 @@ class OpenedReference:
 
     recipe: Callable[[str], Recipe]
     known: int | None
-    load: Callable[[jax.sharding.Mesh, pathlib.Path], distances.Reference]
+    load: Callable[[jax.sharding.Mesh, epath.Path], distances.Reference]
 
 
 def open_reference(
@@ -66,8 +66,7 @@ def open_reference(
     """
     if not config.reference:
         return _dataset_reference(config, network, taps)
-    path = pathlib.Path(config.reference)
-    check_file("reference", path)
+    path = local_npz("reference", config.reference)
     with zipfile.ZipFile(path) as file:
         members = set(file.namelist())
     is_moments = "scatter.npy" in members
@@ -87,7 +86,7 @@ def _dataset_reference(
         images=f"{config.data.source} train",
     )
 
-    def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
+    def load(mesh: jax.sharding.Mesh, folder: epath.Path) -> distances.Reference:
         console.report(f"{config.name}: features of {count} reference images")
         collector = features.Collector({tap: recipe(tap) for tap in taps}, spaced)
         batches = console.progress(
@@ -109,7 +108,7 @@ def _archive_reference(
     config: ml_collections.ConfigDict,
     network: features.FeatureNetwork,
     taps: tuple[str, ...],
-    path: pathlib.Path,
+    path: epath.Path,
 ) -> OpenedReference:
     """A reference of images, with the file's moments of more images where they fit the network."""
     archive = adm_npz.open_archive(path)
@@ -127,7 +126,7 @@ def _archive_reference(
     def recipe(tap: str) -> Recipe:
         return stored[tap].recipe if tap in stored else network.recipe(tap, **about)
 
-    def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
+    def load(mesh: jax.sharding.Mesh, folder: epath.Path) -> distances.Reference:
         console.report(f"{config.name}: features of {archive.shape[0]} reference images")
         collector = features.Collector({tap: network.recipe(tap, **about) for tap in taps})
         extracted = features.extract(network, archive_batches(config, archive, mesh), collector)
@@ -137,7 +136,7 @@ def _archive_reference(
     return OpenedReference(recipe, archive.shape[0], load)
 
 
-def moments_answer(config: ml_collections.ConfigDict, path: pathlib.Path) -> Recipe | None:
+def moments_answer(config: ml_collections.ConfigDict, path: epath.Path) -> Recipe | None:
     """What `reference_moments` says of moments that do not say how they were made."""
     about = config.reference_moments
     if not about.count:
@@ -156,7 +155,7 @@ def _moments_reference(
     config: ml_collections.ConfigDict,
     network: features.FeatureNetwork,
     taps: tuple[str, ...],
-    path: pathlib.Path,
+    path: epath.Path,
 ) -> OpenedReference:
     """A reference of the moments of one tap, as an earlier evaluation wrote them."""
     moments = frechet.read_statistics(path)
@@ -169,7 +168,7 @@ def _moments_reference(
             "with images"
         )
 
-    def load(mesh: jax.sharding.Mesh, folder: pathlib.Path) -> distances.Reference:
+    def load(mesh: jax.sharding.Mesh, folder: epath.Path) -> distances.Reference:
         nothing = features.FeatureSet({}, np.zeros(0, np.int64), {moments.recipe.tap: moments})
         return distances.Reference(nothing, path.name, files.file_sha256(path))
 
@@ -184,8 +183,15 @@ def side_of(archive: adm_npz.Archive, what: str) -> int:
     return height
 
 
-def check_file(field: str, path: pathlib.Path) -> None:
-    """Raises ValueError, naming the config's field, where the path is not an .npz file."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
+def local_npz(field: str, named: str) -> epath.Path:
+    """The .npz file that a field of the config names, or a copy on this machine.
+
+    Raises:
+      ValueError: it is no .npz file.
+    """
+    path = files.path(named)
+    here = snapshots.local(path) if path.is_file() else path
+    if not path.is_file() or not zipfile.is_zipfile(here):
         state = "is not a zip file" if path.is_file() else "does not exist"
         raise ValueError(f"{field} must be an .npz file; got {path}, which {state}; check the path")
+    return here
