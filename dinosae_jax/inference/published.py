@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
+import os
 from typing import Any
 
 from dinosae_jax.flow import schedule
@@ -23,7 +23,7 @@ REVERSED = "sinusoidal"  # time embedding of the original LightningDiT, whose no
 
 
 def complete_flow(
-    source: weight_source.WeightSource, autoencoder: str | pathlib.Path = ""
+    source: weight_source.WeightSource, autoencoder: str | os.PathLike = ""
 ) -> weight_source.WeightSource:
     """Adds the autoencoder and the flow's record to a converted transformer.
 
