@@ -139,7 +139,7 @@ def test_the_official_layout_loads_without_the_teacher(converted, one_device):
     z = official.encode(images)
     full = Autoencoder.load(converted / "full", pixel_range="unit", mesh=one_device)
     assert full.convention.pixels == "unit" and full.encode_teacher(images).shape == z.shape
-    with pytest.raises(ValueError, match="DINOv3's own patch convolution"):
+    with pytest.raises(ValueError, match="the encoder's own patch convolution"):
         official.encode_teacher(images)
     # The range decides how the same output is read: where neither is clipped they are affine.
     std, mean = np.array(names.IMAGENET_STD), np.array(names.IMAGENET_MEAN)
