@@ -147,7 +147,10 @@ CHAIN, STAGE = "--config=configs/quickstart.py", "--config=configs/sae_stage1.py
         ([STAGE, "--workdri=x"], "--workdri is not a flag; did you mean --workdir?"),
         ([STAGE, "--confg.steps=3"], "--confg.steps is not a flag; did you mean --config.steps?"),
         ([STAGE, "--workdir=az://b/run"], "--workdir is a path on this machine or one that begins"),
-        ([STAGE, "--config.init_from=s3://b"], "init_from is a path on this machine; got 's3://b'"),
+        (
+            [STAGE, "--config.init_from=ftp://b"],
+            "init_from is a path on this machine or one that begin",
+        ),
         ([STAGE, "--config.seed=4294967296"], "seed must be a whole number from 0 to 2^32-1; got "),
     ],
 )

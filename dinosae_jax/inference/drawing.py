@@ -247,7 +247,7 @@ def finish(folder: epath.Path, labels: np.ndarray, chunk: int) -> None:
     with files.publishing(folder / "labels.npy") as partial:
         np.save(partial, labels)
     files.write_json(folder / "DONE", {"images": len(labels)})
-    (folder / "chunks").rmtree()
+    epath.Path(folder / "chunks").rmtree()
 
 
 def _load(path: epath.Path) -> np.ndarray:
