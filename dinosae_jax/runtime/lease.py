@@ -172,9 +172,7 @@ def _take_over(path: epath.Path, owner: dict[str, Any], token: str) -> bool:
     try:
         if _read(path) != owner:
             return False
-        replacement = path.with_name(f"{FILE}.{token}")
-        replacement.write_text(json.dumps(_owner(token)))
-        replacement.replace(path)
+        files.write_text(path, json.dumps(_owner(token)))
         return True
     except FileNotFoundError:  # released in this moment
         return False

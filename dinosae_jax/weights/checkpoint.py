@@ -39,15 +39,12 @@ from dinosae_jax.weights import bucket_arrays
 Tree = Any
 FOLDER = "checkpoints"
 SEAL = "seal.json"  # in the folder of each checkpoint
-# What Orbax still changes when a checkpoint is sealed, and never reads for what we restore.
 COMMIT = "commit_success.txt"  # in a bucket, in the folder of each checkpoint
+# What Orbax still changes when a checkpoint is sealed, and never reads for what we restore.
 UNSEALED = (SEAL, "_CHECKPOINT_METADATA", COMMIT)
 NEWEST = "checkpoints.json"  # in the workdir: the newest step that was ever committed
-
-
 MOST_FAILURES = 3  # in a row
 HASHING_THREADS = 8
-
 # Words in a key of random numbers -> jax's name of the implementation.
 KEY_SIZES = {2: "threefry2x32", 4: "rbg"}
 
@@ -266,7 +263,7 @@ def _restore(folder: epath.Path, target: Tree) -> tuple[Tree, dict[str, Any]]:
         # Not through the manager: there a process whose reading fails leaves the others waiting.
         arguments = ocp.args.StandardRestore(target)
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-            state = handler.restore(_path(folder / "state"), args=arguments)
+            state = handler.restore(files.absolute(folder / "state"), args=arguments)
     except Exception as error:
         failure = error
     _agree(folder, failure)
@@ -459,7 +456,7 @@ def load_fields(folder: epath.Path, fields: tuple[str, ...]) -> tuple[Tree, dict
         partial_restore=True,
     )
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        tree = handler.restore(_path(folder / "state"), args=arguments)
+        tree = handler.restore(files.absolute(folder / "state"), args=arguments)
     _check_sums(tree, {name: record["checksums"][name] for name in flat})
     return jax.device_get(tree), record
 
@@ -535,11 +532,9 @@ def explain_full_disk(manager: Manager) -> Iterator[None]:
         if not full:
             raise
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the other writers' tracebacks
-        step = manager.latest_step()
-        kept = "no checkpoint is complete yet" if step is None else f"that of step {step} is safe"
         raise OSError(
-            f"the disk of {workdir_of(manager) / FOLDER} is full; {kept}; free some space and run "
-            "the same command again"
+            f"the disk of {workdir_of(manager) / FOLDER} is full; {_kept(manager)}; free some "
+            "space and run the same command again"
         ) from error
 
 
@@ -626,7 +621,3 @@ def workdir_of(manager: Manager) -> epath.Path:
     """The workdir whose checkpoints a manager keeps, by its own name."""
     folder = manager.directory.parent
     return epath.Path(os.path.realpath(folder)) if os.path.islink(folder) else folder
-
-
-def _path(folder: epath.Path) -> epath.Path:
-    return files.absolute(folder)

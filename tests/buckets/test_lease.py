@@ -1,38 +1,22 @@
 """A workdir in a bucket belongs to one run at a time, as one on a disk does."""
 
+import functools
 import subprocess
 import sys
-import threading
 
 import pytest
 
 from dinosae_jax.runtime import buckets, files, lease
+from tests.runtime import leases
 
 pytestmark = pytest.mark.slow
-
-HOLD = (
-    "import sys\nfrom dinosae_jax.runtime import files, lease\n"
-    "with lease.hold(files.path(sys.argv[1])):\n    print('held', flush=True); input()"
-)
-
-
-def start(folder):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], text=True, **pipes)
 
 
 def foreign(folder, age, monkeypatch):
     """A lease of another machine, of that age; ours are new."""
-    owner = {
-        "token": "theirs",
-        "host": "elsewhere",
-        "machine": "other",
-        "pid": 7,
-        "process_start": "1",
-        "since": "yesterday",
-    }
-    files.write_json(folder / lease.FILE, owner)
-    monkeypatch.setattr(lease, "_age", lambda path: age * (lease._read(path) == owner))
+    files.write_json(folder / lease.FILE, leases.OWNER)
+    ours_are_new = lambda path: age * (lease._read(path) == leases.OWNER)  # noqa: E731
+    monkeypatch.setattr(lease, "_age", ours_are_new)
 
 
 def test_a_lease_is_held_and_given_back(folder):
@@ -53,7 +37,7 @@ def test_a_lease_is_held_and_given_back(folder):
 
 
 def test_a_run_that_was_killed_is_taken_over_at_once(folder, capsys):
-    with start(folder) as first:
+    with leases.start(folder) as first:
         assert first.stdout.readline() == "held\n"
         first.kill()
     with lease.hold(folder):
@@ -63,33 +47,14 @@ def test_a_run_that_was_killed_is_taken_over_at_once(folder, capsys):
 
 def test_of_many_that_take_over_one_wins(folder, monkeypatch):
     foreign(folder, lease.STALE + 1, monkeypatch)
-    barrier, won = threading.Barrier(6), []
-
-    def take():
-        barrier.wait()
-        try:
-            won.append(lease._take(folder))
-        except ValueError:
-            won.append(None)
-
-    threads = [threading.Thread(target=take) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    tokens = set(filter(None, won))
+    tokens = leases.take_at_once(folder, 6)
     assert len(tokens) == 1
     assert lease._read(folder / lease.FILE)["token"] in tokens
-    lease._held.difference_update(tokens)
 
 
 def test_a_run_whose_lease_was_taken_over_ends(folder, monkeypatch, capsys):
-    monkeypatch.setattr(lease, "HEARTBEAT", 0.05)
-    ended = threading.Event()
-    monkeypatch.setattr(lease.distributed, "abandon", lambda code: ended.set())
-    with lease.hold(folder):
-        foreign(folder, 0.0, monkeypatch)
-        assert ended.wait(30)
+    take_over = functools.partial(foreign, folder, 0.0, monkeypatch)
+    assert leases.ends_when_taken_over(folder, monkeypatch, take_over, 0.05, 30)
     assert "was taken over by process 7 on elsewhere" in capsys.readouterr().err
     assert lease._read(folder / lease.FILE)["token"] == "theirs"
 

@@ -1,15 +1,14 @@
 """Who may use a workdir: one run at a time, and the next one when its owner is gone."""
 
+import functools
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
 
 import pytest
 
 from dinosae_jax.runtime import lease
+from tests.runtime import leases
 
 
 def read(folder):
@@ -18,16 +17,8 @@ def read(folder):
 
 def foreign(folder, age=0.0, **changes):
     """A lease of another machine, or with `changes`."""
-    owner = {
-        "token": "theirs",
-        "host": "elsewhere",
-        "machine": "other",
-        "pid": 7,
-        "process_start": "1",
-        "since": "yesterday",
-    }
     path = folder / lease.FILE
-    path.write_text(json.dumps(owner | changes))
+    path.write_text(json.dumps(leases.OWNER | changes))
     now = path.stat().st_mtime
     os.utime(path, (now - age, now - age))
 
@@ -43,13 +34,7 @@ def test_a_lease_is_held_and_released(tmp_path):
 
 
 def test_a_second_run_is_refused_by_the_name_of_the_first(tmp_path):
-    code = (
-        "import pathlib, sys; from dinosae_jax.runtime import lease\n"
-        "with lease.hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); input()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as first:
+    with leases.start(tmp_path) as first:
         assert first.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=f"which process {first.pid} on .* is using; wait"):
             lease._take(tmp_path)
@@ -59,17 +44,11 @@ def test_a_second_run_is_refused_by_the_name_of_the_first(tmp_path):
 
 
 def test_ctrl_c_releases_the_lease(tmp_path):
-    code = (
-        "import pathlib, signal, sys, time\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from dinosae_jax.runtime import lease, terminal\n"
+    before = (
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "terminal.end_on_keyboard()\n"
-        "with lease.hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
-        "    while True: time.sleep(0.01)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as owner:
+    with leases.start(tmp_path, before, "while True: time.sleep(0.01)") as owner:
         assert owner.stdout.readline() == "held\n"
         owner.send_signal(signal.SIGINT)
         assert owner.wait(timeout=60) == 130
@@ -107,31 +86,11 @@ def test_a_quiet_owner_gets_time_to_give_a_sign(tmp_path, monkeypatch, capsys):
 
 def test_of_many_that_take_over_one_wins(tmp_path):
     foreign(tmp_path, age=lease.STALE + 1)
-    start, won = threading.Barrier(8), []
-
-    def take():
-        start.wait()
-        try:
-            won.append(lease._take(tmp_path))
-        except ValueError:
-            won.append(None)
-
-    threads = [threading.Thread(target=take) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    tokens = set(filter(None, won))
-    assert tokens == {read(tmp_path)["token"]}
-    lease._held.difference_update(tokens)
+    assert leases.take_at_once(tmp_path, 8) == {read(tmp_path)["token"]}
 
 
 def test_a_run_whose_lease_was_taken_over_ends(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lease, "HEARTBEAT", 0.01)
-    ended = threading.Event()
-    monkeypatch.setattr(lease.distributed, "abandon", lambda code: ended.set())
-    with lease.hold(tmp_path):
-        foreign(tmp_path)
-        assert ended.wait(10)
+    take_over = functools.partial(foreign, tmp_path)
+    assert leases.ends_when_taken_over(tmp_path, monkeypatch, take_over, 0.01, 10)
     assert "was taken over by process 7 on elsewhere" in capsys.readouterr().err
     assert read(tmp_path)["token"] == "theirs"
