@@ -23,7 +23,7 @@ from dinosae_jax import config as config_lib
 from dinosae_jax.data import adm_npz, png
 from dinosae_jax.inference import batching
 from dinosae_jax.inference.generator import Generator, random_generator
-from dinosae_jax.runtime import console, files, lease, sharding, stopping
+from dinosae_jax.runtime import agreement, console, files, lease, sharding, stopping
 from dinosae_jax.weights import checkpoint
 
 BALANCED_EACH = 50  # images per class, the usual 50,000 of ImageNet
@@ -200,14 +200,14 @@ def draw_chunks(
 
 def first_missing(folder: epath.Path, count: int, chunk: int) -> int:
     """Index of the first image that has to be drawn; the first process's files decide."""
-    start = 0
-    while start < count and chunk_path(folder, start).exists():
-        start += chunk
-    if jax.process_count() == 1:
-        return start
-    from jax.experimental import multihost_utils
 
-    return int(multihost_utils.broadcast_one_to_all(np.int64(start)))
+    def look() -> int:
+        start = 0
+        while start < count and chunk_path(folder, start).exists():
+            start += chunk
+        return start
+
+    return agreement.from_first(look)
 
 
 def chunk_path(folder: epath.Path, start: int) -> epath.Path:

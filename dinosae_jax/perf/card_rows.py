@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-import statistics
 import tempfile
 import time
 import traceback
@@ -29,6 +28,7 @@ from dinosae_jax.names import PATCH_SIZE
 from dinosae_jax.perf import hlo, loader_speed, prediction, programs, step_speed, targets
 from dinosae_jax.runtime import hardware, precision, sharding
 from dinosae_jax.train import step_flops
+from dinosae_jax.weights import checkpoint
 
 PEAKS = (989, 790)  # TFLOP/s
 GIB = 2**30
@@ -90,21 +90,7 @@ def repeat(name: str, config: ml_collections.ConfigDict) -> list[Line]:
 def _state_bits(ready: step_speed.Ready) -> list[int]:
     """A checksum of the bits of each array of the state after one step."""
     state, others = step_speed.synthetic(ready.program, ready.stage.seed)
-    return [int(total) for total in _checksums(jax.tree.leaves(ready.compiled(state, *others)))]
-
-
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-
-    def checksum(leaf: jax.Array) -> jax.Array:
-        if leaf.dtype == jnp.bool_:
-            leaf = leaf.astype(jnp.uint8)
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned[leaf.dtype.itemsize])
-        flat = bits.astype(jnp.uint32).reshape(-1)
-        return (flat * (2 * jnp.arange(flat.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
-
-    return [checksum(leaf) for leaf in leaves]
+    return list(checkpoint.checksums(ready.compiled(state, *others)).values())
 
 
 def sampler(name: str, config: ml_collections.ConfigDict) -> list[Line]:
@@ -125,7 +111,8 @@ def sampler(name: str, config: ml_collections.ConfigDict) -> list[Line]:
     numbers = {"guidance": stage.sampling.guidance, "decode_radius": drawn.convention.decode_radius}
     scales = {k: jax.device_put(np.float32(v), everywhere) for k, v in numbers.items()}
     variables = {role: drawn.variables[role] for role in program.arguments[0]}
-    seconds = _seconds(lambda: compiled(variables, noise, labels, scales), config.repeats)
+    draw = functools.partial(compiled, variables, noise, labels, scales)
+    seconds = step_speed.call_seconds(draw, config.repeats)
     image_flops = programs.sampler_flops(stage)
     return [
         *_speed(seconds, _predicted(compiled), stage.batch_size, image_flops),
@@ -151,7 +138,7 @@ def encode(config: ml_collections.ConfigDict) -> list[Line]:
     placed = jax.device_put(image, sharding.batch_sharding(mesh))
     program: Any = encoding.compiled_encode(modules)
     compiled = program.lower(drawn.variables, placed).compile()
-    seconds = _seconds(lambda: compiled(drawn.variables, placed), config.repeats)
+    seconds = step_speed.call_seconds(lambda: compiled(drawn.variables, placed), config.repeats)
     tokens = side // PATCH_SIZE
     image_flops = flops.vit_flops(modules.vit, tokens, tokens)
     image_flops += flops.stem_flops(modules.stem, side, side)
@@ -185,7 +172,7 @@ def _attention_seconds(shape: tuple[int, int, int, int], variant: Any, repeats: 
         mixed, pull = jax.vjp(attend, q, k, v)
         return mixed, pull(g)
 
-    return _seconds(lambda: both(query, key, value, cotangent), repeats)
+    return step_speed.call_seconds(lambda: both(query, key, value, cotangent), repeats)
 
 
 def heads(config: ml_collections.ConfigDict) -> list[Line]:
@@ -203,7 +190,7 @@ def heads(config: ml_collections.ConfigDict) -> list[Line]:
             error = np.asarray(product(*placed), np.float64) - exact
             relative = float(np.linalg.norm(error) / np.linalg.norm(exact))
             lines.append(Line(f"{name} [{rows}, {inner}, {outer}], {title}", relative, None, ""))
-            seconds = _seconds(functools.partial(product, *placed), config.repeats)
+            seconds = step_speed.call_seconds(functools.partial(product, *placed), config.repeats)
             lines.append(Line(f"{name}, {title}, time", 1e3 * seconds, None, "ms"))
     return lines
 
@@ -313,17 +300,6 @@ def _predicted(compiled: Any) -> float | None:
         traceback.print_exc()
         return None
     return found.seconds if found else None
-
-
-def _seconds(function: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a call, after one that compiles."""
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def short(error: BaseException) -> str:

@@ -8,7 +8,6 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
 from dinosae_jax.inference import encoding
 from dinosae_jax.inference.generator import random_generator
 from dinosae_jax.models import autoencoder, flops
+from dinosae_jax.perf import step_speed
 from dinosae_jax.runtime import console, precision, sharding
 
 
@@ -124,9 +124,9 @@ def measure_flow(config: ml_collections.ConfigDict) -> dict[str, float]:
     )
     rates = {
         "batch_size": size,
-        "encoded_images_per_second": size / _seconds(lambda: run(placed)),
+        "encoded_images_per_second": size / step_speed.call_seconds(lambda: run(placed)),
         "sampling_steps": config.flow.sampling_steps,
-        "sampled_images_per_second": size / _seconds(draw),
+        "sampled_images_per_second": size / step_speed.call_seconds(draw),
     }
     console.report(
         f"{config.flow.stage} at batch {size}: encodes "
@@ -162,7 +162,7 @@ def measure_encoders(config: ml_collections.ConfigDict) -> dict[str, dict[str, f
         grid = side // names.PATCH_SIZE
         speeds[network] = row = {
             "batch_size": size,
-            "images_per_second": size / _seconds(functools.partial(run, placed)),
+            "images_per_second": size / step_speed.call_seconds(functools.partial(run, placed)),
             "gflops_per_image": flops.vit_flops(modules.vit, grid, grid) / 1e9,
         }
         console.report(
@@ -181,11 +181,3 @@ def _compiled_teacher(modules: autoencoder.AutoencoderModules) -> Callable[..., 
         return autoencoder.encode_teacher(modules, variables, pixels).tokens
 
     return jax.jit(encode)
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    """Seconds of one call, after a first call that compiles."""
-    jax.block_until_ready(function())
-    started = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - started

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +105,17 @@ def time_step(ready: Ready, config: ml_collections.ConfigDict) -> float:
             jax.block_until_ready(state)
             groups.append((time.perf_counter() - started) / config.steps)
     return statistics.median(groups)
+
+
+def call_seconds(function: Callable[[], Any], repeats: int = 1) -> float:
+    """Median seconds of a call, after one that compiles."""
+    jax.block_until_ready(function())
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
 
 
 def describe(name: str, row: dict[str, Any]) -> str:
