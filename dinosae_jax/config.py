@@ -31,6 +31,8 @@ CONTINUABLE = (
     "data.latents",  # another place of the same cache
     "mesh",
 )
+# What names inputs. Compared by what is there, so that a moved folder is still the same.
+PLACES = ("init_from", "weights", "data.source")
 
 
 # Where the runs that others start from go by default; see `config_files.default_workdir`.

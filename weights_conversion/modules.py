@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -33,17 +34,21 @@ def shapes(config: dict[str, Config]) -> dict[str, tuple[int, ...]]:
     for role, kwargs in config.items():
         _check_sizes(role, kwargs)
         try:
-            module = registry.build(role, kwargs)
-            variables = functools.partial(module.init, jax.random.key(0), *_inputs(role, module))
-            tree = jax.eval_shape(variables)
+            leaves = _leaves(role, registry.build(role, kwargs))
         except (ArithmeticError, TypeError, LookupError, MemoryError) as error:
             raise ValueError(
                 f"a {role} has sizes that fit together; got {short(kwargs, 400)}, no {role} can "
                 f"be built from it: {short(error)}; check --config"
             ) from None
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            found["/".join([role, *(key.key for key in path)])] = leaf.shape
+        found |= {f"{role}/{path}": shape for path, shape in leaves.items()}
     return found
+
+
+@functools.cache  # the same network is asked for several times, and a large one takes seconds
+def _leaves(role: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
+    variables = functools.partial(module.init, jax.random.key(0), *_inputs(role, module))
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(variables))
+    return {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
 
 
 def _check_sizes(role: str, kwargs: Config) -> None:

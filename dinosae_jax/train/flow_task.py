@@ -101,6 +101,7 @@ def prepare(
         if saved:
             console.report(f"{config.name}: resumes from step {int(state.step)}")
             preparation.check_data(saved, record, config)
+            preparation.check_start(saved, record)
             preparation.check_frozen(saved, record)
             check_convention(saved, record)
         return state

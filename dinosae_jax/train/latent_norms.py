@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,9 @@ NORMS_FILE = "latents.json"
 PARTIAL_FILE = "latents.partial.npz"  # what is measured so far, by image
 SAVE_EVERY = 30.0  # seconds
 IMAGE_FIELDS = ("image_size", "crop", "resize", "flip")
+
+Rows = NDArray[np.float32]  # [images, 2]: mean norm and mean squared norm of an image's tokens
+_NONE: Rows = np.zeros((0, 2), np.float32)
 
 
 def identity(record: dict[str, Any]) -> str:
@@ -80,7 +84,22 @@ def token_norms(
         return known
     size = sharding.device_multiple(config.eval.batch_size, mesh)
     count = -(-min(MEASURED_IMAGES, len(source)) // size)
-    rows = _measure(config, spec, frozen, source, workdir, mesh, f"{of} {size}", size, count)
+    of_rows = f"{of} {size}"
+    found = _read_partial(workdir, of_rows) if jax.process_index() == 0 else _NONE
+    done = agreement.from_first(lambda: len(found)) // size
+    batches = loading.training_batches(source, config, mesh, ("image",), size, done)
+    rows = _measure(
+        _moments(spec, frozen, mesh),
+        console.progress(
+            f"{config.name}: measures token norms",
+            (batch for _, batch in zip(range(done, count), batches, strict=False)),
+            (count - done) * size,
+            size,
+        ),
+        found,
+        lambda rows: _write_partial(workdir, of_rows, rows),
+        config.name,
+    )
     mean, square = rows.astype(np.float64).mean(axis=0)
     deviation = float(np.sqrt(max(square - mean**2, 0.0)))
     norms = {"mean": float(mean), "deviation": deviation, "images": count * size, "of": of}
@@ -90,18 +109,10 @@ def token_norms(
     return agreement.from_first(lambda: norms)  # the first process has what was kept
 
 
-def _measure(
-    config: ml_collections.ConfigDict,
-    spec: flow_step.StepSpec,
-    frozen: flow_step.Variables,
-    source: loading.Source,
-    workdir: epath.Path,
-    mesh: jax.sharding.Mesh,
-    of: str,
-    size: int,
-    count: int,
-) -> NDArray[np.float32]:
-    """Mean norm and mean squared norm of each image's tokens, [count * size, 2]."""
+def _moments(
+    spec: flow_step.StepSpec, frozen: flow_step.Variables, mesh: jax.sharding.Mesh
+) -> Callable[[dict[str, np.ndarray]], Rows]:
+    """Batch -> mean norm and mean squared norm of each image's tokens, [b, 2]."""
 
     @jax.jit
     def moments(frozen: Any, image: jax.Array) -> jax.Array:
@@ -109,22 +120,27 @@ def _measure(
         norms = jnp.linalg.norm(autoencoder.encode(spec.modules, frozen, scaled).tokens, axis=-1)
         return jnp.stack([jnp.mean(norms, axis=-1), jnp.mean(norms**2, axis=-1)], axis=-1)
 
-    first = jax.process_index() == 0
-    found = _read_partial(workdir, of) if first else np.zeros((0, 2), np.float32)
-    done = agreement.from_first(lambda: len(found)) // size
+    return lambda batch: sharding.gather(moments(frozen, sharding.put_batch(batch, mesh)["image"]))
+
+
+def _measure(
+    moments: Callable[[dict[str, np.ndarray]], Rows],
+    batches: loading.Batches,
+    found: Rows,
+    keep: Callable[[list[Rows]], None],
+    name: str,
+) -> Rows:
+    """`moments` of all batches behind what was found before; kept now and then, and at a signal."""
     rows, saved = [found], time.monotonic()
-    name = f"{config.name}: measures token norms"
-    batches = loading.training_batches(source, config, mesh, ("image",), size, done)
-    shown = console.progress(name, batches, (count - done) * size, size)
     try:
-        for _, batch in zip(range(done, count), shown, strict=False):
-            stopping.check(f"{config.name}, while it measured token norms,")
-            rows.append(sharding.gather(moments(frozen, sharding.put_batch(batch, mesh)["image"])))
+        for batch in batches:
+            stopping.check(f"{name}, while it measured token norms,")
+            rows.append(moments(batch))
             if time.monotonic() - saved > SAVE_EVERY:
-                _write_partial(workdir, of, rows)
+                keep(rows)
                 saved = time.monotonic()
     except stopping.Interrupted:
-        _write_partial(workdir, of, rows)
+        keep(rows)
         raise
     return np.concatenate(rows)
 
@@ -135,16 +151,16 @@ def _read_norms(workdir: epath.Path, of: str) -> dict[str, Any] | None:
     return norms if norms and norms.get("of", of) == of else None  # older files do not say
 
 
-def _read_partial(workdir: epath.Path, of: str) -> NDArray[np.float32]:
+def _read_partial(workdir: epath.Path, of: str) -> Rows:
     path = workdir / PARTIAL_FILE
     if path.exists():
         with path.open("rb") as opened, np.load(opened) as file:
             if str(file["of"]) == of:
                 return file["rows"]
-    return np.zeros((0, 2), np.float32)
+    return _NONE
 
 
-def _write_partial(workdir: epath.Path, of: str, rows: list[NDArray[np.float32]]) -> None:
+def _write_partial(workdir: epath.Path, of: str, rows: list[Rows]) -> None:
     if jax.process_index() == 0:
         with files.publishing(workdir / PARTIAL_FILE) as partial:
             np.savez(partial, of=of, rows=np.concatenate(rows))  # type: ignore[arg-type]

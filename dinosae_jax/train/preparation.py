@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -192,6 +193,21 @@ def check_data(
         raise ValueError(
             "a workdir is trained on the same data throughout; got other data in "
             f"data.source={config.data.source!r}; give the same data or another --workdir"
+        )
+
+
+def check_start(saved: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises ValueError where `init_from` names another run or folder than at the start.
+
+    The same place may hold more by now: a run that went on. Another place must hold the same.
+    """
+    places = [os.path.realpath(r["config"]["init_from"]) for r in (saved, record)]
+    sums = [r["source"].get("sha256") for r in (saved, record)]
+    if places[0] != places[1] and sums[0] != sums[1]:
+        raise ValueError(
+            "a workdir continues one start; got other weights in "
+            f"init_from={record['config']['init_from']!r} than were in "
+            f"{saved['config']['init_from']!r}; name those or use another --workdir"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import time
 from typing import Any
@@ -84,14 +85,16 @@ def _run_held(
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch(config.batch_size, config.accumulation, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
-    claim(workdir, config)
+    moved = claim(workdir, config)
+    settings = json.loads(config_lib.to_json(config))  # a chain's hold names, not places
     done = workdir / DONE
-    if done.exists() and json.loads(done.read_text())["step"] >= config.steps:
+    finished = done.exists() and json.loads(done.read_text())["step"] >= config.steps
+    if finished and not moved:
         console.report(f"{config.name}: finished before, skipped")
         return
     if number := stop.agreed():
         raise stopping.Interrupted(f"{config.name} was not started", number)
-    if init_from:  # after config.json, which holds the name: a chain's folder can be moved
+    if init_from:
         config.init_from = str(init_from)
     prepare = (flow_task if "dit" in config.trainable else autoencoder_task).prepare
     task = prepare(config, workdir, mesh)
@@ -101,6 +104,12 @@ def _run_held(
         console.report(f"{config.name}: {note}")
     keep, milestones = config.checkpoint.keep, config.checkpoint.milestones
     with checkpoint.open_manager(workdir, keep, milestones) as manager:
+        if moved:
+            task.restore(manager)  # compares what is there now with what was there
+            _write_config(workdir, settings)
+        if finished:
+            console.report(f"{config.name}: finished before, skipped; its inputs have moved")
+            return
         state = loop.run(task, Run(config, workdir, mesh, manager, stop))
     task.finish(state)
     if jax.process_index() == 0:
@@ -125,19 +134,26 @@ def check_kind(folder: epath.Path, is_chain: bool) -> None:
             )
 
 
-def claim(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+def claim(workdir: epath.Path, config: ml_collections.ConfigDict) -> bool:
     """Writes config.json, or compares the config with an existing file.
+
+    Returns:
+      whether inputs are named by other places than before: then what they hold is to be compared
+      with the newest checkpoint's record, before config.json is written.
 
     Raises:
       ValueError: where the workdir holds a run of another config.
     """
-    path = workdir / "config.json"
-    begun = checkpoint.newest(workdir) or (workdir / DONE).exists()
+    path, newest = workdir / "config.json", checkpoint.newest(workdir)
+    settings, moved = json.loads(config_lib.to_json(config)), False
+    begun = newest or (workdir / DONE).exists()
     if begun and path.exists() and config.on_mismatch != "continue":
         ours, theirs = json.loads(config_lib.to_json(config)), json.loads(path.read_text())
         for field in config_lib.CONTINUABLE:
-            _drop(ours, field)
-            _drop(theirs, field)
+            _pop(ours, field)
+            _pop(theirs, field)
+        if newest:  # without its record nothing says what a place held
+            moved = _pop_places(ours) != _pop_places(theirs)
         lines = config_lib.differences(ours, theirs)
         if lines:
             raise ValueError(
@@ -145,12 +161,28 @@ def claim(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
                 f"({'; '.join(lines[:5])}); use another --workdir, delete it, or continue "
                 "nevertheless with --config.on_mismatch=continue"
             )
+    if not moved:
+        _write_config(workdir, settings)
+    return moved
+
+
+def _write_config(workdir: epath.Path, settings: dict[str, Any]) -> None:
     if jax.process_index() == 0:
-        files.write_json(path, json.loads(config_lib.to_json(config)))
+        files.write_json(workdir / "config.json", settings)
 
 
-def _drop(tree: dict[str, Any], field: str) -> None:
+def _pop_places(tree: dict[str, Any]) -> list[Any]:
+    """What the fields of inputs name, however it is spelled; the fields are removed."""
+    return [jax.tree.map(_place, _pop(tree, field)) for field in config_lib.PLACES]
+
+
+def _place(text: str) -> tuple[str, str]:
+    kind, _, path = text.rpartition(":")
+    return kind, os.path.realpath(os.path.expanduser(path)) if path else ""
+
+
+def _pop(tree: dict[str, Any], field: str) -> Any:
     *parents, last = field.split(".")
     for parent in parents:
         tree = tree.get(parent, {})
-    tree.pop(last, None)
+    return tree.pop(last, None)

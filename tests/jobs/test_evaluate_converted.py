@@ -137,7 +137,7 @@ def test_weights_of_another_kind_or_not_converted_are_one_clear_line(config, con
             converted / "lpips",
             r"the roles inception are wanted; got .*, which holds the roles lpips;",
         ),
-        (tmp_path, r"holds no converted weights .*weights_conversion\.convert --kind"),
+        (tmp_path, r"holds no converted weights; .*weights_conversion\.convert --kind"),
     ):
         wanted.weights.inception = str(folder)
         with pytest.raises(ValueError, match=message) as caught:

@@ -15,8 +15,8 @@ import pytest
 from configs import quickstart, sae_stage1, sae_stage4
 from dinosae_jax import main
 from dinosae_jax.jobs import train
-from dinosae_jax.runtime import stopping
-from dinosae_jax.train import loop, stages
+from dinosae_jax.runtime import files, stopping
+from dinosae_jax.train import loop, preparation, stages
 from dinosae_jax.weights import checkpoint
 from tests import tiny
 
@@ -178,15 +178,54 @@ def test_a_chain_names_the_stage_of_a_mistake_and_can_be_moved(make, tmp_path, m
         train.run(config, tmp_path / "there")
 
 
+def test_a_place_spelled_otherwise_is_no_other_config(make, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "2" / "state").mkdir(parents=True)
+    run = files.path(tmp_path / "run")
+    start = tmp_path / "start"
+    assert not stages.claim(run, make(init_from=str(start), data__source="folder:photos"))
+    assert checkpoint.newest(run)
+    same_place = make(init_from=f"{start}/../start/", data__source="folder:./photos/")
+    assert not stages.claim(run, same_place)
+    kept = (run / "config.json").read_text()
+    for moved in ({"init_from": "elsewhere"}, {"weights__vit": "v"}, {"data__source": "folder:b"}):
+        there = {"init_from": str(start), "data__source": "folder:photos", **moved}
+        assert stages.claim(run, make(**there)), moved
+        assert (run / "config.json").read_text() == kept, "written before the contents were seen"
+        with pytest.raises(ValueError, match="losses.l1: 2.0 here"):
+            stages.claim(run, make(losses__l1=2.0, **there))
+
+
 @pytest.mark.slow
-def test_other_frozen_networks_than_the_checkpoints_are_refused(make, tmp_path):
+def test_places_are_compared_by_what_they_hold(make, tmp_path, capsys):
     for seed in (0, 1):
         train.run(make(steps=1, seed=seed), tmp_path / f"one{seed}")
-    stage3 = {"losses__gan": 0.0, "on_mismatch": "continue"}
-    start = {seed: str(tmp_path / f"one{seed}") for seed in (0, 1)}
-    train.run(make(sae_stage4, steps=1, init_from=start[0], **stage3), tmp_path / "four")
+
+    def stage4(start, steps):
+        changes = {"steps": steps, "losses__gan": 0.0, "init_from": str(tmp_path / start)}
+        train.run(make(sae_stage4, **changes), tmp_path / "four")
+
+    stage4("one0", 1)
+    for steps in (2, 1):  # a run that would go on, and a finished one
+        with pytest.raises(ValueError, match="continues one start; got other weights in .*one1"):
+            stage4("one1", steps)
+    settings = tmp_path / "four" / "config.json"
+    assert json.loads(settings.read_text())["init_from"] == str(tmp_path / "one0")
+    (tmp_path / "one0").rename(tmp_path / "moved")
+    capsys.readouterr()
+    stage4("moved", 1)
+    assert "finished before, skipped; its inputs have moved" in capsys.readouterr().out
+    assert json.loads(settings.read_text())["init_from"] == str(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "again")
+    stage4("again", 2)
+    assert int(last_state(tmp_path / "four")["step"]) == 2
+
+
+def test_other_frozen_networks_than_a_checkpoints_are_refused():
+    saved = {"frozen": {"stem": ["stem.0a", "0a"], "vit": ["vit.0b", "0b"]}}
+    preparation.check_frozen(saved, {"frozen": {"vit": ["vit.0b", "0b"]}})
+    other = {"frozen": {"stem": ["stem.1a", "1a"], "vit": ["vit.1b", "1b"]}}
     with pytest.raises(ValueError, match="frozen networks throughout; got another stem and vit"):
-        train.run(make(sae_stage4, steps=2, init_from=start[1], **stage3), tmp_path / "four")
+        preparation.check_frozen(saved, other)
 
 
 @pytest.mark.slow
