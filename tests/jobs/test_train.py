@@ -191,7 +191,7 @@ def test_a_place_spelled_otherwise_is_no_other_config(make, tmp_path):
         there = {"init_from": str(start), "data__source": "folder:photos", **moved}
         assert stages.claim(run, make(**there)), moved
         assert (run / "config.json").read_text() == kept, "written before the contents were seen"
-        with pytest.raises(ValueError, match="losses.l1: 2.0 here"):
+        with pytest.raises(ValueError, match=r"losses\.l1: 2.0 here"):
             stages.claim(run, make(losses__l1=2.0, **there))
 
 
@@ -206,7 +206,7 @@ def test_places_are_compared_by_what_they_hold(make, tmp_path, capsys):
 
     stage4("one0", 1)
     for steps in (2, 1):  # a run that would go on, and a finished one
-        with pytest.raises(ValueError, match="continues one start; got other weights in .*one1"):
+        with pytest.raises(ValueError, match=r"continues one start; got other weights in .*one1"):
             stage4("one1", steps)
     settings = tmp_path / "four" / "config.json"
     assert json.loads(settings.read_text())["init_from"] == str(tmp_path / "one0")
