@@ -30,7 +30,7 @@ def shapes(config: dict[str, Config]) -> dict[str, tuple[int, ...]]:
     Raises:
       ValueError: A module cannot be built from its keyword arguments.
     """
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for role, kwargs in config.items():
         _check_sizes(role, kwargs)
         try:
