@@ -27,7 +27,7 @@ STAGES = {
     "stage4": sae_stage4,
     "flow": rfm_dit,
 }
-STEPS = {"stage1": 1200, "stage2": 100, "stage3": 100, "stage4": 50, "flow": 450}
+STEPS = {"stage1": 900, "stage2": 100, "stage3": 100, "stage4": 50, "flow": 400}
 # Without norms over whole images, which hide an image's contrast from tokens and decoder and slow
 # a short run: 23.3 dB after 400 steps of stage 1, without alignment, against 20.5 with them.
 WITHOUT_NORMS = {

@@ -21,7 +21,7 @@ from dinosae_jax.losses import alignment
 from dinosae_jax.models import autoencoder
 from dinosae_jax.names import PATCH_SIZE
 from dinosae_jax.report import pictures, sphere_picture
-from dinosae_jax.runtime import files, sharding, stopping
+from dinosae_jax.runtime import files, jit, sharding, stopping
 from dinosae_jax.train import autoencoder_step
 from dinosae_jax.train import state as state_lib
 
@@ -138,7 +138,7 @@ class Evaluation:
 
 @functools.lru_cache
 def _compiled_turned(modules: autoencoder.AutoencoderModules) -> Callable[..., jax.Array]:
-    @jax.jit
+    @jit.jit_often
     def turned(
         variables: autoencoder_step.Variables, batch: jax.Array, degrees: jax.Array
     ) -> jax.Array:
@@ -153,7 +153,7 @@ def _compiled_turned(modules: autoencoder.AutoencoderModules) -> Callable[..., j
 
 @functools.lru_cache
 def _compiled_reconstruct(modules: autoencoder.AutoencoderModules) -> Callable[..., Any]:
-    @jax.jit
+    @jit.jit_often
     def compiled(variables: autoencoder_step.Variables, batch: jax.Array) -> Any:
         return reconstruct(modules, variables, autoencoder.unit_interval(batch))
 

@@ -23,7 +23,7 @@ from dinosae_jax.eval import features, image_quality, kernel_distance
 from dinosae_jax.flow import matching
 from dinosae_jax.inference.generator import Generator
 from dinosae_jax.report import pictures
-from dinosae_jax.runtime import sharding, stopping
+from dinosae_jax.runtime import jit, sharding, stopping
 from dinosae_jax.train import flow_step
 from dinosae_jax.train import state as state_lib
 
@@ -136,7 +136,7 @@ class SampleDistance:
 
 @functools.lru_cache
 def _compiled_losses(spec: flow_step.StepSpec) -> Callable[..., Tree]:
-    @jax.jit
+    @jit.jit_often
     def losses(ema: Tree, frozen: Tree, batch: Tree, start: int, key: Any, weight: Any) -> Tree:
         variables = {**frozen, "dit": {"params": ema["dit"]}}
         index = start + jnp.arange(batch["label"].shape[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from dinosae_jax.runtime import sharding
+from dinosae_jax.runtime import jit, sharding
 from dinosae_jax.train import state as state_lib
 
 Tree = Any
@@ -36,4 +36,5 @@ def jit_step(
             new = train_step(spec, state, frozen, batch, hyperparams)
         return jax.lax.with_sharding_constraint(new, sharding.shardings(state, mesh))
 
-    return jax.jit(step, donate_argnums=0)
+    here = mesh.devices.flat[0].platform == "cpu"  # and no slice that the planner compiles for
+    return (jit.jit_often if here else jax.jit)(step, donate_argnums=0)
