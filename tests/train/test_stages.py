@@ -55,7 +55,6 @@ def same_run(ours, theirs):
 
 
 @pytest.mark.parametrize("evaluation", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.slow
 def test_an_interrupted_evaluation_is_made_when_the_run_resumes(
     make, finished, tmp_path, monkeypatch, evaluation
 ):
@@ -129,7 +128,7 @@ def test_norms_of_another_encoder_are_measured_again(flow_workdir, tmp_path):
     assert latent_norms._read_norms(tmp_path, "other") is None
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damaged", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nothing_starts_at_step_0_unless_it_is_told_to(make, finished, tmp_path, damaged):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -152,6 +151,7 @@ def test_nothing_starts_at_step_0_unless_it_is_told_to(make, finished, tmp_path,
     assert checkpoint.newest(workdir).name == "5"
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_starts_again(make, finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
