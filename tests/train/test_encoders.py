@@ -23,7 +23,7 @@ def smallest(network, **changes):
 
 
 def through(network):
-    """images -> tokens of student and teacher, the teacher's class token, images again."""
+    """Images -> tokens of student and teacher, the teacher's class token, images again."""
     modules = autoencoder.build(smallest(network).model.to_dict())
 
     def run(images):
@@ -46,7 +46,8 @@ def test_student_and_teacher_share_the_grid_of_any_image(network):
 
 
 @pytest.mark.parametrize(
-    "network", [FAMILIES[-1], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[:-1])]
+    "network",
+    [FAMILIES[-1], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[:-1])],
 )
 def test_tokens_of_student_and_teacher_are_finite(network):
     images = np.random.default_rng(0).uniform(size=(1, 48, 32, 3)).astype(np.float32)
