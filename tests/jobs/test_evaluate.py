@@ -26,9 +26,9 @@ from dinosae_jax.weights import checkpoint
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return str(tiny.write(tmp_path_factory.mktemp("run")))
+@pytest.fixture
+def workdir(stage_workdir):
+    return str(stage_workdir)
 
 
 @pytest.fixture
@@ -128,16 +128,24 @@ def test_samples_that_equal_the_reference(config, tmp_path, workdir):
         _, again = read(tmp_path / name)
         assert again["gFD encoder"]["value"] == pytest.approx(0.0, abs=1e-4)
         assert len(again["gFD encoder"]["reference_hash"]) == 64
-    # Interpolations are compared with the images themselves, so moments are enough there.
+    plain.reference, plain.metrics = str(left), ()
+    with pytest.raises(ValueError, match="precision_recall needs the reference's images"):
+        evaluate.run(plain, tmp_path / "d")
+
+
+@pytest.mark.slow
+def test_interpolations_need_no_more_than_moments(config, tmp_path, workdir):
+    """They are compared with the images themselves."""
+    plain = config(random_frozen_ok=(), encoder=workdir, metrics=("frechet",))
+    plain.samples = write_npz(tmp_path / "samples.npz", pixels_of(plain, "train"))
+    evaluate.run(plain, tmp_path / "a")
+    left = tmp_path / "a" / f"reference_{features.ENCODER_TAP}.npz"
     both = config(init_from=workdir, random_frozen_ok=(), reference=str(left))
     both.metrics = ("frechet", "interpolated_frechet")
     evaluate.run(both, tmp_path / "both")
     _, again = read(tmp_path / "both")
     assert list(again) == ["FD encoder", "iFD encoder"]
     assert again["iFD encoder"]["reference"].endswith("eval, the same images")
-    plain.reference, plain.metrics = str(left), ()
-    with pytest.raises(ValueError, match="precision_recall needs the reference's images"):
-        evaluate.run(plain, tmp_path / "d")
 
 
 def fake_inception(variables, sha256, resize, mesh):
@@ -237,6 +245,7 @@ def test_features_that_are_not_finite_are_one_clear_line(with_inception, tmp_pat
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_flow_is_sampled_first(config, tmp_path):
     flow = write_flow(tmp_path)
     wanted = config(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import sae_stage1, sae_stage4
+from dinosae_jax.eval import robustness
 from dinosae_jax.jobs import train
 from dinosae_jax.runtime import lease, sharding, stopping
 from dinosae_jax.train import autoencoder_evaluation, latent_norms
@@ -44,6 +45,17 @@ def finished(make, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "run"
     train.run(make(), workdir)
     return workdir
+
+
+def test_a_finished_stage_has_pictures_baselines_and_robustness(finished):
+    for name in ("reconstructions.png", "baselines.json", "sphere.png"):
+        assert (finished / name).is_file()
+    rows = json.loads((finished / "robustness.json").read_text())
+    assert [row["angle_degrees"] for row in rows] == list(robustness.ANGLES)
+    # Unturned tokens give the reconstruction; both are means of the same three images.
+    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert abs(rows[0]["psnr"] - last["eval/psnr"]) < 1e-3
+    assert len({row["psnr"] for row in rows}) > 1
 
 
 def same_run(ours, theirs):
