@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -37,6 +38,7 @@ from dinosae_jax.runtime import distributed, precision
 from dinosae_jax.train import autoencoder_step, autoencoder_task, stages
 from tests import tiny
 
+gc.set_threshold(100_000, 20, 100)  # tracing makes many objects, few of which are garbage
 distributed.spare_threads()
 jax.config.update("jax_default_matmul_precision", "highest")
 

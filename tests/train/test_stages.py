@@ -186,7 +186,18 @@ def test_an_unfinished_run_is_continued_only_by_its_checkpoint(make, finished, t
     (before / "DONE").write_text('{"step": 2}')  # it was made longer
     with pytest.raises(ValueError, match=rf"finished run; got .*--config.init_from={folder}"):
         train.run(make(sae_stage4, init_from=str(before), **stage4), tmp_path / "x")
-    train.run(make(sae_stage4, init_from=str(folder), **stage4), tmp_path / "y")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_a_start_whether_or_not_its_run_is_finished(make, finished, tmp_path):
+    before = tmp_path / "before"
+    shutil.copytree(finished, before)
+    (before / "DONE").unlink()
+    stage4 = {"steps": 1, "losses__gan": 0.0, "latent_noise__tau": 0.0}
+    folder = before / checkpoint.FOLDER / "4"
+    train.run(make(sae_stage4, init_from=str(folder), **stage4), tmp_path / "run")
+    record = checkpoint.read_record(checkpoint.newest(tmp_path / "run"))
+    assert record["source"]["path"] == str(folder)
 
 
 def test_a_second_run_in_a_workdir_is_refused(make, finished, tmp_path):
