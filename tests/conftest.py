@@ -1,6 +1,8 @@
 """Eight CPU devices, a compilation cache, full matmul precision: set before jax is imported."""
 
+import fcntl
 import functools
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -36,6 +38,7 @@ from dinosae_jax.runtime import distributed, precision
 from dinosae_jax.train import autoencoder_step, autoencoder_task, stages
 from tests import tiny
 
+gc.set_threshold(100_000, 20, 100)  # tracing makes many objects, few of which are garbage
 distributed.spare_threads()
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -60,12 +63,31 @@ def golden_dir() -> pathlib.Path:
 SIDE, EACH = 32, 7
 
 
+def made_once(tmp_path_factory, name, make):
+    """A folder that all workers share, filled by `make` in the first that asks for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    made = root / f"{name}.made"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            make(root / name)
+            made.touch()
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def flow_workdir(tmp_path_factory):
     """The workdir of a finished run; do not change it."""
-    workdir = tmp_path_factory.mktemp("flow") / "run"
-    stages.run_stage(tiny.small_flow(), workdir)
-    return workdir
+    run = functools.partial(stages.run_stage, tiny.small_flow())
+    return made_once(tmp_path_factory, "flow_run", run)
+
+
+@pytest.fixture(scope="session")
+def stage_workdir(tmp_path_factory):
+    """The workdir of a stage that ended at step 0; do not change it."""
+    return made_once(tmp_path_factory, "ended_at_0", tiny.write) / "stage"
 
 
 @pytest.fixture(scope="session")

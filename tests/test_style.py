@@ -1,6 +1,7 @@
 """One dialect of error message, docstring and shape, in every file of the package."""
 
 import ast
+import functools
 import io
 import pathlib
 import re
@@ -18,6 +19,13 @@ SHAPE_WITHOUT_SPACES = re.compile(r"\[[\w.*+/' -]+,[\w.*'(-]")
 SECTION = re.compile(r"^( *)(Args|Attributes|Raises|Returns|Yields):\n( +)", re.MULTILINE)
 # Names of notes that no reader has; the source is a paper or an upstream file.
 NOTES = re.compile(r"reference/|(generation|autoencoder|metrics|weights|recipes)\.md|the sheet's")
+
+
+@functools.cache
+def read(path):
+    """(source, tree) of a file."""
+    source = path.read_text()
+    return source, ast.parse(source)
 
 
 def messages(tree):
@@ -46,7 +54,7 @@ def comments(source):
 
 def test_messages_are_rule_got_way_out():
     for path in FILES:
-        for message in messages(ast.parse(path.read_text())):
+        for message in messages(read(path)[1]):
             assert "; got " in message, (path, message)
             assert ", got " not in message, (path, message)
             assert not message.removesuffix("...").endswith("."), (path, message)
@@ -54,22 +62,21 @@ def test_messages_are_rule_got_way_out():
 
 def test_shapes_have_spaces():
     for path in FILES:
-        source = path.read_text()
-        tree = ast.parse(source)
+        source, tree = read(path)
         for text in (*docstrings(tree), *comments(source), *messages(tree)):
             assert not SHAPE_WITHOUT_SPACES.search(text), (path, text)
 
 
 def test_sections_of_docstrings_are_indented_by_two():
     for path in FILES:
-        for text in docstrings(ast.parse(path.read_text())):
+        for text in docstrings(read(path)[1]):
             for outer, name, inner in SECTION.findall(text):
                 assert len(inner) == len(outer) + 2, (path, name, text)
 
 
 def test_annotations_are_not_evaluated():
     for path in FILES:
-        body = ast.parse(path.read_text()).body
+        body = read(path)[1].body
         if any(not isinstance(node, ast.Expr) for node in body):
             assert any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in body), (
                 path
@@ -78,6 +85,6 @@ def test_annotations_are_not_evaluated():
 
 def test_sources_are_papers_and_upstream_files():
     for path in (*FILES, *TESTS):
-        source = path.read_text()
-        for text in (*docstrings(ast.parse(source)), *comments(source)):
+        source, tree = read(path)
+        for text in (*docstrings(tree), *comments(source)):
             assert not NOTES.search(text), (path, text)

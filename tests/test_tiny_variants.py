@@ -26,6 +26,7 @@ SLOW = (
     "hae_stage1",
     "hae_stage2",
     "quickstart",
+    "rae_decoder",
     "rae_dit",
     "rfm_ddt",
     "rfm_dit",

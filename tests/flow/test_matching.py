@@ -9,14 +9,25 @@ from dinosae_jax.flow import matching, sphere
 
 RADIUS = 4.0
 SHAPE = (3, 16)
-T = jnp.linspace(0.02, 0.98, 6)
+T = np.linspace(0.02, 0.98, 6, dtype=np.float32)
+uniform = jax.jit(sphere.uniform, static_argnums=(1, 2))
 
 
 def ends(name, count=6):
     path = matching.make_path(name, RADIUS)
-    keys = matching.example_keys(jax.random.key(0), jnp.arange(count))
-    x0 = path.place(1.3 * jax.random.normal(jax.random.key(1), (count, *SHAPE)))
-    return path, x0, path.prior(keys, SHAPE)
+    latents = np.random.default_rng(1).normal(scale=1.3, size=(count, *SHAPE)).astype(np.float32)
+
+    @jax.jit
+    def draw(latents):
+        keys = matching.example_keys(jax.random.key(0), jnp.arange(count))
+        return path.place(latents), path.prior(keys, SHAPE)
+
+    return path, *draw(latents)
+
+
+def loss_of(predict, path, *arrays, **options):
+    """matching.loss, compiled."""
+    return jax.jit(lambda *arrays: matching.loss(predict, path, *arrays, **options))(*arrays)
 
 
 @pytest.mark.parametrize("name", matching.PATHS)
@@ -50,7 +61,7 @@ def test_recorded_linear_path(load):
 def test_geodesic_is_nearly_trigonometric_in_many_dimensions():
     """Independent directions are at 90 degrees within 1/sqrt(d)."""
     keys = matching.example_keys(jax.random.key(0), jnp.arange(4))
-    x0, x1 = (sphere.uniform(keys[i : i + 2], (8, 1024), 32.0) for i in (0, 2))
+    x0, x1 = (uniform(keys[i : i + 2], (8, 1024), 32.0) for i in (0, 2))
     geodesic, trigonometric = (matching.make_path(p, 32.0) for p in ("geodesic", "trigonometric"))
     difference = geodesic.interpolate(x0, x1, 0.5) - trigonometric.interpolate(x0, x1, 0.5)
     assert float(sphere.norm(difference).max()) < 0.06 * 32
@@ -87,8 +98,8 @@ def test_loss_of_a_zero_network_is_the_mean_square_speed():
     """E u^2 per element is R^2/d (pi^2/4 + 1/d): 2.468 at R = sqrt(d), d = 1024."""
     path = matching.make_path("geodesic", 32.0)
     keys = matching.example_keys(jax.random.key(0), jnp.arange(8))
-    x0, x1 = (sphere.uniform(keys[i : i + 4], (16, 1024), 32.0) for i in (0, 4))
-    terms = matching.loss(lambda x, t: 0 * x, path, x0, x1, T[:4])
+    x0, x1 = (uniform(keys[i : i + 4], (16, 1024), 32.0) for i in (0, 4))
+    terms = loss_of(lambda x, t: 0 * x, path, x0, x1, T[:4])
     # 64 angles with a standard deviation of 0.031: 2% of the mean square at five standard errors
     assert float(terms["rfm"]) == pytest.approx(2.468, rel=0.025)
     assert float(terms["radial"]) == 0
@@ -101,7 +112,7 @@ def test_loss_vanishes_at_the_target_and_ignores_the_normal_part(name):
     def perfect(x, t):
         return path.velocity(x0, x1, t) + (0.7 * x if name == "geodesic" else 0)
 
-    terms = matching.loss(perfect, path, x0, x1, T, radial_weight=0.1)
+    terms = loss_of(perfect, path, x0, x1, T, radial_weight=0.1)
     radial = 0.49 * RADIUS**2 / SHAPE[-1] if name == "geodesic" else 0.0
     np.testing.assert_allclose(terms["tangential"], 0, atol=1e-10)
     np.testing.assert_allclose(terms["radial"], radial, rtol=1e-5)
@@ -113,7 +124,7 @@ def test_full_radial_weight_is_the_unprojected_error():
     predict = lambda x, t: jnp.sin(3 * x) + sphere.align(t, x)  # noqa: E731
     x_t = path.interpolate(x0, x1, T)
     plain = jnp.mean((predict(x_t, T) - path.velocity(x0, x1, T)) ** 2)
-    terms = matching.loss(predict, path, x0, x1, T, radial_weight=1.0)
+    terms = loss_of(predict, path, x0, x1, T, radial_weight=1.0)
     np.testing.assert_allclose(terms["rfm"], plain, rtol=1e-6)
 
 
@@ -124,18 +135,20 @@ def test_jacobi_weights(jacobi):
     t = np.float64(T)[:, None]
     phase = omega * (1 - t if jacobi == "noise" else t)
     expected = np.mean((np.sin(phase) / phase) ** 2 * (RADIUS * omega) ** 2) / SHAPE[-1]
-    terms = matching.loss(lambda x, t: 0 * x, path, x0, x1, T, jacobi=jacobi)
+    terms = loss_of(lambda x, t: 0 * x, path, x0, x1, T, jacobi=jacobi)
     np.testing.assert_allclose(terms["tangential"], expected, rtol=1e-5)
 
 
 def test_gradients_are_finite_where_data_meets_noise():
     path, x0, _ = ends("geodesic")
+
+    @jax.jit
+    @jax.value_and_grad
+    def objective(scale, x1):
+        return matching.loss(lambda x, t: scale * x, path, x0, x1, T, jacobi="data")["rfm"]
+
     for x1 in (x0, -x0):
-
-        def objective(scale, x1=x1):
-            return matching.loss(lambda x, t: scale * x, path, x0, x1, T, jacobi="data")["rfm"]
-
-        value, gradient = jax.value_and_grad(objective)(1.0)
+        value, gradient = objective(1.0, x1)
         assert np.isfinite(value)
         assert np.isfinite(gradient)
 

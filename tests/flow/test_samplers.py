@@ -21,6 +21,11 @@ RECORDED_NAMES = {
 }
 
 
+def only_fast(method):
+    """All samplers, the others than this one with `-m slow`."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n != method)) for n in SAMPLERS]
+
+
 def integrate(velocity, x1, times, method, radius, **options):
     return jax.jit(lambda x: sample(velocity, x, times, method, radius, **options))(x1)
 
@@ -154,7 +159,7 @@ def test_order_of_convergence_on_the_sphere(load, x64, method):
     assert slope == pytest.approx(SAMPLERS[method].order, abs=slack), errors
 
 
-@pytest.mark.parametrize("method", SAMPLERS)
+@pytest.mark.parametrize("method", only_fast("dpm2m"))
 def test_order_of_convergence_in_euclidean_space(x64, method):
     """dx/dt = x + t from 1 down to 1/2 has the solution (x(1) + 2) e^(t-1) - t - 1."""
     x1 = jnp.asarray([[[1.0, -2.0]]])
@@ -167,7 +172,7 @@ def test_order_of_convergence_in_euclidean_space(x64, method):
     assert np.log2(errors[0] / errors[1]) == pytest.approx(SAMPLERS[method].order, abs=0.1), errors
 
 
-@pytest.mark.parametrize("method", SAMPLERS)
+@pytest.mark.parametrize("method", only_fast("geodesic_heun"))  # of it no ends are recorded
 def test_samples_of_the_exact_field_have_the_class_weights(method):
     count, width = 1500, 8
     radius = width**0.5
@@ -185,7 +190,7 @@ def test_samples_of_the_exact_field_have_the_class_weights(method):
     assert end < (0.1 if method == "euler_projection" else 0.02)
 
 
-@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("steps", [1, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", SAMPLERS)
 def test_a_single_target_is_reached(method, steps):
     target = sphere.project(jax.random.normal(jax.random.key(0), (1, 2, 16)), 4.0)

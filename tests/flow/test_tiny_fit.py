@@ -11,6 +11,8 @@ import pytest
 from dinosae_jax.flow import guidance, matching, schedule, sphere
 from dinosae_jax.flow.samplers import SAMPLERS, sample
 
+pytestmark = pytest.mark.slow  # fast: tests of the step's loss, and of samplers on exact fields
+
 WIDTH, CLASSES, HIDDEN, BATCH = 8, 3, 64, 256
 RADIUS = WIDTH**0.5
 SHIFT = 2.0

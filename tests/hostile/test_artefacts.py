@@ -544,8 +544,8 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_checkpoints(tmp_path, canary, name, flow_workdir):
-    folder = shutil.copytree(flow_workdir, tmp_path / "sent")
+def test_checkpoints(tmp_path, canary, name, stage_workdir):
+    folder = shutil.copytree(stage_workdir, tmp_path / "sent")
     CHECKPOINTS[name](folder, canary)
     refused(lambda: weight_source.open_weights(folder), canary)
 

@@ -19,8 +19,8 @@ from weights_conversion.verification.golden import read_golden
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("run"))
+def workdir(stage_workdir):
+    return stage_workdir
 
 
 @pytest.fixture(scope="module")

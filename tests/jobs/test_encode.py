@@ -22,10 +22,10 @@ TOKENS, WIDTH = (SIDE // 16) ** 2, tiny.TINIEST["model.vit.embed_dim"]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(stage_workdir, tmp_path_factory):
     """A trained stage in `stage`, its pictures in `data`, its latents in `cache`."""
-    root = tmp_path_factory.mktemp("encode")
-    tiny.write(root)
+    root = tmp_path_factory.mktemp("encode") / "root"
+    shutil.copytree(stage_workdir.parent, root)
     encode.run(config_of(root), root / "cache")
     return root
 

@@ -35,6 +35,7 @@ def no_encoder():
     raise AssertionError("the encoder was opened")
 
 
+@pytest.mark.slow
 def test_efficientnet_is_known_by_its_weights_whatever_file_they_came_in(converted):
     mesh = sharding.make_mesh()
     networks = [

@@ -18,6 +18,7 @@ from dinosae_jax.jobs import sample
 from dinosae_jax.runtime import sharding, stopping
 from dinosae_jax.runtime.precision import BFLOAT16_LAYERS, cast_kernels_to_bfloat16
 from dinosae_jax.weights import weight_source
+from tests import tiny
 
 KEY = jax.random.PRNGKey(5)
 LABELS = np.array([0, 3, 3, 9, 7])
@@ -251,6 +252,7 @@ def test_samples_that_are_not_finite_are_no_black_images(flow_workdir, tmp_path,
 
 def test_a_random_flow_is_named_as_such():
     config = sample_config.get_config("tiny")
+    config.random_flow = tiny.small_flow()
     generator = drawing.open_generator(config)
     assert "randomly initialised" in generator.notes[0]
     assert generator.num_classes == 10

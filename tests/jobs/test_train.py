@@ -123,6 +123,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(make, tmp_path, monk
     same(last_state(tmp_path / "whole"), last_state(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_another_config_is_refused(make, tmp_path):
     train.run(make(steps=2), tmp_path)
     with pytest.raises(ValueError, match=r"of a different run \(losses.l1: 2.0 here, 1.0 there"):

@@ -44,7 +44,8 @@ def check(actual, expected):
     ],
 )
 def test_single_operations_equal_recorded(recording, images, uniforms, name, operation, rows):
-    check(jax.vmap(operation, in_axes=(0, 1))(images, uniforms[rows]), recording[name])
+    each = jax.jit(jax.vmap(operation, in_axes=(0, 1)))
+    check(each(images, uniforms[rows]), recording[name])
 
 
 @pytest.mark.parametrize("name, cutout", [("all_cut0", 0.0), ("all_cut0p2", 0.2)])
@@ -61,29 +62,31 @@ def test_sweep_of_the_complete_recording(golden_dir):
 
 
 def test_translation_reaches_both_ends():
-    image = jnp.arange(1.0, 257.0).reshape(16, 16, 1)
-    first = translate(image, jnp.zeros(2))
+    image = np.arange(1.0, 257.0, dtype=np.float32).reshape(16, 16, 1)
+    move = jax.jit(translate)
+    first = move(image, np.zeros(2, np.float32))
     np.testing.assert_array_equal(first[2:, 2:], image[:-2, :-2])
     np.testing.assert_array_equal(first[:2], 0)
-    last = translate(image, jnp.full(2, 1 - 2**-24, jnp.float32))
+    last = move(image, np.full(2, 1 - 2**-24, np.float32))
     np.testing.assert_array_equal(last[:-2, :-2], image[2:, 2:])
 
 
 def test_gradient_with_respect_to_the_images():
-    images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3), minval=-1.0)
-    uniforms = jax.random.uniform(jax.random.key(1), (7, 2))
-    direction, weights = jax.random.normal(jax.random.key(2), (2, *images.shape))
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1.0, 1.0, (2, 16, 16, 3)).astype(np.float32)
+    uniforms = rng.uniform(size=(7, 2)).astype(np.float32)
+    direction, weights = rng.normal(size=(2, *images.shape)).astype(np.float32)
     augment = jax.jit(lambda x: diff_augment(x, uniforms))
     gradient = jax.jit(jax.grad(lambda x: jnp.vdot(diff_augment(x, uniforms), weights)))(images)
     # Linear up to the brightness shift, so a finite step is exact to rounding.
     change = augment(images + direction) - augment(images)
-    np.testing.assert_allclose(jnp.vdot(gradient, direction), jnp.vdot(change, weights), rtol=1e-4)
+    np.testing.assert_allclose(np.vdot(gradient, direction), np.vdot(change, weights), rtol=1e-4)
 
 
 def test_uniforms_depend_on_the_global_index_only():
     key = jax.random.key(3)
-    whole = augmentation_uniforms(key, jnp.arange(8))
-    shard = augmentation_uniforms(key, jnp.arange(4, 8))
+    draw = jax.jit(augmentation_uniforms)
+    whole, shard = (np.asarray(draw(key, np.arange(first, 8))) for first in (0, 4))
     assert whole.shape == (7, 8)
     assert ((whole >= 0) & (whole < 1)).all()
     np.testing.assert_array_equal(whole[:, 4:], shard)

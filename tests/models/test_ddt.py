@@ -1,5 +1,7 @@
 """DiT^DH: sizes, initialisation, execution options, precision, encoder state, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,14 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize(("size", "channels", "everything", "trainable"), COUNTS)
+@pytest.mark.parametrize(
+    ("size", "channels", "everything", "trainable"),
+    [
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in COUNTS[1:-1]),
+        COUNTS[0],
+        COUNTS[-1],
+    ],
+)
 def test_parameter_counts(size, channels, everything, trainable):
     module = DiTDH(**DIT_DH[size], in_channels=channels)
     assert dit_checks.count(module, channels, FIXED_BASES) == (everything, trainable)
@@ -49,9 +58,15 @@ def test_head_has_5461_hidden_units():
     assert params["blocks_head"]["mlp"]["w12"]["kernel"].shape == (2, 2048, 2 * 5461)
 
 
-def test_initialisation_is_torchs_default():
+@functools.cache
+def initial():
+    """A module and its variables at initialisation."""
     module = _tiny(hidden_size=(64, 48))
-    params = jax.jit(module.init)(jax.random.key(0), *dit_checks.batch())["params"]
+    return module, jax.jit(module.init)(jax.random.key(0), *dit_checks.batch())
+
+
+def test_initialisation_is_torchs_default():
+    params = initial()[1]["params"]
 
     def spread(linear, fan_in):
         for leaf in (linear["kernel"], linear["bias"]):
@@ -71,8 +86,7 @@ def test_initialisation_is_torchs_default():
 
 
 def test_output_is_exactly_zero_at_initialisation():
-    module, args = _tiny(), dit_checks.batch()
-    params = jax.jit(module.init)(jax.random.key(0), *args)
+    (module, params), args = initial(), dit_checks.batch()
     v = jax.jit(module.apply)(params, *args)
     assert v.shape == args[0].shape and v.dtype == jnp.float32 and not np.any(v)
 

@@ -53,7 +53,15 @@ def latents(channels, batch=2, grid=(2, 3)):
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", DECODER)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name not in ("A0", "B2", "dc-ae-f64c128-1.0"))
+        )
+        for name in DECODER
+    ],
+)
 def test_presets_build_with_the_reference_parameter_counts(name):
     variables = shapes_of(DECODER[name])
     if name in PARAMETERS:

@@ -60,6 +60,7 @@ def test_preprocess_normalises_any_side(side):
     np.testing.assert_allclose(grey[0, 100, 100], expected, atol=1e-6)
 
 
+@pytest.mark.slow  # in the fast suite: of LightningDiT
 def test_rematerialisation_keeps_the_gradient(recording, params):
     def gradient(remat):
         model = DinoV1(**TINY, remat=remat)

@@ -1,5 +1,7 @@
 """LightningDiT: sizes, initialisation, execution options, precision, errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,9 +48,12 @@ COUNTS = [
     ("fourier", "XL", 1, 1024, {}, 677_838_464, 677_543_296),
 ]
 
+COUNTED = (COUNTS[1], COUNTS[9], COUNTS[-1])  # patches, every flag, the largest with Fourier times
+
 
 @pytest.mark.parametrize(
-    ("form", "size", "patch", "channels", "flags", "everything", "trainable"), COUNTS
+    ("form", "size", "patch", "channels", "flags", "everything", "trainable"),
+    [pytest.param(*each, marks=[pytest.mark.slow] * (each not in COUNTED)) for each in COUNTS],
 )
 def test_parameter_counts(form, size, patch, channels, flags, everything, trainable):
     module = LightningDiT(
@@ -57,10 +62,15 @@ def test_parameter_counts(form, size, patch, channels, flags, everything, traina
     assert dit_checks.count(module, channels, FIXED_BASES) == (everything, trainable)
 
 
+@functools.cache
+def initial():
+    """A module, its arguments, its parameters at initialisation."""
+    module, args = _tiny(hidden_size=64, in_channels=16, depth=2), dit_checks.batch(channels=16)
+    return module, args, jax.jit(module.init)(jax.random.key(0), *args)["params"]
+
+
 def test_initialisation_is_the_references():
-    module = _tiny(hidden_size=64, in_channels=16, depth=2)
-    args = dit_checks.batch(channels=16)
-    params = jax.jit(module.init)(jax.random.key(0), *args)["params"]
+    params = initial()[2]
 
     def spread(leaf, bound):
         leaf = np.abs(np.asarray(leaf))
@@ -92,13 +102,12 @@ def test_patch_embedding_starts_as_one_flat_matrix():
 
 
 def test_output_is_exactly_zero_at_initialisation():
-    module, args = _tiny(), dit_checks.batch()
-    params = jax.jit(module.init)(jax.random.key(0), *args)["params"]
+    module, args, params = initial()
     v, seen = dit_checks.apply(module, params, *args, intermediates=True)
     assert v.shape == args[0].shape and not np.any(v)
     # Zero gates: every block passes its input on.
     tokens = seen["x_embedder"] + params["pos_embed"]
-    np.testing.assert_array_equal(seen["blocks.2"], tokens)
+    np.testing.assert_array_equal(seen["blocks.1"], tokens)
 
 
 def test_tokens_and_grid_are_the_same_input():

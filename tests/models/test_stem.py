@@ -95,7 +95,7 @@ def test_the_norms_make_the_stem_blind_to_contrast():
     images = jax.random.normal(jax.random.PRNGKey(0), (1, 32, 32, 3))
     for norm, blind in (("trms2d", True), (None, False)):
         stem = ConvStem(8, (4, 4, 4), norm=norm)
-        patches, variables = stem.init_with_output(jax.random.PRNGKey(1), images)
-        fainter = stem.apply(variables, 0.5 * images)
+        patches, variables = jax.jit(stem.init_with_output)(jax.random.PRNGKey(1), images)
+        fainter = jax.jit(stem.apply)(variables, 0.5 * images)
         change = float(jnp.linalg.norm(patches - fainter) / jnp.linalg.norm(patches))
         assert (change < 1e-3) == blind, (norm, change)

@@ -104,13 +104,9 @@ def test_parameters_carry_the_reference_names_with_stacked_blocks():
     }
 
 
+@pytest.mark.slow  # in the fast suite: of LightningDiT
 @pytest.mark.parametrize(
-    ("scan_layers", "remat"),
-    [
-        (False, "none"),
-        pytest.param(True, "dots", marks=pytest.mark.slow),
-        pytest.param(True, "full", marks=pytest.mark.slow),
-    ],
+    ("scan_layers", "remat"), [(False, "none"), (True, "dots"), (True, "full")]
 )
 def test_unrolling_and_remat_change_nothing(scan_layers, remat):
     """Within 1e-6 of the largest value of each array; the order of sums may differ."""

@@ -290,6 +290,7 @@ def bf16(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_the_installed_compiler_says_the_same_of_a_product():
     text = compiled(jnp.matmul, bf16(8192, 2048), bf16(2048, 4096))
     assert 0.8 <= predict(text).mfu(2 * 8192 * 2048 * 4096, 918e12) <= 0.92

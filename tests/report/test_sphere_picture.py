@@ -11,8 +11,8 @@ from dinosae_jax.report import pictures, sphere_picture
 
 @pytest.fixture(scope="module")
 def latents():
-    z, other = jax.random.normal(jax.random.PRNGKey(0), (2, 4, 8)) * 3.0
-    return z, other, sphere_picture.moved_latents(z, other, jax.random.PRNGKey(1))
+    z, other = 3.0 * np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+    return z, other, jax.jit(sphere_picture.moved_latents)(z, other, jax.random.PRNGKey(1))
 
 
 def test_the_first_row_changes_norms_alone(latents):

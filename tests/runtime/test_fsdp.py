@@ -36,14 +36,19 @@ def test_the_rule(shape, stacked, ways, axis):
     assert fsdp.partition_rule(shape, 4, stacked, ways) == expected
 
 
-@pytest.mark.parametrize("ways", [2, 4, 8, 16, 32, 64, 128])
-@pytest.mark.parametrize("flow", [rfm_dit, rfm_ddt])
-def test_no_large_leaf_of_the_full_networks_is_copied(flow, ways):
+@functools.cache
+def shapes_of(flow):
     config = flow.get_config()
     config.dtype = "float32"
     stage = flow_task.step_spec(config)
     draw = functools.partial(registry.init_dit, stage.dit)
-    shapes = jax.eval_shape(draw, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
+    return jax.eval_shape(draw, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
+
+
+@pytest.mark.parametrize("ways", [2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("flow", [rfm_dit, rfm_ddt])
+def test_no_large_leaf_of_the_full_networks_is_copied(flow, ways):
+    shapes = shapes_of(flow)
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         axes = fsdp.partition_rule(leaf.shape, 4, fsdp.is_stacked(path), ways)
         assert axes or leaf.size * 4 < 1 << 20, (path, leaf.shape)

@@ -39,15 +39,16 @@ def images(recording):
     return {n: (recording[n].transpose(0, 2, 3, 1) + 1.0) / 2.0 for n in ("fake", "real")}
 
 
-def discriminate(variables, images, draws=(PLAIN, PLAIN)):
+def discriminate(variables, *batches):
+    """What one program gives for each of the batches."""
     step = jax.jit(functools.partial(discriminator_step.discriminator_gradients, CRITICS))
-    return step(variables, images["real"], images["fake"], draws)
+    return [step(variables, images["real"], images["fake"], (PLAIN, PLAIN)) for images in batches]
 
 
 def test_the_discriminators_step_is_the_recorded_one(recording, variables, images, monkeypatch):
     """Loss, gradients and (u, v) after one call on fakes and one on reals, in this order."""
     monkeypatch.setattr(adversarial, "quantise", lambda fakes: fakes)  # the recording's are not
-    found = discriminate(variables, images)
+    (found,) = discriminate(variables, images)
     assert relative_error(found.scalars["d_loss"], recording["d_loss_train"]) < TOLERANCE
     for name in ("fake", "real"):
         mean = recording[f"logits_{name}_train"].mean()
@@ -67,9 +68,8 @@ def test_the_discriminators_step_is_the_recorded_one(recording, variables, image
 
 
 def test_fakes_are_rounded_to_8_bits(variables, images):
-    plain = discriminate(variables, images)
     rounded = {**images, "fake": np.round(images["fake"] * 255.0) / np.float32(255.0)}
-    again = discriminate(variables, rounded)
+    plain, again = discriminate(variables, images, rounded)
     jax.tree.map(np.testing.assert_array_equal, plain, again)
 
 

@@ -117,11 +117,21 @@ def test_images_and_their_latents_are_one_path():
     np.testing.assert_allclose(encode({}, {"latent": 1.7 * points}), points, atol=1e-5)
 
 
+def draw_of(stage):
+    """Draws for latents [n,16,64], compiled."""
+    return jax.jit(
+        lambda key, index, labels, max_time: flow_step.draw(
+            stage, key, index, labels, (16, 64), max_time
+        )
+    )
+
+
 def test_draws_follow_the_place_in_the_global_batch():
     stage = flow_task.step_spec(small_config())
     key, labels = jax.random.PRNGKey(3), jnp.arange(8) % 10
-    whole = flow_step.draw(stage, key, jnp.arange(8), labels, (16, 64), jnp.float32(0.5))
-    part = flow_step.draw(stage, key, jnp.arange(5, 8), labels[5:], (16, 64), jnp.float32(0.5))
+    draw = draw_of(stage)
+    whole = draw(key, jnp.arange(8), labels, jnp.float32(0.5))
+    part = draw(key, jnp.arange(5, 8), labels[5:], jnp.float32(0.5))
     # The random bits are the same; norms are summed in an order that depends on the shape.
     for ours, theirs in zip(part, whole, strict=True):
         np.testing.assert_allclose(ours, theirs[5:], rtol=1e-6)
@@ -141,16 +151,16 @@ def test_example_losses_average_to_the_training_loss():
     each = jax.jit(functools.partial(flow_evaluation.example_losses, stage))(
         {"dit": variables}, batch, index, key, jnp.float32(0.1)
     )
-    draws = flow_step.draw(stage, key, index, batch["label"], (16, 64), jnp.float32(0.0))
+    draws = draw_of(stage)(key, index, batch["label"], jnp.float32(0.0))
     path = matching.make_path(stage.path, stage.radius)
-    whole = matching.loss(
-        lambda x, t: stage.dit.apply(variables, x, t, draws.label),
-        path,
-        path.place(batch["latent"]),
-        draws.noise,
-        draws.time,
-        radial_weight=0.1,
-    )
+
+    @jax.jit
+    def loss(variables, latent):
+        predict = lambda x, t: stage.dit.apply(variables, x, t, draws.label)  # noqa: E731
+        placed = path.place(latent)
+        return matching.loss(predict, path, placed, draws.noise, draws.time, radial_weight=0.1)
+
+    whole = loss(variables, batch["latent"])
     assert float(whole["radial"]) > 0
     for name in flow_evaluation.LOSSES:
         assert float(np.mean(each[name])) == pytest.approx(float(whole[name]), rel=1e-5)

@@ -33,17 +33,23 @@ def reduced(text):
     return re.findall(r"= \(?(\w+)\[[\d,]*\][^=]* all-reduce(?:-start)?\(", text)
 
 
-def test_devices_add_up_float32_under_bfloat16():
-    text = step_text(flow(dtype="bfloat16"))
+@pytest.fixture(scope="module")
+def bfloat16_step():
+    return step_text(flow(dtype="bfloat16"))
+
+
+def test_devices_add_up_float32_under_bfloat16(bfloat16_step):
+    text = bfloat16_step
     assert "bf16[" in text
     assert set(reduced(text)) <= {"f32", "s32", "u32", "pred"}
     # A CPU's compiler makes a bfloat16 reduction a float32 one, and marks it so.
     assert not re.search(r"all-reduce\(.*promoted", text)
 
 
-def test_accumulation_reduces_once_a_step():
-    once = collectives.census(step_text(flow()))["all-reduce"]
-    four = collectives.census(step_text(flow(accumulation=4)))["all-reduce"]
+def test_accumulation_reduces_once_a_step(bfloat16_step):
+    once = collectives.census(bfloat16_step)["all-reduce"]
+    accumulated = step_text(flow(dtype="bfloat16", accumulation=4))
+    four = collectives.census(accumulated)["all-reduce"]
     assert four.runs <= once.runs
     assert four.bytes <= 1.05 * once.bytes
 

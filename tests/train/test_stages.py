@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import sae_stage1, sae_stage4
+from dinosae_jax.eval import robustness
 from dinosae_jax.jobs import train
 from dinosae_jax.runtime import lease, sharding, stopping
 from dinosae_jax.train import autoencoder_evaluation, latent_norms
@@ -46,6 +47,17 @@ def finished(make, tmp_path_factory):
     return workdir
 
 
+def test_a_finished_stage_has_pictures_baselines_and_robustness(finished):
+    for name in ("reconstructions.png", "baselines.json", "sphere.png"):
+        assert (finished / name).is_file()
+    rows = json.loads((finished / "robustness.json").read_text())
+    assert [row["angle_degrees"] for row in rows] == list(robustness.ANGLES)
+    # Unturned tokens give the reconstruction; both are means of the same three images.
+    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert abs(rows[0]["psnr"] - last["eval/psnr"]) < 1e-3
+    assert len({row["psnr"] for row in rows}) > 1
+
+
 def same_run(ours, theirs):
     states = [
         checkpoint.load_fields(checkpoint.newest(folder), FIELDS)[0] for folder in (ours, theirs)
@@ -55,7 +67,6 @@ def same_run(ours, theirs):
 
 
 @pytest.mark.parametrize("evaluation", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.slow
 def test_an_interrupted_evaluation_is_made_when_the_run_resumes(
     make, finished, tmp_path, monkeypatch, evaluation
 ):
@@ -129,7 +140,7 @@ def test_norms_of_another_encoder_are_measured_again(flow_workdir, tmp_path):
     assert latent_norms._read_norms(tmp_path, "other") is None
 
 
-@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("damaged", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nothing_starts_at_step_0_unless_it_is_told_to(make, finished, tmp_path, damaged):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -152,6 +163,7 @@ def test_nothing_starts_at_step_0_unless_it_is_told_to(make, finished, tmp_path,
     assert checkpoint.newest(workdir).name == "5"
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_starts_again(make, finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -174,7 +186,18 @@ def test_an_unfinished_run_is_continued_only_by_its_checkpoint(make, finished, t
     (before / "DONE").write_text('{"step": 2}')  # it was made longer
     with pytest.raises(ValueError, match=rf"finished run; got .*--config.init_from={folder}"):
         train.run(make(sae_stage4, init_from=str(before), **stage4), tmp_path / "x")
-    train.run(make(sae_stage4, init_from=str(folder), **stage4), tmp_path / "y")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_a_start_whether_or_not_its_run_is_finished(make, finished, tmp_path):
+    before = tmp_path / "before"
+    shutil.copytree(finished, before)
+    (before / "DONE").unlink()
+    stage4 = {"steps": 1, "losses__gan": 0.0, "latent_noise__tau": 0.0}
+    folder = before / checkpoint.FOLDER / "4"
+    train.run(make(sae_stage4, init_from=str(folder), **stage4), tmp_path / "run")
+    record = checkpoint.read_record(checkpoint.newest(tmp_path / "run"))
+    assert record["source"]["path"] == str(folder)
 
 
 def test_a_second_run_in_a_workdir_is_refused(make, finished, tmp_path):

@@ -32,7 +32,8 @@ def test_a_frozen_encoder_is_outside_the_backward_pass():
     assert not encoder & set(third)
 
 
-@pytest.mark.parametrize("module", [rfm_dit, pytest.param(rfm_ddt, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in the fast suite: the same step of two layers
+@pytest.mark.parametrize("module", [rfm_dit, rfm_ddt])
 def test_the_flow_step_at_full_size(module):
     """XL on cached latents: every layer costs the same, so two depths give all 28."""
 

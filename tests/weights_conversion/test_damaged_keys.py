@@ -23,18 +23,20 @@ OPTIONAL = (
     "freqs_sin",
 )
 FILES = [
-    ("dinov3", "autoencoder/c_dinov3_mlp", lambda state: state),
-    ("dinov3", "autoencoder/c_dinov3_swiglu", lambda state: state),
     ("dinov3", "autoencoder/c_dinov3_mlp", layouts.hugging_face),
-    ("dinov3", "autoencoder/c_dinov3_mlp", functools.partial(layouts.timm, qkvb=True)),
     ("dinosae", "autoencoder/e_autoencoder", lambda state: state),
-    ("dcae_decoder", "autoencoder/f_dcae_original", lambda state: state),
-    ("dcae_decoder", "autoencoder/f_dcae_original", layouts.diffusers),
     (
         "lightningdit",
         "generation_models/orig_lightningdit/qk1_sw0_ro0_rm1_ws1",
         lambda state: state,
     ),
+]
+MORE_FILES = [
+    ("dinov3", "autoencoder/c_dinov3_mlp", lambda state: state),
+    ("dinov3", "autoencoder/c_dinov3_swiglu", lambda state: state),
+    ("dinov3", "autoencoder/c_dinov3_mlp", functools.partial(layouts.timm, qkvb=True)),
+    ("dcae_decoder", "autoencoder/f_dcae_original", lambda state: state),
+    ("dcae_decoder", "autoencoder/f_dcae_original", layouts.diffusers),
     (
         "rae_lightningdit",
         "generation_models/rae_lightningdit/qk1_sw1_ro1_rm0",
@@ -66,7 +68,10 @@ def complaints(kind, shapes):
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
-@pytest.mark.parametrize(("kind", "name", "rename"), FILES)
+@pytest.mark.parametrize(
+    ("kind", "name", "rename"),
+    [*FILES, *(pytest.param(*file, marks=pytest.mark.slow) for file in MORE_FILES)],
+)
 def test_every_damaged_key_is_named(data_dir, kind, name, rename):
     state = rename(read_golden(data_dir / f"{name}.safetensors").weights)
     shapes = {key: value.shape for key, value in state.items()}

@@ -25,6 +25,8 @@ FOLDER = pathlib.Path(__file__).parents[1] / "recordings"
 FACEBOOK = {key: np.asarray(value) for key, value in layouts.facebook(FOLDER)[0].items()}
 NEWER = layouts.hugging_face(FACEBOOK, newer=True)
 OFFICIAL = layouts.read_golden(FOLDER / "autoencoder" / "e_autoencoder.safetensors").weights
+MORE_NAMES = ["blob", "a.PT", "a.index.json", "a.tar"]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 WORDS = sorted(containers.INSERTED)
 
 
@@ -299,9 +301,7 @@ def test_a_folder_with_one_model_is_enough(tmp_path, name):
     assert_plain(tmp_path, path.parent)
 
 
-@pytest.mark.parametrize(
-    "name", ["A.SAFETENSORS", "blob", "a.pth", "a.PT", "a.index.json", "a.tar"]
-)
+@pytest.mark.parametrize("name", ["A.SAFETENSORS", "a.pth", *map(slow, MORE_NAMES)])
 @pytest.mark.parametrize("write", [save, write_torch, write_legacy])
 def test_the_format_is_told_by_the_content(tmp_path, name, write):
     path = tmp_path / name

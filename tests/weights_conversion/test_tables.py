@@ -15,6 +15,11 @@ PLAIN = {
 }
 
 
+def fast(names, *chosen):
+    """All names, the others than the chosen ones with `-m slow`."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in chosen)) for n in names]
+
+
 def keys_of(shapes, rows):
     """Keys and torch shapes of our leaves, by the naming rule and the given rows."""
     layout = mapping.Layout("test", {}, rows)
@@ -48,21 +53,21 @@ def assert_inferred(kind, config, rows):
     return found
 
 
-@pytest.mark.parametrize("size", sizes.VIT)
+@pytest.mark.parametrize("size", fast(sizes.VIT, "dinov3_vits16", "dinov3_vith16plus"))
 def test_dinov3_sizes(size):
     config = {"vit": sizes.VIT[size]}
     planned = assert_inferred("dinov3", config, {"vit": "", "vit/blocks": "blocks.{i}"})
     assert planned["num_heads"] == sizes.VIT[size]["num_heads"]
 
 
-@pytest.mark.parametrize("preset", OURS)
+@pytest.mark.parametrize("preset", fast(OURS, "A0", "B2"))
 def test_official_decoders(preset):
     config = {"decoder": sizes.DECODER[preset]}
     planned = assert_inferred("dinosae_decoder", config, OFFICIAL)
     assert tuple(planned["depth_list"]) == sizes.DECODER[preset]["depth_list"]
 
 
-@pytest.mark.parametrize("preset", PUBLISHED)
+@pytest.mark.parametrize("preset", fast(PUBLISHED, "dc-ae-f32c32-sana", "dc-ae-f64c128-1.0"))
 def test_published_dcae_decoders(preset):
     config = {"decoder": sizes.DECODER[preset]}
     last = len(config["decoder"]["width_list"]) - 1
@@ -90,7 +95,7 @@ def test_unusual_decoders(changes):
     assert_inferred("dinosae_decoder", config, OFFICIAL)
 
 
-@pytest.mark.parametrize("kind", ["lightningdit", "rae_lightningdit"])
+@pytest.mark.parametrize("kind", fast(["lightningdit", "rae_lightningdit"], "rae_lightningdit"))
 @pytest.mark.parametrize(
     "changes",
     [
@@ -112,7 +117,7 @@ def test_lightningdit(kind, changes):
         assert planned[name] == changes[name], name
 
 
-@pytest.mark.parametrize("size", sizes.DIT_DH)
+@pytest.mark.parametrize("size", fast(sizes.DIT_DH, "XL"))
 @pytest.mark.parametrize("changes", [{}, {"use_pos_embed": False, "use_qknorm": True}])
 def test_ditdh(size, changes):
     own = {"model": "DiTDH", **sizes.DIT_DH[size], "in_channels": 32, **changes}
