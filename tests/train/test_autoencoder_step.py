@@ -187,7 +187,8 @@ def test_the_discriminator_waits_for_its_start(make_config, make_run):
     assert float(first.metrics["loss"].compute()) == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", in_ci("2", "4", fast="1"))
+@pytest.mark.slow  # in the fast suite: of the flow's step, which is placed by the same rules
+@pytest.mark.parametrize("name", ["1", "2", "4"])
 def test_one_and_eight_devices_agree(make_config, make_run, no_rounding, name):
     # Of eight seeds one or two put an activation so near the kink of a ReLU that rounding moves it
     # across, which changes the GAN's weight by 1e-3; this one does not.
