@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent import futures
 from typing import Any
 
 from etils import epath
@@ -9,6 +10,7 @@ from etils import epath
 from dinosae_jax.runtime import files, snapshots, untrusted
 
 MANIFEST = "manifest.json"
+HASHING_THREADS = 8
 
 
 def read_manifest(path: epath.Path, again: str = "the conversion") -> dict[str, Any]:
@@ -79,8 +81,10 @@ def check_shards(
     if not sha256:
         return
     here = local_shards(folder, manifest)
-    for shard in manifest["shards"]:
-        if files.file_sha256(here / shard["name"]) != shard["sha256"]:
+    with futures.ThreadPoolExecutor(HASHING_THREADS) as pool:
+        found = pool.map(lambda each: files.file_sha256(here / each["name"]), manifest["shards"])
+    for shard, ours in zip(manifest["shards"], found, strict=True):
+        if ours != shard["sha256"]:
             raise ValueError(
                 "an archive's shards must be as its manifest says; got "
                 f"{folder / shard['name']}, whose content has changed; remove that file and run "
