@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent import futures
 from typing import Any
 
 from etils import epath
 
-from dinosae_jax.runtime import files, untrusted
+from dinosae_jax.runtime import files, snapshots, untrusted
 
 MANIFEST = "manifest.json"
+HASHING_THREADS = 8
 
 
 def read_manifest(path: epath.Path, again: str = "the conversion") -> dict[str, Any]:
@@ -63,6 +65,8 @@ def check_shards(
 ) -> None:
     """Compares an archive's shards with its manifest, by size, and by content on request.
 
+    The content of shards in a bucket is that of their copy, which reading them uses too.
+
     Raises:
       ValueError: a shard is missing or differs; the message names it.
     """
@@ -74,8 +78,20 @@ def check_shards(
                 f"an archive's shards must be as its manifest says; got {path}, which is missing "
                 f"or has not its {shard['bytes']} bytes; run {again} again, which repairs it"
             )
-        if sha256 and files.file_sha256(path) != shard["sha256"]:
+    if not sha256:
+        return
+    here = local_shards(folder, manifest)
+    with futures.ThreadPoolExecutor(HASHING_THREADS) as pool:
+        found = pool.map(lambda each: files.file_sha256(here / each["name"]), manifest["shards"])
+    for shard, ours in zip(manifest["shards"], found, strict=True):
+        if ours != shard["sha256"]:
             raise ValueError(
-                f"an archive's shards must be as its manifest says; got {path}, whose content has "
-                f"changed; remove that file and run {again} again"
+                "an archive's shards must be as its manifest says; got "
+                f"{folder / shard['name']}, whose content has changed; remove that file and run "
+                f"{again} again"
             )
+
+
+def local_shards(folder: epath.Path, manifest: dict[str, Any]) -> epath.Path:
+    """A folder of this machine with an archive's shards: itself, or a copy of what a bucket has."""
+    return snapshots.local(folder, [shard["name"] for shard in manifest["shards"]])

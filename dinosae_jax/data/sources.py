@@ -11,7 +11,7 @@ from etils import epath
 
 from dinosae_jax import rules
 from dinosae_jax.data import folder_tree, tar_tree, tree
-from dinosae_jax.data.manifest import MANIFEST, check_shards, read_manifest
+from dinosae_jax.data.manifest import MANIFEST, check_shards, local_shards, read_manifest
 from dinosae_jax.data.records import (
     LARGEST_BAD_PART,
     ArchiveRecords,
@@ -336,7 +336,7 @@ def _open_archive(root: epath.Path, split: str) -> tuple[ArchiveRecords, bool]:
             unlabelled = f"{folder} has classes that training has not, the first {unknown[0]}"
         else:
             numbers = np.asarray([training.index(name) for name in names], np.int64)
-    here = snapshots.local(folder, [shard["name"] for shard in manifest["shards"]])
+    here = local_shards(folder, manifest)
     paths = [str(here / shard["name"]) for shard in manifest["shards"]]
     parts = [(shard["name"], shard["sha256"]) for shard in manifest["shards"]]
     records = ArchiveRecords(

@@ -22,7 +22,8 @@ class Proxy(http.server.ThreadingHTTPServer):
     Attributes:
       plan: (method, path) -> '' to pass it on; a status to answer instead; 'drop' to hang up before
         the server sees it, 'lost' after it has done it; 'half' to cut the answer; 'slow' to delay.
-      faults: how many requests were failed or delayed.
+      away: whether to hang up on every request, as where there is no server.
+      faults: how many requests were failed or delayed; those to a server that is away do not count.
     """
 
     daemon_threads = True
@@ -30,6 +31,7 @@ class Proxy(http.server.ThreadingHTTPServer):
     def __init__(self, port, plan=lambda method, path: ""):
         super().__init__(("127.0.0.1", 0), Handler)
         self.port, self.plan, self.faults, self.lock = port, plan, 0, threading.Lock()
+        self.away = False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -42,6 +44,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def forward(self):
         body = self.read_body()
+        if self.server.away:
+            self.close_connection = True
+            return None
         with self.server.lock:
             fault = self.server.plan(self.command, self.path)
             self.server.faults += bool(fault)

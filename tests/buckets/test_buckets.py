@@ -1,5 +1,7 @@
 """Objects: written whole, by conditions, through faults; errors in one sentence."""
 
+import threading
+
 import pytest
 
 from dinosae_jax.runtime import buckets, files, untrusted
@@ -59,6 +61,14 @@ def test_a_fault_that_lasts_is_said_in_a_line(folder, between, capsys):
     files.write_bytes(folder / "a", b"1")
     assert capsys.readouterr().out.count("does not answer well, trying again") <= 1
     assert (folder / "a").read_bytes() == b"1"
+
+
+def test_a_bucket_that_is_away_for_20_seconds_is_waited_for(folder, between, monkeypatch):
+    files.write_bytes(folder / "a", b"1")
+    monkeypatch.setattr(between, "away", True)
+    threading.Timer(20.0, setattr, (between, "away", False)).start()
+    files.write_bytes(folder / "a", b"2")
+    assert (folder / "a").read_bytes() == b"2"
 
 
 def test_a_missing_permission_is_one_sentence(folder, between):

@@ -14,7 +14,7 @@ from dinosae_jax import Autoencoder
 from dinosae_jax.data import archive, sources
 from dinosae_jax.data.latents import latent_reader
 from dinosae_jax.jobs import encode, export, train
-from dinosae_jax.runtime import buckets, files, snapshots
+from dinosae_jax.runtime import buckets, files
 from dinosae_jax.train import stages
 from dinosae_jax.weights import checkpoint, conversion, weight_source
 from tests import tiny
@@ -26,20 +26,13 @@ from weights_conversion import export as conversion_export
 pytestmark = pytest.mark.slow
 
 
-def state_of(folder):
-    place = checkpoint.newest(folder)
-    if buckets.is_bucket(place):
-        place = snapshots.local(place)
-    return checkpoint.load_fields(place, kills.FIELDS)[0]
-
-
 def test_a_chain_ends_as_on_a_disk(folder, tmp_path):
     for workdir in (tmp_path / "disk", folder):
         train.run(kills.chain(tmp_path / "data"), workdir)
     for name in kills.chain(tmp_path / "data").chain:
         ours, theirs = folder / name, tmp_path / "disk" / name
         assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
-        states = state_of(ours), state_of(files.path(theirs))
+        states = kills.state_of(ours), kills.state_of(files.path(theirs))
         assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *states)))
     written = {name for name in buckets.listing(folder) if "tensorboard" not in name}
     on_disk = {p.relative_to(tmp_path / "disk").as_posix() for p in (tmp_path / "disk").rglob("*")}

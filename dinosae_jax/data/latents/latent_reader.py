@@ -21,10 +21,16 @@ from numpy.typing import NDArray
 
 from dinosae_jax.data import pixels
 from dinosae_jax.data.latents import latent_record
-from dinosae_jax.data.manifest import MANIFEST, check_form, check_shards, read_manifest
+from dinosae_jax.data.manifest import (
+    MANIFEST,
+    check_form,
+    check_shards,
+    local_shards,
+    read_manifest,
+)
 from dinosae_jax.data.order import Share, crop_generator, draw_flip, share_of, training_index
 from dinosae_jax.data.records import fingerprint_of
-from dinosae_jax.runtime import files, snapshots, untrusted
+from dinosae_jax.runtime import files, untrusted
 
 HASHED_BYTES = 4 * 2**30  # caches up to this size are hashed whole when they are opened
 AHEAD = 2  # batches
@@ -78,9 +84,8 @@ class LatentSource:
         self.fields = latent_record.layout(
             manifest["format"], manifest["tokens"], manifest["width"]
         )
-        names = [shard["name"] for shard in manifest["shards"]]
-        here = snapshots.local(folder, names)
-        paths = [str(here / name) for name in names]
+        here = local_shards(folder, manifest)
+        paths = [str(here / shard["name"]) for shard in manifest["shards"]]
         self._records = grain.sources.ArrayRecordDataSource(paths)
 
     def __len__(self) -> int:
