@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import platform
 import re
 import sys
@@ -71,16 +70,15 @@ def keep_programs(compile_cache: str) -> None:
 
     Args:
       compile_cache: the folder, empty for none. 'auto' is what JAX_COMPILATION_CACHE_DIR says, else
-        `dinosae_jax` in XDG_CACHE_HOME or ~/.cache, with a folder for each platform; programs for a
-        CPU may need its very instructions, so each host has its own.
+        a folder for each platform in `files.caches()`; programs for a CPU may need its very
+        instructions, so each host has its own.
     """
     if compile_cache == "auto":
         if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             return
-        caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         backend = jax.default_backend()
         name = f"cpu-{platform.node()}" if backend == "cpu" else backend
-        compile_cache = str(caches / "dinosae_jax" / name)
+        compile_cache = str(files.caches() / name)
     if compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(files.path(compile_cache)))
 

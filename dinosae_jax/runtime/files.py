@@ -32,6 +32,12 @@ def path(text: str | os.PathLike) -> epath.Path:
     return epath.Path(text).expanduser()
 
 
+def caches() -> pathlib.Path:
+    """For what this machine can make again: `dinosae_jax` in XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(home).expanduser() / "dinosae_jax"
+
+
 def absolute(place: epath.Path) -> epath.Path:
     """A path that does not depend on the working directory, as Orbax needs it."""
     return epath.Path(place if buckets.is_bucket(place) else os.path.abspath(place))

@@ -5,8 +5,7 @@ It is complete or not there at all, of several processes one makes it, and an in
 on where it was. All copies together take at most `limit()` bytes: the ones that were not used
 for longest are removed first, never one that a process uses now. What does not fit is refused.
 
-The copies are in the folder `DINOSAE_CACHE`, by default
-~/.cache/dinosae_jax/buckets.
+The copies are in the folder `DINOSAE_CACHE`, by default `buckets` in `files.caches()`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import IO
 
 from etils import epath
 
-from dinosae_jax.runtime import buckets, console, untrusted
+from dinosae_jax.runtime import buckets, console, files, untrusted
 
 FOLDER = "DINOSAE_CACHE"
 GIBIBYTES = "DINOSAE_CACHE_GIB"
@@ -72,7 +71,7 @@ def local(path: epath.Path, names: Iterable[str] | None = None) -> epath.Path:
 def root() -> pathlib.Path:
     """The folder of the copies."""
     named = os.environ.get(FOLDER)
-    return pathlib.Path(named or "~/.cache/dinosae_jax/buckets").expanduser()
+    return pathlib.Path(named).expanduser() if named else files.caches() / "buckets"
 
 
 def limit() -> int:
