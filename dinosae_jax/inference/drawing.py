@@ -24,7 +24,7 @@ from dinosae_jax.data import adm_npz, png
 from dinosae_jax.inference import batching
 from dinosae_jax.inference.generator import Generator, random_generator
 from dinosae_jax.runtime import agreement, console, files, lease, sharding, stopping
-from dinosae_jax.weights import checkpoint
+from dinosae_jax.weights import integrity
 
 BALANCED_EACH = 50  # images per class, the usual 50,000 of ImageNet
 
@@ -146,7 +146,7 @@ def claim(folder: epath.Path, config: ml_collections.ConfigDict, generator: Gene
     """
     record = json.loads(config_lib.to_json(config))
     record["weights"] = {
-        role: sum(checkpoint.checksums(generator.variables[role]).values()) % 2**32
+        role: sum(integrity.checksums(generator.variables[role]).values()) % 2**32
         for role in generator.variables
     }
     path = folder / "config.json"

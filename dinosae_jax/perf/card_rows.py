@@ -28,7 +28,7 @@ from dinosae_jax.names import PATCH_SIZE
 from dinosae_jax.perf import hlo, loader_speed, prediction, programs, step_speed, targets
 from dinosae_jax.runtime import hardware, precision, sharding
 from dinosae_jax.train import step_flops
-from dinosae_jax.weights import checkpoint
+from dinosae_jax.weights import integrity
 
 PEAKS = (989, 790)  # TFLOP/s
 GIB = 2**30
@@ -90,7 +90,7 @@ def repeat(name: str, config: ml_collections.ConfigDict) -> list[Line]:
 def _state_bits(ready: step_speed.Ready) -> list[int]:
     """A checksum of the bits of each array of the state after one step."""
     state, others = step_speed.synthetic(ready.program, ready.stage.seed)
-    return list(checkpoint.checksums(ready.compiled(state, *others)).values())
+    return list(integrity.checksums(ready.compiled(state, *others)).values())
 
 
 def sampler(name: str, config: ml_collections.ConfigDict) -> list[Line]:

@@ -21,7 +21,7 @@ from dinosae_jax.models import autoencoder
 from dinosae_jax.names import ENCODER_ROLES
 from dinosae_jax.runtime import agreement, console, files, sharding, stopping
 from dinosae_jax.train import flow_step
-from dinosae_jax.weights import checkpoint
+from dinosae_jax.weights import integrity
 
 MEASURED_IMAGES = 10_000
 NORMS_FILE = "latents.json"
@@ -36,7 +36,7 @@ _NONE: Rows = np.zeros((0, 2), np.float32)
 def identity(record: dict[str, Any]) -> str:
     """A sha256 of what the norms depend on: encoder, images, crops and seed of a flow's record."""
     config = record["config"]
-    return checkpoint.digest(
+    return integrity.digest(
         {
             "encoder": [record["frozen"][role] for role in ENCODER_ROLES],
             "data": record["data"],

@@ -17,40 +17,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent import futures
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from dinosae_jax.runtime import agreement, buckets, console, files, jit
-from dinosae_jax.weights import bucket_arrays
+from dinosae_jax.runtime import agreement, buckets, console, files
+from dinosae_jax.weights import bucket_arrays, integrity
 
 Tree = Any
 FOLDER = "checkpoints"
-SEAL = "seal.json"  # in the folder of each checkpoint
-COMMIT = "commit_success.txt"  # in a bucket, in the folder of each checkpoint
-# What Orbax still changes when a checkpoint is sealed, and never reads for what we restore.
-UNSEALED = (SEAL, "_CHECKPOINT_METADATA", COMMIT)
 NEWEST = "checkpoints.json"  # in the workdir: the newest step that was ever committed
 MOST_FAILURES = 3  # in a row
-HASHING_THREADS = 8
 # Words in a key of random numbers -> jax's name of the implementation.
 KEY_SIZES = {2: "threefry2x32", 4: "rbg"}
-
-
-class Damaged(ValueError):
-    """The bytes of a checkpoint are not those that were saved."""
 
 
 class NoneWhole(ValueError):
@@ -118,8 +106,8 @@ def save(
         settle(manager)
         if step in manager.all_steps():
             return
-        record = {**record, "shapes": _shapes(state), "checksums": checksums(state)}
-        record["sha256"] = digest(record)
+        record = {**record, "shapes": _shapes(state), "checksums": integrity.checksums(state)}
+        record["sha256"] = integrity.digest(record)
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
         )
@@ -212,7 +200,7 @@ def restore_newest(manager: Manager, target: Tree) -> tuple[Tree, dict[str, Any]
             restored = _restore(folder, target)
             _agree_on_steps(manager)
             return restored
-        except Damaged as error:
+        except integrity.Damaged as error:
             set_aside = functools.partial(_set_aside, folder, error)
             damaged.append(agreement.from_first(set_aside))
             manager.reload()
@@ -257,7 +245,7 @@ def _restore(folder: epath.Path, target: Tree) -> tuple[Tree, dict[str, Any]]:
     except Exception as error:
         failure = error
     _agree(folder, failure)
-    agreement.require_equal("checkpoint", {str(folder): digest(record)})
+    agreement.require_equal("checkpoint", {str(folder): integrity.digest(record)})
     _check_shapes(record["shapes"], _shapes(target), folder)
     try:
         # Not through the manager: there a process whose reading fails leaves the others waiting.
@@ -268,13 +256,14 @@ def _restore(folder: epath.Path, target: Tree) -> tuple[Tree, dict[str, Any]]:
         failure = error
     _agree(folder, failure)
     try:
-        _check_sums(state, record["checksums"])
-    except Damaged as error:
-        agreement.from_first(functools.partial(_hashes, folder))  # unless it cannot be read now
+        integrity.check_sums(state, record["checksums"])
+    except integrity.Damaged as error:
+        # Damaged, unless it cannot be read now.
+        agreement.from_first(functools.partial(integrity.hashes, folder))
         raise error
-    if jax.process_index() == 0 and not (folder / SEAL).exists():
+    if jax.process_index() == 0 and not (folder / integrity.SEAL).exists():
         with contextlib.suppress(OSError):  # of a file system that is read only, say
-            seal(folder)
+            integrity.seal(folder)
     return state, record
 
 
@@ -294,7 +283,7 @@ def _agree(folder: epath.Path, failure: Exception | None) -> None:
     except OSError:
         reason = ""
     if reason:
-        raise Damaged(reason) from failure
+        raise integrity.Damaged(reason) from failure
     if isinstance(failure, RuntimeError | MemoryError):
         raise failure
     where = f" on process {said.index(first)}" if len(said) > 1 else ""
@@ -311,12 +300,12 @@ def _damage(folder: epath.Path, failure: Exception | None) -> str:
     Raises:
       OSError: where they cannot be read.
     """
-    found = _hashes(folder)
-    sealed = _read_seal(folder)
+    found = integrity.hashes(folder)
+    sealed = integrity.read_seal(folder)
     if sealed is None:
         reason = f"{type(failure).__name__}: {failure}" if failure else ""
         return "" if failure is None or _is_environmental(failure) else reason
-    changed = _changed(found, sealed)
+    changed = integrity.changed(found, sealed)
     if not changed:
         return ""
     name = changed[0]
@@ -351,12 +340,6 @@ _SYSTEM_WORDS = (
 )
 
 
-def seal(folder: epath.Path) -> None:
-    """Writes the sha256 of every file of a checkpoint into it."""
-    found = _hashes(folder)
-    files.write_json(folder / SEAL, {"files": found, "sha256": digest(found)})
-
-
 def _seal_unfinished(manager: Manager) -> None:
     """Seals the checkpoint that is being written, before Orbax commits it.
 
@@ -364,69 +347,11 @@ def _seal_unfinished(manager: Manager) -> None:
     """
     folder = manager.directory
     if buckets.is_bucket(folder):
-        seal(folder / str(manager.started))
+        integrity.seal(folder / str(manager.started))
         return
     for name in files.names_in(folder):
         if ".orbax-checkpoint-tmp" in name:
-            seal(folder / name)
-
-
-def check_seal(folder: epath.Path) -> None:
-    """Compares the files of a sealed checkpoint with its seal, before native code reads them.
-
-    Args:
-      folder: `workdir/checkpoints/<step>`; nothing is compared where it has no seal.
-
-    Raises:
-      Damaged: where bytes are not those that were saved.
-      OSError: where a file cannot be read.
-    """
-    sealed = _read_seal(folder)
-    if sealed is None:
-        return
-    changed = _changed(_hashes(folder), sealed)
-    if changed:
-        raise Damaged(
-            f"a checkpoint has the bytes that were saved; got others in {folder / changed[0]}; "
-            "take it from where it came once more, or an earlier one"
-        )
-
-
-def _changed(found: dict[str, str], sealed: dict[str, str]) -> list[str]:
-    """Names of the sealed files that are missing or have another sha256, in the seal's order."""
-    return [name for name, sha256 in sealed.items() if found.get(name) != sha256]
-
-
-def _read_seal(folder: epath.Path) -> dict[str, str] | None:
-    """File -> sha256; None where the seal is missing or not as it was written."""
-    try:
-        with buckets.as_oserror(folder):
-            content = json.loads((folder / SEAL).read_text())
-        found = dict(content["files"])
-        whole = content["sha256"] == digest(found)
-    except (FileNotFoundError, KeyError, TypeError, ValueError):
-        return None
-    return found if whole else None
-
-
-def _hashes(folder: epath.Path) -> dict[str, str]:
-    """File -> sha256 of what a checkpoint holds; OSError where that is unreadable."""
-    if buckets.is_bucket(folder):
-        found = sorted(buckets.listing(folder))
-    else:
-        found = [
-            os.path.relpath(os.path.join(place, name), folder)
-            for place, _, names in os.walk(folder, onerror=_raise)
-            for name in sorted(names)
-        ]
-    sealed = [name for name in found if os.path.basename(name) not in UNSEALED]
-    with futures.ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = pool.map(lambda name: files.file_sha256(folder / name), sealed)
-        return dict(zip(sealed, hashes, strict=True))
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
+            integrity.seal(folder / name)
 
 
 def load_fields(folder: epath.Path, fields: tuple[str, ...]) -> tuple[Tree, dict[str, Any]]:
@@ -457,7 +382,7 @@ def load_fields(folder: epath.Path, fields: tuple[str, ...]) -> tuple[Tree, dict
     )
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         tree = handler.restore(files.absolute(folder / "state"), args=arguments)
-    _check_sums(tree, {name: record["checksums"][name] for name in flat})
+    integrity.check_sums(tree, {name: record["checksums"][name] for name in flat})
     return jax.device_get(tree), record
 
 
@@ -469,7 +394,7 @@ def newest(workdir: epath.Path) -> epath.Path | None:
 
 
 def _is_committed(folder: epath.Path) -> bool:
-    return not buckets.is_bucket(folder) or (folder / COMMIT).exists()
+    return not buckets.is_bucket(folder) or (folder / integrity.COMMIT).exists()
 
 
 def read_record(folder: epath.Path) -> dict[str, Any]:
@@ -487,39 +412,10 @@ def read_record(folder: epath.Path) -> dict[str, Any]:
     try:
         record = dict(json.loads(text))
     except (TypeError, ValueError) as error:
-        raise Damaged("the record is no JSON") from error
-    if record.pop("sha256", None) != digest(record):
-        raise Damaged("the record differs from its sha256")
+        raise integrity.Damaged("the record is no JSON") from error
+    if record.pop("sha256", None) != integrity.digest(record):
+        raise integrity.Damaged("the record differs from its sha256")
     return record
-
-
-def checksums(state: Tree) -> dict[str, int]:
-    """A 32-bit checksum of the bits of each leaf, the same on any number of devices."""
-    sums = jax.device_get([_compiled_checksum()(leaf) for leaf in jax.tree.leaves(state)])
-    return {name: int(value) for name, value in zip(_names(state), sums, strict=True)}
-
-
-def digest(record: dict[str, Any]) -> str:
-    """The sha256 of what JSON takes, such as a record."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def _compiled_checksum() -> Callable[[jax.Array], jax.Array]:
-    # A program a shape: the stages of a chain share them, one of all leaves they would not.
-    return jit.jit_once(_checksum)
-
-
-def _checksum(leaf: jax.Array) -> jax.Array:
-    width = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-    if leaf.dtype == jnp.bool_:
-        leaf = leaf.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32).reshape(-1)
-    # The position is mixed in, so that an exchange of two values is seen too.
-    mixed = bits + jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-    return jnp.sum(mixed, dtype=jnp.uint32)
 
 
 @contextlib.contextmanager
@@ -538,16 +434,11 @@ def explain_full_disk(manager: Manager) -> Iterator[None]:
         ) from error
 
 
-def _names(tree: Tree) -> list[str]:
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-
-
 def _shapes(tree: Tree) -> dict[str, list[Any]]:
     leaves = jax.tree.leaves(tree)
     return {
         name: [list(leaf.shape), str(np.dtype(leaf.dtype))]
-        for name, leaf in zip(_names(tree), leaves, strict=True)
+        for name, leaf in zip(integrity.names(tree), leaves, strict=True)
     }
 
 
@@ -568,13 +459,6 @@ def _check_shapes(saved: dict[str, Any], wanted: dict[str, Any], path: Any) -> N
             f"checkpoint, {wanted.get(name)} in this config); use the config that made it or "
             "another --workdir"
         )
-
-
-def _check_sums(state: Tree, expected: dict[str, int]) -> None:
-    found = checksums(state)
-    wrong = [name for name, value in expected.items() if found.get(name) != value]
-    if wrong:
-        raise Damaged(f"{len(wrong)} arrays differ from their checksums, first {wrong[0]}")
 
 
 def _set_aside(folder: epath.Path, error: Exception) -> str:
@@ -613,7 +497,7 @@ def _newest_step(manager: Manager) -> int | None:
     folder, sealed = manager.directory, []
     if not buckets.is_bucket(folder):
         steps = filter(str.isdigit, files.names_in(folder))
-        sealed = [int(name) for name in steps if (folder / name / SEAL).exists()]
+        sealed = [int(name) for name in steps if (folder / name / integrity.SEAL).exists()]
     return max([*manager.all_steps(), *sealed], default=None)
 
 

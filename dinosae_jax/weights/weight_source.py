@@ -20,7 +20,7 @@ from dinosae_jax import config as config_lib
 from dinosae_jax import encoders, licences, names
 from dinosae_jax.latent_convention import LatentConvention
 from dinosae_jax.runtime import buckets, files, lease, snapshots, untrusted
-from dinosae_jax.weights import checkpoint, conversion, role_files
+from dinosae_jax.weights import checkpoint, conversion, integrity, role_files
 
 Tree = Any
 Variables = dict[str, dict[str, Tree]]
@@ -111,7 +111,7 @@ def _open(folder: epath.Path) -> WeightSource:
     again = "take it from where it came once more, or an earlier one"
     untrusted.check_inside(folder, step, again)
     untrusted.check_tree_inside(step, again)
-    checkpoint.check_seal(step)
+    integrity.check_seal(step)
     conversion.check_stored(step, step / "state", MAX_EXPANSION, again)
     # The discriminator's heads have no moving average; they are carried on as they are.
     try:
@@ -137,7 +137,7 @@ def _open(folder: epath.Path) -> WeightSource:
     for role, file in frozen_files.items():
         if role not in variables:
             variables[role] = role_files.read(frozen, role_files.file_from(file, step))
-    digest = checkpoint.digest(record)
+    digest = integrity.digest(record)
     weights = record.get("weights", {})
     return WeightSource(variables, *stated, step, record.get("flow", {}), digest, weights)
 

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from dinosae_jax.runtime import buckets, files, sharding
-from dinosae_jax.weights import checkpoint
+from dinosae_jax.weights import checkpoint, integrity
 from tests.weights import faults
 
 pytestmark = pytest.mark.slow
@@ -17,7 +17,7 @@ def steps_in(folder):
 def test_the_newest_committed_checkpoint_comes_back(folder):
     faults.save_steps(folder, [1, 2, 3, 4])
     assert steps_in(folder) == [2, 3, 4]
-    (folder / checkpoint.FOLDER / "4" / checkpoint.COMMIT).unlink()  # killed before the commit
+    (folder / checkpoint.FOLDER / "4" / integrity.COMMIT).unlink()  # killed before the commit
     assert checkpoint.newest(folder) == folder / checkpoint.FOLDER / "3"
     assert faults.is_state(faults.restore(folder), 3)
     faults.save_steps(folder, [4])  # what was left of it is written anew
@@ -27,8 +27,8 @@ def test_the_newest_committed_checkpoint_comes_back(folder):
 def test_every_object_is_sealed(folder):
     faults.save_steps(folder, [1])
     place = folder / checkpoint.FOLDER / "1"
-    sealed = checkpoint._read_seal(place)
-    assert sealed == checkpoint._hashes(place) and len(sealed) > 5
+    sealed = integrity.read_seal(place)
+    assert sealed == integrity.hashes(place) and len(sealed) > 5
 
 
 def test_a_damaged_checkpoint_is_set_aside(folder, capsys):

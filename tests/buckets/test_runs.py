@@ -16,7 +16,7 @@ from dinosae_jax.data.latents import latent_reader
 from dinosae_jax.jobs import encode, export, train
 from dinosae_jax.runtime import buckets, files
 from dinosae_jax.train import stages
-from dinosae_jax.weights import checkpoint, conversion, weight_source
+from dinosae_jax.weights import checkpoint, conversion, integrity, weight_source
 from tests import tiny
 from tests.train import kills
 from tests.weights_conversion import layouts
@@ -36,7 +36,7 @@ def test_a_chain_ends_as_on_a_disk(folder, tmp_path):
         assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *states)))
     written = {name for name in buckets.listing(folder) if "tensorboard" not in name}
     on_disk = {p.relative_to(tmp_path / "disk").as_posix() for p in (tmp_path / "disk").rglob("*")}
-    commits = {name for name in written if name.endswith((checkpoint.COMMIT, ".lease"))}
+    commits = {name for name in written if name.endswith((integrity.COMMIT, ".lease"))}
     data = {name for name in written if "/d/" in name}
     assert written - commits - data <= on_disk
     assert any("tensorboard" in name for name in buckets.listing(folder))
@@ -86,7 +86,7 @@ def test_weights_latents_and_exports_live_in_a_bucket(folder, tmp_path):
     there = weight_source.open_weights(tiny.write(tmp_path))
     for name in ("stage", "data"):
         copy_to(folder / name, tmp_path / name)
-    files.write_bytes(folder / "stage" / checkpoint.FOLDER / "0" / checkpoint.COMMIT, b"")
+    files.write_bytes(folder / "stage" / checkpoint.FOLDER / "0" / integrity.COMMIT, b"")
     found = weight_source.open_weights(folder / "stage")
     assert found.sha256 == there.sha256
     assert str(found.path) == f"{folder}/stage/checkpoints/0"

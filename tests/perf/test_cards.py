@@ -11,7 +11,7 @@ from configs import bench as bench_config
 from dinosae_jax import names, rules
 from dinosae_jax.jobs import card
 from dinosae_jax.perf import card_rows, cards
-from dinosae_jax.weights import checkpoint
+from dinosae_jax.weights import integrity
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 LINE = {"quantity": "speed", "measured": 612.34, "predicted": 600.0, "unit": "images/s", "note": ""}
@@ -104,7 +104,7 @@ def test_a_checksum_tells_one_bit():
         np.array([True, False]),
         np.arange(3, dtype=np.int8),
     ]
-    checksums = lambda: checkpoint.checksums([jax.numpy.asarray(a) for a in arrays])  # noqa: E731
+    checksums = lambda: integrity.checksums([jax.numpy.asarray(a) for a in arrays])  # noqa: E731
     ours = checksums()
     arrays[0][3] = np.nextafter(arrays[0][3], 9, dtype=np.float32)
     theirs = checksums()

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from dinosae_jax.runtime import sharding
 from dinosae_jax.train import optim
 from dinosae_jax.train import state as state_lib
-from dinosae_jax.weights import checkpoint
+from dinosae_jax.weights import checkpoint, integrity
 
 STEPS = (1, 2)
 ERRNOS = ("EACCES", "ESTALE", "EIO", "EMFILE", "ENFILE", "ENOENT", "ETIMEDOUT", "EPERM", "ENOTCONN")
@@ -135,7 +135,7 @@ def failing_call(draw):
         (
             (ocp.StandardCheckpointHandler, "restore"),
             (checkpoint, "read_record"),
-            (checkpoint, "checksums"),
+            (integrity, "checksums"),
             (pathlib.Path, "rename"),
         )
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dinosae_jax.runtime import sharding
-from dinosae_jax.weights import checkpoint, role_files
+from dinosae_jax.weights import checkpoint, integrity, role_files
 from tests.weights import faults
 from tests.weights.faults import abstract, make_state, save_steps
 
@@ -75,7 +75,7 @@ def test_a_full_device_is_no_damage(tmp_path, monkeypatch):
 
     save_steps(tmp_path, [1])
     target = abstract(make_state(0), sharding.make_mesh(1, jax.devices()[:1]))
-    monkeypatch.setattr(checkpoint, "_check_sums", full)
+    monkeypatch.setattr(integrity, "check_sums", full)
     with (
         checkpoint.open_manager(tmp_path, keep=3) as manager,
         pytest.raises(RuntimeError, match="out of memory"),
@@ -92,7 +92,7 @@ def test_faults_end_well(kind):
 def test_a_checkpoint_without_a_seal_is_sealed_when_it_has_come_back(tmp_path):
     """As older versions wrote it; damage is then told from other errors by their types."""
     save_steps(tmp_path, [1, 2])
-    seals = [tmp_path / checkpoint.FOLDER / str(step) / checkpoint.SEAL for step in (1, 2)]
+    seals = [tmp_path / checkpoint.FOLDER / str(step) / integrity.SEAL for step in (1, 2)]
     sealed = seals[1].read_bytes()
     for seal in seals:
         seal.unlink()
@@ -146,14 +146,14 @@ def test_what_shows_that_work_was_lost(tmp_path):
 
 def test_checksums_see_one_bit_and_an_exchange():
     state = make_state(3)
-    before = checkpoint.checksums(state)
+    before = integrity.checksums(state)
     kernel = np.asarray(state.params["decoder"]["kernel"]).copy()
     flipped = kernel.copy()
     flipped.view(np.uint32)[5, 3] ^= 1
     exchanged = kernel[::-1].copy()
     for changed in (flipped, exchanged):
         other = state.replace(params={"decoder": {"kernel": jnp.asarray(changed)}})
-        after = checkpoint.checksums(other)
+        after = integrity.checksums(other)
         differing = {name for name in before if before[name] != after[name]}
         assert differing == {"params/decoder/kernel"}
 

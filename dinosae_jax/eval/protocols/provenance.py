@@ -13,7 +13,7 @@ import ml_collections
 
 from dinosae_jax import config as config_lib
 from dinosae_jax.runtime import files
-from dinosae_jax.weights import checkpoint, weight_source
+from dinosae_jax.weights import integrity, weight_source
 
 
 def checkpoint_step(source: weight_source.WeightSource) -> int | None:
@@ -23,7 +23,7 @@ def checkpoint_step(source: weight_source.WeightSource) -> int | None:
 
 def weights_sha256(variables: Any, roles: tuple[str, ...]) -> str:
     """A hash of the parameters of some roles, the same on any number of devices."""
-    sums = checkpoint.checksums({role: variables[role] for role in roles})
+    sums = integrity.checksums({role: variables[role] for role in roles})
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
