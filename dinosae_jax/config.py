@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from dinosae_jax import encoders, names, rules, sizes
+from dinosae_jax import encoders, names, rules, sizes, spelling
 
 # What a finished run may change when it is continued in the same workdir.
 CONTINUABLE = (
@@ -331,7 +331,7 @@ def apply_variants(
             use_encoder(config, name)
             continue
         if name not in variants:
-            hint = rules.nearest(name, variants)
+            hint = spelling.nearest(name, variants)
             raise ValueError(f"a config argument names variants; got {name!r}{hint}")
         config.update_from_flattened_dict(dict(variants[name]))
     return config

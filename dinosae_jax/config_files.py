@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import ml_collections
 
-from dinosae_jax import rules
+from dinosae_jax import rules, spelling
 
 PACKAGE = "configs"
 RUNS = "runs"
@@ -44,7 +44,7 @@ def find(name: str) -> pathlib.Path:
     if here.parent == pathlib.Path(PACKAGE) and (packaged() / here.name).is_file():
         return packaged() / here.name
     known = {f"{PACKAGE}/{name}.py" for name in _names((pathlib.Path(PACKAGE), packaged()))}
-    raise ValueError(f"--config names a config file; got {name!r}{rules.nearest(name, known)}")
+    raise ValueError(f"--config names a config file; got {name!r}{spelling.nearest(name, known)}")
 
 
 def open_package(file: pathlib.Path) -> None:

@@ -203,7 +203,7 @@ def _replace_flag(argv: Sequence[str], name: str, value: str) -> list[str]:
 
 def _wrong_flag(config: Any, name: str) -> Exception | None:
     """What is wrong with a flag outside the config, or None."""
-    from dinosae_jax import rules
+    from dinosae_jax import spelling
 
     head, dot, rest = name.partition(".")
     if not head.isidentifier() or head in flags.FLAGS or head.removeprefix("no") in flags.FLAGS:
@@ -211,7 +211,7 @@ def _wrong_flag(config: Any, name: str) -> Exception | None:
     close = difflib.get_close_matches(head, OUR_FLAGS, n=1, cutoff=0.7)
     meant = f"--{close[0]}{dot}{rest}" if close else None
     if config is not None and not meant:
-        meant = rules.nearest_flag(config, name)
+        meant = spelling.nearest_flag(config, name)
     return ValueError(
         f"--{name} is not a flag; {f'did you mean {meant}?' if meant else 'see --help'}"
     )
@@ -219,14 +219,14 @@ def _wrong_flag(config: Any, name: str) -> Exception | None:
 
 def _wrong_override(config: Any, name: str, value: str, error: Exception) -> Exception | None:
     """What is wrong with `--config.a.b=value`, or None."""
-    from dinosae_jax import rules
+    from dinosae_jax import spelling
 
     key = name.removeprefix("config.")
     node, seen = config, "config"
     for part in key.split("."):
         keys = list(node.keys()) if hasattr(node, "keys") else []
         if part not in keys:
-            return ValueError(f"{seen} has no key {part!r}{rules.nearest_key(config, key)}")
+            return ValueError(f"{seen} has no key {part!r}{spelling.nearest_key(config, key)}")
         node, seen = node[part], f"{seen}.{part}"
     if hasattr(node, "keys"):
         return ValueError(

@@ -22,7 +22,7 @@ from configs import (
     sample,
 )
 from dinosae_jax import config as config_lib
-from dinosae_jax import rules
+from dinosae_jax import rules, spelling
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 SEEDS = ("seed", "seeds")
@@ -235,11 +235,11 @@ def test_paths_are_no_urls(place):
     ],
 )
 def test_a_key_is_looked_for_in_the_whole_tree(module, name, phrase):
-    assert phrase in rules.nearest_key(module.get_config(), name)
+    assert phrase in spelling.nearest_key(module.get_config(), name)
 
 
 def test_a_key_that_is_like_nothing_gets_the_list():
-    assert rules.nearest_key(quickstart.get_config(), "zzz").startswith("; known: chain, ")
+    assert spelling.nearest_key(quickstart.get_config(), "zzz").startswith("; known: chain, ")
 
 
 def test_paths_in_the_home_folder_are_expanded(monkeypatch):

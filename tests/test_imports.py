@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "dinosae_jax"
 # From the ground up: a part imports itself and the floors below it, nothing beside or above it.
 FLOORS = (
-    {"names", "sizes", "licences"},
+    {"names", "sizes", "licences", "spelling"},
     {"encoders"},
     {"rules", "latent_convention", "flow", "losses"},
     {"config", "config_files", "runtime"},

@@ -18,7 +18,7 @@ import ml_collections
 from etils import epath
 
 from dinosae_jax import config as config_lib
-from dinosae_jax import names, rules
+from dinosae_jax import names, spelling
 from dinosae_jax.data import adm_npz
 from dinosae_jax.eval import features, results
 from dinosae_jax.eval.protocols import generated, inputs, provenance, reconstructions
@@ -136,7 +136,7 @@ def choose_metrics(
     """
     for metric in config.metrics:
         if metric not in METRICS:
-            hint = rules.nearest(metric, METRICS)
+            hint = spelling.nearest(metric, METRICS)
             raise ValueError(f"metrics must be known metrics; got {metric!r}{hint}")
         if kind != "autoencoder" and metric in (*IMAGE_METRICS, "interpolated_frechet"):
             raise ValueError(

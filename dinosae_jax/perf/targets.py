@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dinosae_jax import names, rules
+from dinosae_jax import names, spelling
 
 # Generation -> configuration of its chips, a slice of it; a v4 or v5p chip is one device
 # ("megacore").
@@ -89,7 +89,7 @@ def devices_of(target: str) -> list[Any]:
         raise ValueError(
             f"target must be 'cpu:N', {' or '.join(repr(gpu + ':N') for gpu in GPUS)}, or a TPU "
             f"generation and its shape; got {target!r}"
-            f"{rules.nearest(target, EXAMPLES)}"
+            f"{spelling.nearest(target, EXAMPLES)}"
         )
     return _tpu_devices(target, *GENERATIONS[kind])
 
