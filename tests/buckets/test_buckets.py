@@ -2,9 +2,11 @@
 
 import threading
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from dinosae_jax.runtime import buckets, files, untrusted
+from dinosae_jax.runtime import buckets, distributed, files, untrusted
 from tests.buckets import proxy
 
 pytestmark = pytest.mark.slow
@@ -78,3 +80,15 @@ def test_a_missing_permission_is_one_sentence(folder, between):
     message = str(caught.value)
     assert str(folder) in message and "permission, docs/cloud.md says which" in message
     assert "\n" not in message
+
+
+def test_compiled_programs_are_kept_in_a_bucket(folder):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        distributed.keep_programs(f"{folder}/programs")
+        compilation_cache.reset_cache()
+        jax.jit(lambda x: x * 3 + 1)(2.0)
+        assert any(name.endswith("-cache") for name in buckets.listing(folder / "programs"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
