@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent import futures
 from typing import Any
 
 from etils import epath
@@ -10,7 +9,6 @@ from etils import epath
 from dinosae_jax.runtime import files, snapshots, untrusted
 
 MANIFEST = "manifest.json"
-HASHING_THREADS = 8
 
 
 def read_manifest(path: epath.Path, again: str = "the conversion") -> dict[str, Any]:
@@ -80,9 +78,7 @@ def check_shards(
             )
     if not sha256:
         return
-    here = local_shards(folder, manifest)
-    with futures.ThreadPoolExecutor(HASHING_THREADS) as pool:
-        found = pool.map(lambda each: files.file_sha256(here / each["name"]), manifest["shards"])
+    found = files.file_sha256s(local_shards(folder, manifest))
     for shard, ours in zip(manifest["shards"], found, strict=True):
         if ours != shard["sha256"]:
             raise ValueError(
@@ -92,6 +88,8 @@ def check_shards(
             )
 
 
-def local_shards(folder: epath.Path, manifest: dict[str, Any]) -> epath.Path:
-    """A folder of this machine with an archive's shards: itself, or a copy of what a bucket has."""
-    return snapshots.local(folder, [shard["name"] for shard in manifest["shards"]])
+def local_shards(folder: epath.Path, manifest: dict[str, Any]) -> list[epath.Path]:
+    """An archive's shards as files of this machine: themselves, or copies of what a bucket has."""
+    names = [shard["name"] for shard in manifest["shards"]]
+    here = snapshots.local(folder, names)
+    return [here / name for name in names]

@@ -336,8 +336,7 @@ def _open_archive(root: epath.Path, split: str) -> tuple[ArchiveRecords, bool]:
             unlabelled = f"{folder} has classes that training has not, the first {unknown[0]}"
         else:
             numbers = np.asarray([training.index(name) for name in names], np.int64)
-    here = local_shards(folder, manifest)
-    paths = [str(here / shard["name"]) for shard in manifest["shards"]]
+    paths = [str(path) for path in local_shards(folder, manifest)]
     parts = [(shard["name"], shard["sha256"]) for shard in manifest["shards"]]
     records = ArchiveRecords(
         source=grain.sources.ArrayRecordDataSource(paths),

@@ -9,13 +9,16 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 from etils import epath
 
 from dinosae_jax import rules
 from dinosae_jax.runtime import buckets
+
+HASHING_THREADS = 8
 
 
 def path(text: str | os.PathLike) -> epath.Path:
@@ -36,6 +39,12 @@ def caches() -> pathlib.Path:
     """For what this machine can make again: `dinosae_jax` in XDG_CACHE_HOME or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(home).expanduser() / "dinosae_jax"
+
+
+def place(text: str) -> tuple[str, str]:
+    """What `PATH` or `KIND:PATH` names, the same however the path is spelled; for comparisons."""
+    kind, _, named = text.rpartition(":")
+    return kind, os.path.realpath(os.path.expanduser(named)) if named else ""
 
 
 def absolute(place: epath.Path) -> epath.Path:
@@ -149,6 +158,12 @@ def file_sha256(target: epath.Path | pathlib.Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def file_sha256s(targets: Sequence[epath.Path | pathlib.Path]) -> list[str]:
+    """The sha256 of several files, read by `HASHING_THREADS`."""
+    with futures.ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return list(pool.map(file_sha256, targets))
 
 
 @contextlib.contextmanager

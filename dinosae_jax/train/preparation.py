@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -201,7 +200,7 @@ def check_start(saved: dict[str, Any], record: dict[str, Any]) -> None:
 
     The same place may hold more by now: a run that went on. Another place must hold the same.
     """
-    places = [os.path.realpath(r["config"]["init_from"]) for r in (saved, record)]
+    places = [files.place(r["config"]["init_from"]) for r in (saved, record)]
     sums = [r["source"].get("sha256") for r in (saved, record)]
     if places[0] != places[1] and sums[0] != sums[1]:
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import time
 from typing import Any
@@ -173,12 +172,7 @@ def _write_config(workdir: epath.Path, settings: dict[str, Any]) -> None:
 
 def _pop_places(tree: dict[str, Any]) -> list[Any]:
     """What the fields of inputs name, however it is spelled; the fields are removed."""
-    return [jax.tree.map(_place, _pop(tree, field)) for field in config_lib.PLACES]
-
-
-def _place(text: str) -> tuple[str, str]:
-    kind, _, path = text.rpartition(":")
-    return kind, os.path.realpath(os.path.expanduser(path)) if path else ""
+    return [jax.tree.map(files.place, _pop(tree, field)) for field in config_lib.PLACES]
 
 
 def _pop(tree: dict[str, Any], field: str) -> Any:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from concurrent import futures
 from typing import Any, NoReturn
 
 import jax
@@ -24,7 +23,6 @@ SEAL = "seal.json"  # in the folder of each checkpoint
 COMMIT = "commit_success.txt"  # in a bucket, in the folder of each checkpoint
 # What Orbax still changes when a checkpoint is sealed, and never reads for what we restore.
 UNSEALED = (SEAL, "_CHECKPOINT_METADATA", COMMIT)
-HASHING_THREADS = 8
 
 
 class Damaged(ValueError):
@@ -129,9 +127,8 @@ def hashes(folder: epath.Path) -> dict[str, str]:
             for name in sorted(inside)
         ]
     sealed = [name for name in found if os.path.basename(name) not in UNSEALED]
-    with futures.ThreadPoolExecutor(HASHING_THREADS) as pool:
-        sums = pool.map(lambda name: files.file_sha256(folder / name), sealed)
-        return dict(zip(sealed, sums, strict=True))
+    sums = files.file_sha256s([folder / name for name in sealed])
+    return dict(zip(sealed, sums, strict=True))
 
 
 def _raise(error: OSError) -> NoReturn:

@@ -84,8 +84,7 @@ class LatentSource:
         self.fields = latent_record.layout(
             manifest["format"], manifest["tokens"], manifest["width"]
         )
-        here = local_shards(folder, manifest)
-        paths = [str(here / shard["name"]) for shard in manifest["shards"]]
+        paths = [str(path) for path in local_shards(folder, manifest)]
         self._records = grain.sources.ArrayRecordDataSource(paths)
 
     def __len__(self) -> int:

@@ -23,8 +23,7 @@ def checkpoint_step(source: weight_source.WeightSource) -> int | None:
 
 def weights_sha256(variables: Any, roles: tuple[str, ...]) -> str:
     """A hash of the parameters of some roles, the same on any number of devices."""
-    sums = integrity.checksums({role: variables[role] for role in roles})
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+    return integrity.digest(integrity.checksums({role: variables[role] for role in roles}))
 
 
 def config_sha256(config: ml_collections.ConfigDict) -> str:
