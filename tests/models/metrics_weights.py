@@ -1,4 +1,4 @@
-"""Helpers of the critics' tests: torch state dicts as Flax trees, and seeded weights.
+"""Helpers of the metric networks' tests: torch state dicts as Flax trees, and seeded weights.
 
 The recordings of full-size networks hold no weights: each tensor is drawn from numpy's legacy
 generator, seeded by the tensor's name, and a crc32 of its bytes is recorded beside the outputs.

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.models.registry import build
+from dinosae_jax.runtime import sharding
 from dinosae_jax.weights import conversion
 from weights_conversion.convert import convert_file
 
@@ -47,6 +49,19 @@ def assert_close(actual, expected):
     assert np.abs(np.asarray(actual) - expected).max() <= bound
 
 
+def tokens(modules, variables, images):
+    """All tokens of an encoder after its last norm, in the order of the published ones."""
+    vit, own = modules["vit"], variables["vit"]
+
+    @jax.jit
+    def run(x):
+        out = vit.apply(own, vit.apply(own, x, method=type(vit).embed_patches))
+        first = [out.cls[:, None]] if vit.class_token else []
+        return jax.numpy.concatenate([*first, out.storage, out.patches], axis=1)
+
+    return run(images.permute(0, 2, 3, 1).numpy())
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_transformers_dinov3(tmp_path, gated):
     transformers = pytest.importorskip("transformers")
@@ -62,15 +77,82 @@ def test_transformers_dinov3(tmp_path, gated):
     )
     module = randomised(transformers.DINOv3ViTModel(config))
     images = torch.randn(2, 3, 48, 80)
-    modules, variables = converted(tmp_path, "dinov3", module)
-    vit, own = modules["vit"], variables["vit"]
+    assert_close(
+        tokens(*converted(tmp_path, "dinov3", module), images), module(images).last_hidden_state
+    )
 
-    @jax.jit
-    def run(x):
-        out = vit.apply(own, vit.apply(own, x, method=type(vit).embed_patches))
-        return jax.numpy.concatenate([out.cls[:, None], out.storage, out.patches], axis=1)
 
-    assert_close(run(images.permute(0, 2, 3, 1).numpy()), module(images).last_hidden_state)
+SIZE = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("registers", [False, True])
+def test_transformers_dinov2(tmp_path, registers, gated, grid):
+    transformers = pytest.importorskip("transformers")
+    name = "Dinov2WithRegisters" if registers else "Dinov2"
+    config = getattr(transformers, f"{name}Config")(
+        **SIZE, image_size=56, patch_size=14, use_swiglu_ffn=gated
+    )
+    module = randomised(getattr(transformers, f"{name}Model")(config))
+    images = torch.randn(2, 3, 14 * grid[0], 14 * grid[1])
+    expected = module(images).last_hidden_state
+    assert_close(tokens(*converted(tmp_path, "dinov2", module), images), expected)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+def test_transformers_siglip(tmp_path, grid):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SiglipVisionConfig(
+        **SIZE, intermediate_size=192, image_size=64, patch_size=16, vision_use_head=False
+    )
+    module = randomised(transformers.SiglipVisionModel(config))
+    images = torch.randn(2, 3, 16 * grid[0], 16 * grid[1])
+    expected = module(images, interpolate_pos_encoding=True).last_hidden_state
+    assert_close(tokens(*converted(tmp_path, "siglip2", module), images), expected)
+
+
+def test_transformers_mae(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(
+        **SIZE, intermediate_size=192, image_size=64, patch_size=16, mask_ratio=0.0
+    )
+    module = randomised(transformers.ViTMAEModel(config))
+    images = torch.randn(2, 3, 64, 64)
+    in_order = torch.arange(16.0).expand(2, -1)  # the noise whose sorting shuffles the patches
+    expected = module(images, noise=in_order).last_hidden_state
+    assert_close(tokens(*converted(tmp_path, "mae", module), images), expected)
+
+
+@pytest.mark.parametrize("encoder", ["dinov2", "mae"])  # diffusers 0.42 fails to make siglip2's
+def test_diffusers_autoencoder_rae(tmp_path, encoder):
+    diffusers = pytest.importorskip("diffusers")
+    patch = 14 if encoder == "dinov2" else 16
+    module = diffusers.AutoencoderRAE(
+        encoder_type=encoder,
+        encoder_hidden_size=128,
+        encoder_patch_size=patch,
+        encoder_num_hidden_layers=2,
+        encoder_input_size=4 * patch,
+        decoder_hidden_size=64,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=96,
+        latents_mean=torch.randn(128, 4, 4),
+        latents_std=0.5 + torch.rand(128, 4, 4),
+    )
+    module = randomised(module)
+    torch.save(module.state_dict(), tmp_path / "a.pth")
+    heads = {"decoder": {"num_heads": 2}}
+    convert_file("rae_autoencoder", [tmp_path / "a.pth"], tmp_path / "out", overrides=heads)
+    autoencoder = Autoencoder.load(tmp_path / "out", mesh=sharding.make_mesh(1, jax.devices()[:1]))
+    images = torch.rand(2, 3, 64, 64)
+    latents = module.encode(images).latent
+    z = autoencoder.encode(images.permute(0, 2, 3, 1).numpy())
+    assert_close(z, module._denormalize_latents(latents).flatten(2).mT)
+    assert_close(
+        autoencoder.decode(z), module.decode(latents).sample.clamp(0, 1).permute(0, 2, 3, 1)
+    )
 
 
 @pytest.mark.parametrize("qkvb", [False, True])
@@ -80,15 +162,9 @@ def test_timm_dinov3(tmp_path, qkvb):
     module = randomised(timm.create_model(name, depth=2, num_classes=0))
     images = torch.randn(1, 3, 64, 96)
     module.set_input_size((64, 96))
-    modules, variables = converted(tmp_path, "dinov3", module)
-    vit, own = modules["vit"], variables["vit"]
-
-    @jax.jit
-    def run(x):
-        out = vit.apply(own, vit.apply(own, x, method=type(vit).embed_patches))
-        return jax.numpy.concatenate([out.cls[:, None], out.storage, out.patches], axis=1)
-
-    assert_close(run(images.permute(0, 2, 3, 1).numpy()), module.forward_features(images))
+    assert_close(
+        tokens(*converted(tmp_path, "dinov3", module), images), module.forward_features(images)
+    )
 
 
 @pytest.mark.parametrize("upsampler", ["pixel_shuffle", "interpolate"])

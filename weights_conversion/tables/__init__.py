@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from weights_conversion.mapping import Layout, Shape
-from weights_conversion.tables import critics, dcae, dinosae, dinov3, dit, encoders, rae
+from weights_conversion.tables import dcae, dinosae, dinov3, dit, encoders, metric_networks, rae
 from weights_conversion.tables.keys import UnknownLayoutError
 
 Shapes = dict[str, Shape]
@@ -27,10 +27,10 @@ KINDS: dict[str, Callable[[Shapes], Layout]] = {
     "lightningdit": dit.original_layout,
     "rae_lightningdit": dit.rae_layout,
     "rae_ditdh": dit.ditdh_layout,
-    "dino_discriminator": critics.discriminator_layout,
-    "lpips_vgg16": critics.lpips_layout,
-    "inception_fid": critics.inception_layout,
-    "efficientnet_lite0": critics.efficientnet_layout,
+    "dino_discriminator": metric_networks.discriminator_layout,
+    "lpips_vgg16": metric_networks.lpips_layout,
+    "inception_fid": metric_networks.inception_layout,
+    "efficientnet_lite0": metric_networks.efficientnet_layout,
 }
 """Each function reads the configuration off the keys and shapes of a state dict."""
 
