@@ -39,6 +39,7 @@ NEWEST = "checkpoints.json"  # in the workdir: the newest step that was ever com
 MOST_FAILURES = 3  # in a row
 # Words in a key of random numbers -> jax's name of the implementation.
 KEY_SIZES = {2: "threefry2x32", 4: "rbg"}
+SMALLEST_SLICE = 2**20  # bytes
 
 
 class NoneWhole(ValueError):
@@ -62,6 +63,7 @@ def open_manager(workdir: epath.Path, keep: int, milestones: int = 0) -> Iterato
       milestones: checkpoints whose step is a multiple of it are kept for ever; 0: none.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    _write_small_arrays_whole()
     with files.path_for_glob(workdir) as place:
         folder = place / FOLDER
         manager: Manager
@@ -81,6 +83,16 @@ def open_manager(workdir: epath.Path, keep: int, milestones: int = 0) -> Iterato
         )
         with Manager(folder, options=options) as manager:
             yield manager
+
+
+def _write_small_arrays_whole() -> None:
+    """Lets the devices that hold the same array share the work of writing it only if it is large.
+
+    Orbax cuts every such array into a slice for each device, also one of a few bytes: on 8 devices
+    a tiny state is written in half the time without.
+    """
+    handler = ocp.type_handlers.get_type_handler(jax.Array)
+    handler._min_slice_bytes_for_replica_parallel = SMALLEST_SLICE
 
 
 def save(

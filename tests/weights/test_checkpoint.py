@@ -1,5 +1,6 @@
 """Checkpoints: resharding, damage, other architectures, partial reads."""
 
+import json
 from unittest import mock
 
 import jax
@@ -26,6 +27,17 @@ def test_restores_on_another_number_of_devices(tmp_path, devices):
     equal(state, make_state(2))
     assert record["note"] == 2
     assert state.params["decoder"]["kernel"].sharding.device_set == set(mesh.devices.flat)
+
+
+def test_a_small_array_on_every_device_is_written_whole(tmp_path):
+    state = jax.device_put(make_state(1), sharding.replicated(sharding.make_mesh()))
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        checkpoint.save(manager, state, {})
+        checkpoint.wait(manager)
+    (described,) = tmp_path.glob("checkpoints/1/state/array_metadatas/process_0")
+    entries = [e["array_metadata"] for e in json.loads(described.read_text())["array_metadatas"]]
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(state))
+    assert sorted(tuple(entry["write_shape"]) for entry in entries) == shapes
 
 
 def test_a_folder_with_letters_of_a_pattern_keeps_its_checkpoints(tmp_path):
