@@ -132,8 +132,8 @@ def deflated(path):
 
 
 def many_items():
-    items = b"](](X\x01\x00\x00\x00aNeq\x00" + b"h\x00" * 10**5 + b"e\x85q\x01"
-    calls = b"ccollections\nOrderedDict\nq\x02h\x01R" + b"h\x02h\x01R" * 10**5
+    items = b"](](X\x01\x00\x00\x00aNeq\x00" + b"h\x00" * 10**4 + b"e\x85q\x01"
+    calls = b"ccollections\nOrderedDict\nq\x02h\x01R" + b"h\x02h\x01R" * 10**4
     return b"\x80\x02(" + items + calls + b"t."
 
 

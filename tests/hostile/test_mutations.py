@@ -31,7 +31,7 @@ from weights_conversion.readers import containers, formats, inputs
 from weights_conversion.readers.stored import StoredTensor
 from weights_conversion.tables import KINDS, plan, roots
 
-CASES = int(os.environ.get("DINOSAE_MUTATIONS", "150"))
+CASES = int(os.environ.get("DINOSAE_MUTATIONS", "60"))
 SECONDS = 10  # for one case
 RNG = np.random.default_rng(0)
 STATE = {

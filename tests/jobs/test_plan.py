@@ -159,6 +159,7 @@ def test_gpus_come_in_whole_hosts(monkeypatch):
     assert "memory_bandwidth: 4800000000000" in text
 
 
+@pytest.mark.slow
 def test_a_row_and_the_ledger(tmp_path, capsys, monkeypatch):
     config, stage = small()
     config.ledger = str(tmp_path / "ledger.json")

@@ -57,6 +57,7 @@ def test_the_kernel_gives_the_values_and_gradients_of_the_path_without_one(name)
         np.testing.assert_allclose(ours, theirs, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_the_kernel_in_bfloat16_is_as_near_to_float32_as_the_path_without_one():
     qkv, cotangent, rotation = inputs(4, 64, 32, 32, jnp.bfloat16)
     plain = functools.partial(attention.attention, num_heads=4, rotation=rotation)

@@ -163,6 +163,7 @@ def test_a_step_that_is_not_finite_changes_nothing(make_config, make_run, name):
     assert not all(leaves_equal(after.params, recovered.params))
 
 
+@pytest.mark.slow
 def test_a_discriminator_that_is_not_finite_changes_nothing(make_config, make_run):
     """Not the generator either, before it listens to the discriminator at all."""
     stage, state, frozen, values, batch = make_run(make_config(**GAN, gan__start=2))
@@ -173,6 +174,7 @@ def test_a_discriminator_that_is_not_finite_changes_nothing(make_config, make_ru
     assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 1)
 
 
+@pytest.mark.slow
 def test_the_discriminator_waits_for_its_start(make_config, make_run):
     config = make_config(**GAN, gan__start=2, gan__disc_start=1)
     stage, state, frozen, values, batch = make_run(config)

@@ -45,10 +45,8 @@ def test_student_and_teacher_share_the_grid_of_any_image(network):
     assert decoded.shape == images.shape
 
 
-@pytest.mark.parametrize(
-    "network",
-    [FAMILIES[-1], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[:-1])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("network", FAMILIES)
 def test_tokens_of_student_and_teacher_are_finite(network):
     images = np.random.default_rng(0).uniform(size=(1, 48, 32, 3)).astype(np.float32)
     student, teacher, *_ = jax.jit(through(network))(images)

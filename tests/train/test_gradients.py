@@ -46,6 +46,7 @@ def test_devices_add_up_float32_under_bfloat16(bfloat16_step):
     assert not re.search(r"all-reduce\(.*promoted", text)
 
 
+@pytest.mark.slow
 def test_accumulation_reduces_once_a_step(bfloat16_step):
     once = collectives.census(bfloat16_step)["all-reduce"]
     accumulated = step_text(flow(dtype="bfloat16", accumulation=4))

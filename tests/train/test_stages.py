@@ -66,7 +66,8 @@ def same_run(ours, theirs):
     assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("evaluation", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluation", [1, 2])
 def test_an_interrupted_evaluation_is_made_when_the_run_resumes(
     make, finished, tmp_path, monkeypatch, evaluation
 ):

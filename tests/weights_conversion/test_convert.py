@@ -263,6 +263,7 @@ def test_lpips(tmp_path, data_dir, prefix):
     )
 
 
+@pytest.mark.slow  # in the fast suite: of its features, in test_inception
 def test_inception(tmp_path, data_dir):
     recording = np.load(data_dir / "metrics_models" / "inception_fullshape.npz")
     shapes = [
