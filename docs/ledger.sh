@@ -49,6 +49,10 @@ sample_dit v5p:2x2x1 1 256
 sample_ddt v4:2x2x1 1 256
 sample_ddt v5e:2x2 1 256
 sample_ddt v5p:2x2x1 1 256
+sae_stage1,dinov2_vitb14_reg v6e:4x4 1 256
+sae_stage1,siglip2_vitb16 v6e:4x4 1 256
+sae_stage1,mae_vitb16 v6e:4x4 1 256
+sae_stage1,eupe_vitb16 v6e:4x4 1 256
 rfm_dit h200:8 8 1024
 rfm_ddt h200:8 8 1024
 sae_stage1 h200:8 1 256

@@ -102,6 +102,7 @@ def test_a_config_of_the_package_is_found_from_every_folder(tmp_path, monkeypatc
         config_files.find("https://x/y.py")
 
 
+@pytest.mark.slow
 def test_every_job_refuses_the_workdir_of_another_run(tmp_path):
     with lease.hold(tmp_path):
         line = refusal("--config=configs/paper.py", f"--workdir={tmp_path}")

@@ -138,6 +138,7 @@ def test_efficientnet_says_its_name_and_is_never_called_fid():
         frechet.check_comparable(recipe, adm_moments.ADM_RECIPE)
 
 
+@pytest.mark.slow
 def test_the_encoder_computes_in_float32_and_is_never_called_fid():
     model = tiny.model()
     exact, half = (autoencoder.build(model, dtype) for dtype in (jnp.float32, jnp.bfloat16))

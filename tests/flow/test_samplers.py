@@ -173,7 +173,8 @@ def test_order_of_convergence_in_euclidean_space(x64, method):
     assert np.log2(errors[0] / errors[1]) == pytest.approx(SAMPLERS[method].order, abs=0.1), errors
 
 
-@pytest.mark.parametrize("method", only_fast("geodesic_heun"))  # of it no ends are recorded
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SAMPLERS)
 def test_samples_of_the_exact_field_have_the_class_weights(method):
     count, width = 1500, 8
     radius = width**0.5

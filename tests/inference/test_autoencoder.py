@@ -217,6 +217,7 @@ def test_bad_latents_are_refused(loaded, z, grid, message):
         loaded.decode(z, grid)
 
 
+@pytest.mark.slow
 def test_random_weights_depend_on_the_seed():
     model = tiny.model()
     first, again, other = (random_source(model, seed) for seed in (0, 0, 1))

@@ -65,6 +65,7 @@ def test_the_converted_autoencoder_encodes_and_decodes(folders, mesh):
         autoencoder.decode(z[:, :8], grid=(2, 4))
 
 
+@pytest.mark.slow
 def test_a_converted_flow_is_sampled_with_every_guidance(folders, mesh, tmp_path):
     flow = Generator.load(folders / "flow", mesh=mesh, autoencoder=folders / "rae")
     assert flow.networks.path == "linear"

@@ -62,6 +62,7 @@ def test_what_cannot_be_measured_is_refused_before_training(field, value, messag
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_autoencoder_starts_from_norms_that_differ(tmp_path, monkeypatch):
     ran = []
     run = lambda stage, workdir, _: ran.append((stage, workdir))  # noqa: E731

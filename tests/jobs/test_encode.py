@@ -184,9 +184,10 @@ def test_a_run_on_the_cache_without_kid_keeps_no_encoder_on_its_devices(
         ({"data.image_size": 64, "model.dit.input_size": 4}, "--config.data.image_size=32"),
         ({"data.source": "photos/72"}, "--config.data.source=folder:"),
         ({"model.dit.num_classes": 2}, "--config.model.dit.num_classes=1"),
-        (
+        pytest.param(
             {"init_from": "", "random_frozen_ok": ("stem", "vit", "decoder"), "seed": 5},
             "made by another stem",
+            marks=pytest.mark.slow,
         ),
         (
             {"model.vit.embed_dim": 64, "model.dit.in_channels": 64},

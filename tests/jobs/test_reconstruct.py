@@ -106,6 +106,7 @@ def test_what_is_left_out_is_named(done):
     assert "randomly initialised" in notes and "--kind=lpips_vgg16" in notes
 
 
+@pytest.mark.slow
 def test_converted_official_weights_reconstruct_any_sides(folder, data_dir, tmp_path):
     official = layouts.official(data_dir, tmp_path)
     config = make(images=str(folder), init_from=str(official), random_frozen_ok=())

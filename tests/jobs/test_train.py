@@ -259,6 +259,7 @@ def test_a_batch_that_does_not_divide_is_refused(make, tmp_path):
         train.run(make(batch_size=12), tmp_path)
 
 
+@pytest.mark.slow
 def test_non_finite_steps_stop_the_run_with_the_batch(make, tmp_path):
     config = make(optimizer__learning_rate=1e30, skip_limit=2, steps=9)
     with pytest.raises(FloatingPointError, match="in a row with a non-finite"):

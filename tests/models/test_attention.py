@@ -17,6 +17,7 @@ SHAPES = {  # heads, their width, tokens, distance of rotated pairs (0: none)
     "DINO v1": (6, 64, 50, 0),
     "narrow": (4, 8, 12, 1),
 }
+SLOW = ("LightningDiT-XL, 9 tokens a side", "DINO v1")
 
 
 def inputs(heads, width, tokens, distance, dtype=jnp.float32):
@@ -45,7 +46,9 @@ def kernel(heads, rotation, qkv):
     return attention_rows.attend(qkv, tables, heads, distance, True)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SHAPES]
+)
 def test_the_kernel_gives_the_values_and_gradients_of_the_path_without_one(name):
     heads, width, tokens, distance = SHAPES[name]
     qkv, cotangent, rotation = inputs(heads, width, tokens, distance)

@@ -42,6 +42,7 @@ def images(height=32, width=48):
     return np.random.default_rng(1).uniform(size=shape).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_init_under_jit_makes_the_three_roles():
     modules = ae.build(BATCH_NORM)
     variables = jax.jit(lambda key: ae.init(modules, key, 32))(jax.random.key(0))

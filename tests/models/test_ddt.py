@@ -65,6 +65,7 @@ def initial():
     return module, jax.jit(module.init)(jax.random.key(0), *dit_checks.batch())
 
 
+@pytest.mark.slow
 def test_initialisation_is_torchs_default():
     params = initial()[1]["params"]
 
@@ -139,6 +140,7 @@ def test_equal_widths_have_no_projection_and_no_positions_no_table():
     assert params.keys().isdisjoint({"s_projector", "pos_embed"})
 
 
+@pytest.mark.slow
 def test_without_positions_tokens_are_a_set():
     (x, t, y), order = dit_checks.batch(), np.random.default_rng(2).permutation(16)
     tokens = x.reshape(3, 16, 8)

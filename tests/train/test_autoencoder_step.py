@@ -239,7 +239,8 @@ def test_latent_noise_is_per_image_and_ramps(make_config, make_run):
     np.testing.assert_allclose(ramped, constant * (1.0 / 0.8), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", in_ci("2", "4", fast="1"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1", "2", "4"])
 def test_the_state_is_donated_and_nothing_recompiles(make_config, make_run, name):
     stage, state, frozen, values, batch = make_run(make_config(**STAGES[name]))
     mesh = sharding.make_mesh(1, jax.devices()[:1])

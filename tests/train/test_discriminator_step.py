@@ -67,6 +67,7 @@ def test_the_discriminators_step_is_the_recorded_one(recording, variables, image
     jax.tree.map(check, found.params, expected)
 
 
+@pytest.mark.slow
 def test_fakes_are_rounded_to_8_bits(variables, images):
     rounded = {**images, "fake": np.round(images["fake"] * 255.0) / np.float32(255.0)}
     plain, again = discriminate(variables, images, rounded)

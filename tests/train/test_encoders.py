@@ -110,6 +110,7 @@ def test_a_vit_decoder_has_the_grid_of_its_images():
         rules.validate(config)
 
 
+@pytest.mark.slow
 def test_layers_are_read_one_or_several():
     vit = {"embed_dim": 16, "depth": 3, "num_heads": 2, "ffn_hidden": 32}
     module = autoencoder.registry.build("vit", vit)

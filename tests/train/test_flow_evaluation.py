@@ -44,6 +44,7 @@ def test_the_number_is_kid_of_samples_and_training_images(config, flow_workdir):
     assert value == pytest.approx(expected, rel=1e-4)  # float32 features, another batch size
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_twice_and_noise_is_fixed(config, flow_workdir):
     distance, generator, _ = distance_on(config, flow_workdir, 8)
     first = distance(generator)
@@ -64,6 +65,7 @@ def test_nothing_is_compiled_twice_and_noise_is_fixed(config, flow_workdir):
     )
 
 
+@pytest.mark.slow
 def test_without_samples_no_encoder_is_asked_for(tmp_path, monkeypatch):
     """With cached latents it is not on the devices then."""
     monkeypatch.delattr(flow_evaluation, "SampleDistance")

@@ -38,6 +38,7 @@ def bfloat16_step():
     return step_text(flow(dtype="bfloat16"))
 
 
+@pytest.mark.slow
 def test_devices_add_up_float32_under_bfloat16(bfloat16_step):
     text = bfloat16_step
     assert "bf16[" in text

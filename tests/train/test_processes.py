@@ -248,6 +248,7 @@ def assert_refused(started, message):
         assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_processes_with_different_configs_end_with_one_sentence(make, tmp_path):
     flags = ["--config.optimizer.learning_rate=2e-3"]
     started = start(make(), tmp_path / "run", tmp_path / "b", 2, second_flags=flags)

@@ -103,6 +103,7 @@ def test_a_request_before_the_first_step_is_obeyed(make, tmp_path, monkeypatch):
         train.run(make(), tmp_path)
 
 
+@pytest.mark.slow
 def test_token_norms_that_were_measured_are_kept(flow_workdir, tmp_path, monkeypatch):
     """Ten photographs are two batches; the signal comes with the first."""
     real, sizes = sharding.put_batch, []
@@ -141,7 +142,8 @@ def test_norms_of_another_encoder_are_measured_again(flow_workdir, tmp_path):
     assert latent_norms._read_norms(tmp_path, "other") is None
 
 
-@pytest.mark.parametrize("damaged", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [False, True])
 def test_nothing_starts_at_step_0_unless_it_is_told_to(make, finished, tmp_path, damaged):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)

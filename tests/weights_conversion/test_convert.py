@@ -280,6 +280,7 @@ def test_inception(tmp_path, data_dir):
     assert loaded["batch_stats"]["Mixed_7c"]["branch_pool"]["bn"]["var"][0] == 3
 
 
+@pytest.mark.slow
 def test_efficientnet(tmp_path):
     state = efficientnet_state()
     source = write_torch(tmp_path / "a.pth", collections.OrderedDict(state))
