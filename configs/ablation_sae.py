@@ -7,7 +7,7 @@ embedding. Reports held-out PSNR, L1 and the cosine to the teacher.
     python -m dinosae_jax.main --config=configs/ablation_sae.py \
         --config.base.data.source=folder:PHOTOS
 
-Variants: tiny (a few steps on the embedded photographs).
+Variants: tiny (a few steps of two arms on the embedded photographs).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ARMS = {
 VARIANTS = {
     "tiny": {
         "seeds": (0,),
+        "order": ("cosine, conv stem", "cosine, patch embedding"),
         "base.steps": 2,
         "base.eval.every": 2,
         "base.data.source": "photos/112",

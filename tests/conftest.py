@@ -3,33 +3,22 @@
 import fcntl
 import functools
 import gc
-import importlib.metadata
 import os
 import pathlib
 import shutil
 import tempfile
 
+from tests import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # On a busy machine a device may be late at a collective; the default is to abort after 40 s.
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-        " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
-        " --xla_cpu_collective_call_terminate_timeout_seconds=300"
-    )
+    os.environ["XLA_FLAGS"] = f"{xla_flags.flags(8)} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "dinosae_jax_test_cache")
 )
 # Tests write thousands of small files: into memory, where the machine has a folder and room for it.
 if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 8 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
-# The compiler's optimisation costs more than it saves in tests, whose programs run once or twice.
-if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
-    os.environ["XLA_FLAGS"] += (
-        " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-    )
-    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no such choice
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # compiles twice as fast
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax

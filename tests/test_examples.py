@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dinosae_jax.data import photos
+from tests.xla_flags import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "tour.ipynb"
@@ -19,7 +20,12 @@ pytestmark = pytest.mark.slow
 
 def run(folder, *arguments):
     """Standard output of `python ARGUMENTS` in a folder, on one CPU device."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "XLA_FLAGS": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MPLBACKEND": "Agg",
+        "XLA_FLAGS": flags(1),
+    }
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=folder,

@@ -14,6 +14,7 @@ import pytest
 import dinosae_jax
 from dinosae_jax import config_files, main
 from dinosae_jax.runtime import lease
+from tests.xla_flags import flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -24,7 +25,7 @@ def run_command(*arguments, cwd=ROOT, **environment):
     return subprocess.run(
         [sys.executable, "-m", "dinosae_jax.main", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags(1), **environment},
         capture_output=True,
         text=True,
         timeout=120,

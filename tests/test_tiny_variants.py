@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from dinosae_jax import rules
+from tests.xla_flags import flags
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 # Stages that continue another one: config -> the config whose workdir it starts from.
@@ -98,7 +99,7 @@ def test_tiny_variant_runs(name, run, monkeypatch, tmp_path_factory):
 @pytest.mark.parametrize("name", tiny_configs(trains=False))
 def test_tiny_command_runs(name, tmp_path):
     command = [sys.executable, "-m", "dinosae_jax.main", f"--config=configs/{name}.py:tiny"]
-    environment = {**os.environ, "TFDS_DATA_DIR": str(tmp_path / "tfds"), "XLA_FLAGS": ""}
+    environment = {**os.environ, "TFDS_DATA_DIR": str(tmp_path / "tfds"), "XLA_FLAGS": flags(1)}
     done = subprocess.run(
         [*command, f"--workdir={tmp_path / 'run'}"],
         cwd=CONFIGS.parent,

@@ -16,7 +16,7 @@ from configs import sae_stage1
 from dinosae_jax.jobs import train
 from dinosae_jax.runtime import sharding, stopping
 from dinosae_jax.weights import checkpoint
-from tests import tiny
+from tests import tiny, xla_flags
 from tests.train import recorded_main
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -29,6 +29,12 @@ SMALL = {
     "eval.every": 100,
     "optimizer.learning_rate": 1e-3,
 }
+
+
+asked_for = pytest.mark.skipif(
+    not os.environ.get("DINOSAE_PROCESS_FAULTS"),
+    reason="NOT CHECKED: takes minutes on a busy machine; set DINOSAE_PROCESS_FAULTS=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def start(overrides, workdir, batches, processes, devices=1, stop_at=(), lie="",
     for index in range(processes):
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags.flags(devices),
             "JAX_PLATFORMS": "cpu",
             "TEST_LIE": lie * (index == 1),
         }
@@ -208,7 +214,7 @@ def assert_same_run(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=asked_for), 1])
 def test_sigterm_to_either_of_two_is_resumed_bitwise(make, straight, tmp_path, stopped):
     workdir = tmp_path / "run"
     changes = make(steps=16)
@@ -220,7 +226,7 @@ def test_sigterm_to_either_of_two_is_resumed_bitwise(make, straight, tmp_path, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=asked_for)])
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(make, straight, tmp_path, killed):
     """Kill -9: the survivor ends with an error within JAX's heartbeat timeout, 100 s."""
     workdir = tmp_path / "run"
@@ -283,12 +289,6 @@ def test_a_process_that_is_late_is_waited_for(make, tmp_path):
     codes, outputs = finish(start(make(), workdir, tmp_path / "rest", 2, lie="slow"))
     assert codes == [0, 0], "\n".join(outputs)
     assert max(steps(workdir)) == 6
-
-
-asked_for = pytest.mark.skipif(
-    not os.environ.get("DINOSAE_PROCESS_FAULTS"),
-    reason="NOT CHECKED: takes minutes on a busy machine; set DINOSAE_PROCESS_FAULTS=1",
-)
 
 
 @pytest.mark.slow
