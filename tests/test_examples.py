@@ -44,6 +44,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("examples")
     config = ROOT / "configs" / "quickstart.py"
     run(root, "-m", "dinosae_jax.main", f"--config={config}:tiny", "--workdir=runs/quickstart")
+    stages = ("stage1", "stage2", "stage3", "stage4", "flow")
+    assert all((root / "runs" / "quickstart" / stage / "DONE").is_file() for stage in stages)
     return root
 
 
