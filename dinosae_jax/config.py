@@ -403,4 +403,6 @@ def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
     plain_ours, plain_theirs = (list(x) if isinstance(x, tuple) else x for x in (ours, theirs))
     if plain_ours == plain_theirs:
         return []
-    return [f"{prefix[:-1]}: {plain_ours!r} here, {plain_theirs!r} there"]
+    # A field of a stranger's record may have any name.
+    name = "".join(c if c.isprintable() else "?" for c in prefix[:-1])
+    return [f"{name}: {plain_ours!r} here, {plain_theirs!r} there"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dinosae_jax.runtime import files
+from dinosae_jax.runtime import files, untrusted
 from dinosae_jax.weights import conversion
 from weights_conversion import mapping
 from weights_conversion.convert import FILES_KINDS
@@ -85,7 +85,7 @@ def _entry(record: Any) -> mapping.Entry:
         numbers = [which, count, 0 if entry.index is None else entry.index, *entry.shape]
         good = all(type(n) is int and n >= 0 for n in numbers) and which < count
         good = good and all(isinstance(t, str) for t in (entry.key, entry.target))
-        if good and np.dtype(entry.dtype) in DTYPES.values():
+        if good and untrusted.dtype(entry.dtype) in DTYPES.values():
             return entry
     except (TypeError, KeyError, ValueError):
         pass

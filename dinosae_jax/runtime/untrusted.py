@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from dinosae_jax.runtime import buckets, files
@@ -22,6 +24,22 @@ def short(text: object, limit: int = 80) -> str:
     """Makes text from a file safe to print in one line: printable characters, at most `limit`."""
     line = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def dtype(name: object) -> np.dtype[Any]:
+    """The data type that a record calls `name`, such as "bfloat16".
+
+    numpy reads longer texts too, as structures whose sizes it evaluates.
+
+    Raises:
+      ValueError: no name of a data type.
+    """
+    try:
+        if isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name):
+            return np.dtype(name)
+    except TypeError:
+        pass
+    raise ValueError(f"a data type has a name such as float32; got {short(repr(name))}")
 
 
 def read_json(path: epath.Path, way_out: str) -> dict[str, Any]:

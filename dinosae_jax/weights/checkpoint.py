@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
-from dinosae_jax.runtime import agreement, buckets, console, files
+from dinosae_jax.runtime import agreement, buckets, console, files, untrusted
 from dinosae_jax.weights import bucket_arrays, integrity
 
 Tree = Any
@@ -382,7 +382,7 @@ def load_fields(folder: epath.Path, fields: tuple[str, ...]) -> tuple[Tree, dict
     record = read_record(folder)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     flat = {
-        name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=place)
+        name: jax.ShapeDtypeStruct(shape, untrusted.dtype(dtype), sharding=place)
         for name, (shape, dtype) in record["shapes"].items()
         if any(f"{name}/".startswith(f"{field}/") for field in fields)
     }

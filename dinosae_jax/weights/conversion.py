@@ -129,7 +129,9 @@ def _is_empty_array(entry: Any) -> bool:
     try:
         shape, dtype = entry
         sizes = [size for size in shape if type(size) is int and 0 <= size < 1 << 31]
-        return 0 in sizes and len(sizes) == len(shape) <= 16 and bool(np.dtype(dtype).itemsize)
+        return (
+            0 in sizes and len(sizes) == len(shape) <= 16 and bool(untrusted.dtype(dtype).itemsize)
+        )
     except (TypeError, ValueError):
         return False
 

@@ -17,11 +17,13 @@ import zipfile
 import numpy as np
 import pytest
 
+from dinosae_jax import config
 from dinosae_jax.data import adm_npz, sources
 from dinosae_jax.data.latents import latent_reader
 from dinosae_jax.eval import adm_moments, frechet
 from dinosae_jax.eval.adm_moments import ADM_RECIPE
 from dinosae_jax.latent_convention import LatentConvention
+from dinosae_jax.runtime import untrusted
 from dinosae_jax.weights import conversion, weight_source
 from tests.hostile import test_artefacts
 from tests.weights_conversion.layouts import save
@@ -402,6 +404,22 @@ def test_indices_of_shards(place):
     for draw in cases():
         (place / "model.safetensors.index.json").write_bytes(changed(index, draw))
         on_time("index", lambda: read_weights(place, 10**6))
+
+
+@pytest.mark.parametrize("name", [",", "(", "f4,f4", "[1]", "", None, 3, "x" * 99])
+def test_a_data_type_has_a_name(name):
+    """What is no name numpy would evaluate; of a million mutations one was a syntax error."""
+    with pytest.raises(ValueError, match="a data type has a name such as float32; got"):
+        untrusted.dtype(name)
+    entry = {"key": "a", "target": "vit/a", "shape": [1], "index": None, "part": [0, 1]}
+    assert export._entry(entry | {"dtype": "float32"}).dtype == "float32"
+    with pytest.raises(ValueError, match="says where each tensor went; got the tensor"):
+        export._entry(entry | {"dtype": name})
+
+
+def test_a_field_with_letters_of_several_lines_is_told_in_one():
+    (line,) = config.differences({"a\nb": 1}, {}, "model.vit.")
+    assert line == "model.vit.a?b: 1 here, None there"
 
 
 def test_the_number_of_cases_is_told(capsys):
