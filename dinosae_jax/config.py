@@ -404,5 +404,5 @@ def differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
     if plain_ours == plain_theirs:
         return []
     # A field of a stranger's record may have any name.
-    name = "".join(c if c.isprintable() else "?" for c in prefix[:-1])
+    name = spelling.printable(prefix[:-1])
     return [f"{name}: {plain_ours!r} here, {plain_theirs!r} there"]

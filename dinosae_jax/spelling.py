@@ -8,6 +8,11 @@ from collections.abc import Iterable
 import ml_collections
 
 
+def printable(text: str) -> str:
+    """A text that a stranger may have written, for one line: `?` stands for what has no print."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A closing phrase for error messages: the nearest known name and the whole list."""
     known = sorted(known)

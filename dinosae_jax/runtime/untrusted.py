@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from dinosae_jax import spelling
 from dinosae_jax.runtime import buckets, files
 
 MAX_JSON_BYTES = 1 << 24
@@ -22,7 +23,7 @@ MAX_JSON_BYTES = 1 << 24
 
 def short(text: object, limit: int = 80) -> str:
     """Makes text from a file safe to print in one line: printable characters, at most `limit`."""
-    line = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
+    line = spelling.printable(str(text)[: limit + 1])
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 

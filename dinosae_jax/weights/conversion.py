@@ -129,9 +129,8 @@ def _is_empty_array(entry: Any) -> bool:
     try:
         shape, dtype = entry
         sizes = [size for size in shape if type(size) is int and 0 <= size < 1 << 31]
-        return (
-            0 in sizes and len(sizes) == len(shape) <= 16 and bool(untrusted.dtype(dtype).itemsize)
-        )
+        has_size = untrusted.dtype(dtype).itemsize > 0
+        return 0 in sizes and len(sizes) == len(shape) <= 16 and has_size
     except (TypeError, ValueError):
         return False
 

@@ -34,7 +34,7 @@ from weights_conversion.readers import containers, formats, inputs
 from weights_conversion.readers.stored import StoredTensor
 from weights_conversion.tables import KINDS, plan, roots
 
-CASES = int(os.environ.get("DINOSAE_MUTATIONS", "60"))
+CASES = int(os.environ.get("DINOSAE_MUTATIONS", "150"))
 SEED = int(os.environ.get("DINOSAE_SEED", "0"))
 SECONDS = 10  # for one case
 RNG = np.random.default_rng(0)
