@@ -1,34 +1,37 @@
 """The flow's claim, measured small: sphere against Euclidean space, samplers, decode radius.
 
-Arms with equal steps and network: {raw, projected} latents on linear paths, raw latents on a
-trigonometric path, and the geodesic on the sphere (raw latents have no geodesic: they do not lie on
-one sphere). All share one tiny autoencoder, trained here around a random ViT whose last affine part
-is drawn at random, so that token norms differ. Data: random 64-pixel crops of the ten embedded
-photographs at a short side of 72, one class each: little enough that tiny flows draw them, and the
-distribution of the crops is what they are compared by. (At 112 they draw palettes.) One trained
-flow is then sampled by every method, and decoded at radii from half to twice the measured norm.
-
-Frechet and kernel distance are between features of samples and of fresh crops, in a space that the
-tables name. With `weights.inception` the features are FID's, with `weights.efficientnet` those of
-EfficientNet-Lite0, pretrained on ImageNet-1k (configs/evaluate.py says how to make the weights).
-Without both they are the mean patch token by that autoencoder's own encoder: a fixed space, not a
-pretrained one. The Frechet distance is biased by the number of samples, so that its values compare
-only with one another and with the row 'real crops'. Samples and crops are balanced over the
-classes, so that the kernel distance of equal distributions is a little below zero, as that row
-shows.
+Arms with equal steps and network, three seeds each: {raw, projected} latents on linear paths, raw
+latents on a trigonometric path, and the geodesic on the sphere (raw latents have no geodesic: they
+do not lie on one sphere). Further ones, trained once, change one thing of the geodesic flow: the
+radial penalty, the time shift, the moving average, the radius. All read the latents of the
+autoencoder of configs/imagenette.py:cpu, whose chain is run first:
 
     python -m dinosae_jax.main --config=configs/ablation_flow.py \
+        --config.base.data.source=folder:IMAGENETTE \
+        --config.base.init_from=runs/imagenette/stage4 \
+        --config.base.data.latents=runs/imagenette/latents \
+        --config.sweep.decoder=runs/imagenette/stage3 \
         --config.weights.efficientnet=weights/efficientnet
 
+Samples of every arm are compared with held-out photographs: unguided and guided at the end, and
+unguided at earlier steps. The geodesic flow is also sampled by every method, decoded at radii from
+half to twice the measured norm, and by the decoder of `sweep.decoder` (stage 3: before latent
+noise). Features are FID's with `weights.inception`, those of EfficientNet-Lite0 with
+`weights.efficientnet`, else the mean patch token by the autoencoder's own encoder. A linear
+classifier of these features says how many samples show their class. The Frechet distance is biased
+by the number of samples: compare its values only with one another and with the row 'photographs',
+training images in the place of samples.
+
 Writes tables.md, scores.json, ablation_flow.png. More seeds or settings can be added to a finished
-workdir; other numbers of steps or samples need another. Variants: tiny (two steps of one arm).
+workdir; other numbers of steps or samples need another. Variants: tiny (two steps of one arm on
+the embedded photographs around a random ViT).
 """
 
 from __future__ import annotations
 
 import ml_collections
 
-from configs import rfm_dit, sae_stage1
+from configs import imagenette, rfm_dit
 from dinosae_jax import config as config_lib
 
 ARMS = {
@@ -37,53 +40,63 @@ ARMS = {
     "projected, linear": {"flow/path": "projected_linear"},
     "projected, geodesic": {"flow/path": "geodesic"},
 }
+ONCE = {
+    "radial penalty": {"flow/radial_weight": 0.1},
+    "shift 1": {"flow/time/shift": 1.0},
+    "shift 3": {"flow/time/shift": 3.0},
+    "EMA over 100 steps": {"ema": 0.99},
+    "EMA over 2000 steps": {"ema": 0.9995},
+    "radius 1": {"flow/radius": 1.0},
+}
 SAMPLERS = ("euler_projection", "rodrigues", "geodesic_midpoint", "geodesic_heun", "ab2", "dpm2m")
 VARIANTS = {
     "tiny": {
         "seeds": (0,),
-        "samples": 40,
-        "reference": 80,
-        "kernel_subset_size": 20,
-        "autoencoder.steps": 2,
-        "autoencoder.eval.every": 2,
-        "base.steps": 2,
-        "base.eval.every": 2,
-        "base.sampling.steps": 2,
+        "samples": 20,
+        "images": 20,
+        "known": 10,
+        "batch_size": 20,
+        "kernel_subset_size": 10,
         "order": ("projected, geodesic",),
+        "once": ("shift 3",),
         "sweep.samplers": ("dpm2m",),
         "sweep.steps": (2,),
         "sweep.radii": (0.5, 1.0),
-        "sweep.radius_steps": 2,
+        **{f"base.{name}": value for name, value in rfm_dit.VARIANTS["tiny"].items()},
+        "base.steps": 2,
+        "base.eval.every": 2,
+        "base.eval.samples": 0,
+        "base.checkpoint.every": 1,
+        "base.checkpoint.milestones": 1,
+        "base.sampling.steps": 2,
+        "base.data.latents": "",
+        "base.model.vit.layers": (1,),
     }
 }
 
 
 def get_config(argument=None):
     """The flow's ablation; variants: tiny."""
-    autoencoder = sae_stage1.get_config("tiny")
-    autoencoder.steps, autoencoder.data.source = 800, "photos/72"
-    autoencoder.eval.every, autoencoder.checkpoint.every = 800, 200
-    base = rfm_dit.get_config("tiny")
-    base.steps, base.batch_size = 550, 32
-    base.data.crop, base.flow.time.shift = "random", 2.0
-    base.eval.samples = 0  # samples of all arms are measured at the end
-    base.log_every, base.eval.every, base.checkpoint.every = 50, 550, 550
-    base.random_frozen_ok = ()
-    for stage in (autoencoder, base):
-        stage.optimizer.schedule, stage.optimizer.final_learning_rate = "cosine", 1e-4
+    base = imagenette.get_config("cpu").stages.flow.copy_and_resolve_references()
+    base.steps, base.sampling.steps, base.sampling.guidance = 2000, 25, 1.0
+    base.eval.every, base.checkpoint.every = 1000, 500
+    base.checkpoint.milestones = 500
     config = ml_collections.ConfigDict(
         dict(
             job="ablation",
             name="ablation_flow",
-            autoencoder=autoencoder,
             base=base,
-            arms=ARMS,
+            arms=ARMS | ONCE,
             order=tuple(ARMS),
+            once=tuple(ONCE),  # with the first seed alone
             seeds=(0, 1, 2),
-            samples=200,  # of each arm, and of each setting of the sweeps; balanced over classes
-            reference=1000,
+            guidances=(1.0, 2.0),
+            samples=500,  # of each setting; balanced over classes
+            images=1200,  # held out
+            known=2500,  # training images that classes are learned from
+            batch_size=100,
             kernel_subsets=50,
-            kernel_subset_size=100,
+            kernel_subset_size=250,
             # The first that is given makes the features; both empty: the encoder's own.
             weights=dict(inception="", efficientnet=""),
             sweep=dict(
@@ -91,7 +104,7 @@ def get_config(argument=None):
                 samplers=SAMPLERS,
                 steps=(5, 10, 25, 50),
                 radii=(0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0),  # of the measured norm
-                radius_steps=25,
+                decoder="",  # an autoencoder whose decoder is tried
             ),
             compile_cache="auto",
         )

@@ -60,7 +60,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.Path, argv: Sequence
     if "chain" in config:
         for name in config.chain:
             stage = config.stages[name]
-            own = survey.needs(stage, stage.init_from in config.chain)
+            own = survey.needs(stage, tuple(config.chain))
             flags |= {f"config.stages.{name}.{field}": value for field, value in own.items()}
     else:
         own = survey.needs(config)
@@ -81,18 +81,18 @@ class Survey:
         self._runs: dict[str, str] = {}
 
     def needs(
-        self, config: ml_collections.ConfigDict, follows_stage: bool = False
+        self, config: ml_collections.ConfigDict, chain: tuple[str, ...] = ()
     ) -> dict[str, str]:
         """Looks for everything that one config names.
 
         Args:
           config: of one stage or job.
-          follows_stage: whether `init_from` names an earlier stage of the same chain.
+          chain: stages of its chain, whose names may stand in `init_from` and `data.latents`.
 
         Returns:
           field -> value of the flags that the command lacks.
         """
-        found = SETTLED if follows_stage else self._start(config)
+        found = SETTLED if config.get("init_from") in chain else self._start(config)
         for field in ("weaker", "encoder", "autoencoder"):
             self._start(config, field)
         flags = self._weights(config, found)
@@ -101,7 +101,7 @@ class Survey:
         if "images" in config and config.job == "reconstruct":
             flags |= self._images("images", config.images, config.data_dir)
         elif "data" in config:
-            flags |= self._data_set(config)
+            flags |= self._data_set(config, chain)
         return flags
 
     def text(self, command: str) -> str:
@@ -176,13 +176,17 @@ class Survey:
             self.missing.append(f"{path} ({field}){_near(files.path(path))}")
             self._data[path] = f"name another file with --config.{field}=..."
 
-    def _data_set(self, config: ml_collections.ConfigDict) -> dict[str, str]:
+    def _data_set(
+        self, config: ml_collections.ConfigDict, chain: tuple[str, ...] = ()
+    ) -> dict[str, str]:
         """Looks for the images or latents that a job reads; returns the flags that it lacks."""
         data = config.data
         if config.get("samples") and config.get("reference"):
             return {}
         flags = self._images("data.source", data.source, data.data_dir)
         latents = data.get("latents", "")
+        if latents in chain:
+            return flags
         if latents and not (files.path(latents) / "train" / "manifest.json").is_file():
             self.missing.append(f"latents (data.latents={latents})")
             self._runs[latents] = (

@@ -142,33 +142,34 @@ def _validate_plan(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_ablation(config: ml_collections.ConfigDict) -> None:
-    for arm in config.order:
+    for arm in (*config.order, *config.get("once", ())):
         if arm not in config.arms:
             raise ValueError(
                 f"order must name arms; got {arm!r}{spelling.nearest(arm, config.arms)}"
             )
     validate(config.base)  # each arm is checked when its changes are applied
-    if "autoencoder" in config:
-        _validate_comparison(config)
+    fewest = min(config.get("samples", config.images), config.images)
+    if not 2 <= config.kernel_subset_size <= fewest:
+        raise ValueError(
+            "kernel_subset_size must lie between 2 and the fewer of samples and images, "
+            f"{fewest}; got {config.kernel_subset_size}; pass --config.kernel_subset_size={fewest}"
+        )
+    if "sweep" in config:
+        _validate_sweep(config)
 
 
-def _validate_comparison(config: ml_collections.ConfigDict) -> None:
-    """Checks what a comparison of flows samples and measures when all of them are trained."""
-    validate(config.autoencoder)
+def _validate_sweep(config: ml_collections.ConfigDict) -> None:
+    """Checks what a comparison of flows samples when all of them are trained."""
     sweep = config.sweep
     _require_member("sweep.arm", sweep.arm, config.order)
     for sampler in sweep.samplers:
         validate_sampling({"sampler": sampler})
-    for steps in (*sweep.steps, sweep.radius_steps):
+    for steps in sweep.steps:
         validate_sampling({"steps": steps})
     for radius in sweep.radii:
         validate_sampling({"decode_radius": radius})
-    fewest = min(config.samples, config.reference)
-    if not 2 <= config.kernel_subset_size <= fewest:
-        raise ValueError(
-            "kernel_subset_size must lie between 2 and the fewer of samples and reference, "
-            f"{fewest}; got {config.kernel_subset_size}; pass --config.kernel_subset_size={fewest}"
-        )
+    for scale in config.guidances:
+        validate_sampling({"guidance": scale})
 
 
 def in_stage(name: str, error: ValueError) -> ValueError:

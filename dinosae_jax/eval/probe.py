@@ -1,7 +1,8 @@
 """Linear probe in DINOv3's protocol: a grid of learning rates trained at once on frozen features.
 
 Thirteen linear heads, one per rate, see the same batches. The gradient of the sum of their losses
-separates by head, so one pass over the data trains all thirteen.
+separates by head, so one pass over the data trains all thirteen. For features that are in memory
+there are a linear classifier, which keeps the best of the thirteen, and nearest neighbours.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import NDArray
 
 # Per 256 images in the batch (dinov3/eval/linear.py).
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -112,6 +115,83 @@ def logits(heads: Heads, features: jax.Array) -> jax.Array:
     """Logits [r, b, k] of features [b, d] for every head."""
     product = jnp.einsum("bd,rdk->rbk", features.astype(jnp.float32), heads["kernel"])
     return product + heads["bias"][:, None]
+
+
+class Classifier(NamedTuple):
+    """A linear classifier of features whose dimensions are brought to mean 0 and deviation 1.
+
+    Attributes:
+      mean: [d].
+      deviation: [d].
+      kernel: [d, k].
+      bias: [k].
+    """
+
+    mean: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+    kernel: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+    def __call__(self, features: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Classes [b] of features [b, d]."""
+        scaled = (features - self.mean) / self.deviation
+        return np.argmax(scaled @ self.kernel + self.bias, axis=-1)
+
+
+def fit_classifier(
+    known: NDArray[np.float32],
+    labels: NDArray[np.integer],
+    held_out: NDArray[np.float32],
+    held_out_labels: NDArray[np.integer],
+    steps: int = 1000,
+    batch_size: int = 256,
+) -> Classifier:
+    """The best of the thirteen heads by top-1 on the held-out features, trained on known ones.
+
+    Args:
+      known: [n, d]; batches of it are drawn at random, with a fixed seed.
+      labels: [n], from 0.
+      held_out: [m, d].
+      held_out_labels: [m].
+      steps: number of updates.
+      batch_size: features of an update.
+
+    Raises:
+      ValueError: see `train_probe` and `evaluate_probe`.
+    """
+    mean, deviation = known.mean(axis=0), known.std(axis=0) + 1e-6
+    random = np.random.default_rng(0)
+    rows = (random.integers(0, len(known), batch_size) for _ in range(steps))
+    batches = (((known[row] - mean) / deviation, labels[row].astype(np.int32)) for row in rows)
+    heads = init_heads(jax.random.key(0), known.shape[1], int(labels.max()) + 1)
+    heads = train_probe(heads, batches, batch_size, steps)
+    scaled = (held_out - mean) / deviation
+    best = evaluate_probe(heads, [(scaled, held_out_labels.astype(np.int32))]).best
+    kernel, bias = (np.asarray(heads[name][best]) for name in ("kernel", "bias"))
+    return Classifier(mean, deviation, kernel, bias)
+
+
+def nearest_neighbours(
+    known: NDArray[np.float32],
+    labels: NDArray[np.integer],
+    features: NDArray[np.float32],
+    neighbours: int = 5,
+) -> NDArray[np.int64]:
+    """The class of most of the nearest known features by cosine; of equal counts the smallest.
+
+    Args:
+      known: [n, d], n at least `neighbours`.
+      labels: [n], from 0.
+      features: [m, d].
+      neighbours: how many vote.
+
+    Returns:
+      Classes [m].
+    """
+    units = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (features, known)]
+    nearest = np.argsort(-(units[0] @ units[1].T), axis=-1, kind="stable")[:, :neighbours]
+    votes = np.eye(int(labels.max()) + 1, dtype=np.int64)[labels[nearest]]
+    return np.argmax(votes.sum(axis=1), axis=-1)
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))

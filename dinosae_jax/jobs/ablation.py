@@ -2,16 +2,19 @@
 
 An arm is a set of changes to one base config. Every arm runs with every seed in
 `workdir/<arm>/seed<k>`, a normal workdir, so that an interrupted ablation can resume. The
-results of autoencoders are the last evaluation of each run: results.json, a table, and curves of
-all arms. Flows are compared by their samples, since the losses of the arms have different targets:
-in one feature space for all, then one flow sampled by every method at several step counts and
-decoded at several radii.
+results of autoencoders are the last evaluation of each run (results.json, a table, and curves of
+all arms) and, with a pretrained network, what `autoencoder_comparison` measures. Flows are
+compared by their samples, since the losses of the arms have different targets: in one feature
+space for all, then one flow sampled by every method at several step counts and decoded at several
+radii.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import operator
 from typing import Any
 
 import jax
@@ -21,13 +24,13 @@ from etils import epath
 
 from dinosae_jax import rules
 from dinosae_jax.data import png
-from dinosae_jax.eval.protocols import comparison, inputs
-from dinosae_jax.inference.autoencoder import Autoencoder, random_source
-from dinosae_jax.names import AUTOENCODER_ROLES
+from dinosae_jax.eval.protocols import autoencoder_comparison, flow_comparison, inputs, scores
+from dinosae_jax.eval.protocols.photographs import Photographs
+from dinosae_jax.inference.autoencoder import Autoencoder
+from dinosae_jax.models.autoencoder import unit_interval
 from dinosae_jax.report import comparison_tables, curves
-from dinosae_jax.runtime import console, files, stopping
+from dinosae_jax.runtime import console, files, sharding, stopping
 from dinosae_jax.train import stages
-from dinosae_jax.weights import weight_source
 
 
 def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
@@ -39,44 +42,50 @@ def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
         flows what `configs/ablation_flow.py` has.
       folder: folder of the comparison.
     """
-    of_flows = "flow" in config.base
+    inputs.pretrained_weights(config.weights)  # refused before anything is trained
     with stopping.StopRequest() as stop:
-        if of_flows:
-            inputs.pretrained_weights(config.weights)  # refused before anything is trained
-            config = config.copy_and_resolve_references()
-            config.base.init_from = train_autoencoder(config, folder, stop)
-        for arm in config.order:
-            for seed in config.seeds:
+        for seed in config.seeds:
+            for arm in (
+                *config.order,
+                *(config.get("once", ()) if seed == config.seeds[0] else ()),
+            ):
                 stage = arm_config(config, arm, seed)
                 stages.run_stage(stage, folder / arm / f"seed{seed}", stop)
-        if of_flows:
-            compare(config, folder, stop)
+        if "flow" in config.base:
+            compare_flows(config, folder, stop)
             return
-    if jax.process_index() == 0:
-        write_comparison(folder, tuple(config.order), tuple(config.seeds), tuple(config.metrics))
+        if jax.process_index() == 0:
+            metrics = tuple(config.metrics)
+            write_comparison(folder, tuple(config.order), tuple(config.seeds), metrics)
+        if any(config.weights.values()):
+            compare_autoencoders(config, folder, stop)
 
 
 def arm_config(config: ml_collections.ConfigDict, arm: str, seed: int) -> ml_collections.ConfigDict:
-    """Returns the base config with the changes of one arm; the value None removes a field.
+    """Returns the base config with the changes of one arm; `without` lists fields that it lacks.
 
     Raises:
       ValueError: where the changed config breaks a rule.
     """
     stage = config.base.copy_and_resolve_references()
-    for field, value in config.arms[arm].items():
-        *parents, last = field.split("/")
-        node = stage
-        for parent in parents:
-            node = node[parent]
-        if value is None:
-            with node.unlocked():
-                del node[last]
-        else:
+    changes = config.arms[arm].to_dict()
+    with stage.unlocked():
+        for field in changes.pop("without", ()):
+            node, last = _node(stage, field)
+            del node[last]
+        for field, value in changes.items():
+            node, last = _node(stage, field)
             node[last] = value
     stage.seed = seed
     stage.name = f"{arm} seed {seed}"
     rules.validate(stage)
     return stage
+
+
+def _node(config: ml_collections.ConfigDict, field: str) -> tuple[Any, str]:
+    """The group of 'path/to/field', and the name of the field in it."""
+    *parents, last = field.split("/")
+    return functools.reduce(operator.getitem, parents, config), last
 
 
 def write_comparison(
@@ -118,36 +127,56 @@ def _evaluations(path: epath.Path) -> list[dict[str, float]]:
     return [line for line in lines if any(name.startswith("eval/") for name in line)]
 
 
-AFFINE_SPREAD = 0.5
-
-
-def train_autoencoder(
+def compare_autoencoders(
     config: ml_collections.ConfigDict, folder: epath.Path, stop: stopping.StopRequest
 ) -> str:
-    """Trains the autoencoder of all arms, unless that is done; returns its workdir.
+    """Measures every arm on held-out images, unless scores.json has it; writes and prints tables.
 
-    A random ViT ends in a LayerNorm whose initial affine part gives all tokens one norm, so that
-    raw and projected latents would be equal. A trained ViT's does not, so the affine part is drawn.
+    Args:
+      config: config of `configs/ablation_sae.py`, whose arms are trained.
+      folder: folder of the comparison.
+      stop: checked before each score.
+
+    Returns:
+      The tables, Markdown.
+
+    Raises:
+      ValueError: where the folder holds scores of another comparison; see `Judge`.
+      stopping.Interrupted: after a signal, with every score saved.
     """
-    start, workdir = folder / "random", folder / "autoencoder"
-    if not (start / weight_source.EXPORT_FILE).exists():
-        source = random_source(config.autoencoder.model.to_dict(), config.autoencoder.seed)
-        norm = source.variables["vit"]["params"]["norm"]
-        random = np.random.default_rng(config.autoencoder.seed)
-        drawn = {
-            "scale": np.exp(AFFINE_SPREAD * random.standard_normal(norm["scale"].shape)),
-            "bias": AFFINE_SPREAD * random.standard_normal(norm["bias"].shape),
-        }
-        size = np.sqrt(np.mean(drawn["scale"] ** 2 + drawn["bias"] ** 2))  # tokens of unit variance
-        norm |= {name: np.float32(value / size) for name, value in drawn.items()}
-        weight_source.export(source, start, AUTOENCODER_ROLES)
-    stage = config.autoencoder.copy_and_resolve_references()
-    stage.name, stage.init_from = "autoencoder", str(start)
-    stages.run_stage(stage, workdir, stop)
-    return str(workdir)
+
+    @functools.cache
+    def judge() -> autoencoder_comparison.Judge:
+        return autoencoder_comparison.Judge(config, network)
+
+    @functools.lru_cache(maxsize=1)
+    def autoencoder(arm: str, seed: int) -> Autoencoder:
+        workdir = folder / arm / f"seed{seed}"
+        return Autoencoder.load(workdir, "float32", batch_size=config.batch_size)
+
+    def measure(arm: str, seed: int) -> scores.Score:
+        return judge()(autoencoder(arm, seed))
+
+    some = config.order[0], config.seeds[0]
+    network = inputs.feature_network(
+        config.weights, sharding.make_mesh(), lambda: autoencoder(*some)
+    )
+    measured = scores.Scores(folder / "scores.json", scores.recipe_of(config, network))
+    measured.add("photographs", lambda: judge().photographs.floor(config.images))
+    measured.add("teacher", lambda: judge().teacher(autoencoder(*some)))
+    for arm, seed in itertools.product(config.order, config.seeds):
+        key = autoencoder_comparison.key_of(arm, seed)
+        if stopped := stop.agreed():
+            raise stopping.Interrupted(f"the ablation stopped before {key}", stopped)
+        measured.add(key, functools.partial(measure, arm, seed))
+    tables = comparison_tables.autoencoder_tables(config, measured.scores, network)
+    if jax.process_index() == 0:
+        files.write_text(folder / "tables.md", tables + "\n")
+    console.report(tables)
+    return tables
 
 
-def compare(
+def compare_flows(
     config: ml_collections.ConfigDict, folder: epath.Path, stop: stopping.StopRequest
 ) -> str:
     """Computes the scores that are not in scores.json, and writes tables and a figure.
@@ -164,31 +193,33 @@ def compare(
       ValueError: where the folder holds scores of another comparison.
       stopping.Interrupted: after a signal, with every score saved.
     """
-    autoencoder = Autoencoder.load(folder / "autoencoder", "float32", batch_size=config.samples)
+    some = folder / config.order[0] / f"seed{config.seeds[0]}"
+    autoencoder = Autoencoder.load(some, "float32", batch_size=config.batch_size)
     network = inputs.feature_network(config.weights, autoencoder.mesh, lambda: autoencoder)
-    names = comparison_tables.titles(network)
-    judge = comparison.Judge(config, network)
-    measured = comparison.Scores(
-        folder / "scores.json", comparison.recipe_of(config, network), judge
-    )
-    measured.add("real crops", lambda: judge.crops)
-    scaled = judge.crops / np.float32(255)
-    measured.add("reconstructed crops", lambda: png.as_picture(autoencoder.reconstruct(scaled)))
-    for setting in comparison.settings(config):
+
+    @functools.cache
+    def photographs() -> Photographs:
+        return Photographs(config, config.base.data, network)
+
+    def reconstructed() -> scores.Score:
+        made = autoencoder.reconstruct(unit_interval(photographs().held_out))
+        return photographs().measure(
+            photographs().embed(png.as_picture(made)), photographs().labels
+        )
+
+    def measure(setting: flow_comparison.Setting) -> scores.Score:
+        return flow_comparison.measure(config, folder, photographs(), setting)
+
+    measured = scores.Scores(folder / "scores.json", scores.recipe_of(config, network))
+    measured.add("photographs", lambda: photographs().floor(config.samples))
+    measured.add("reconstructions", reconstructed)
+    for setting in flow_comparison.settings(config):
         if stopped := stop.agreed():
             raise stopping.Interrupted(f"{config.name} stopped before {setting.key}", stopped)
-        measured.add(
-            setting.key, functools.partial(comparison.draw_samples, config, folder, setting)
-        )
-    text = "\n".join(
-        [
-            *comparison_tables.describe(config, network),
-            "",
-            *comparison_tables.tables(config, measured.scores, names),
-        ]
-    )
+        measured.add(setting.key, functools.partial(measure, setting))
+    text = comparison_tables.flow_tables(config, measured.scores, network)
     if jax.process_index() == 0:
         files.write_text(folder / "tables.md", text + "\n")
-        comparison_tables.write_pictures(config, folder, measured.scores, names["frechet"])
+        comparison_tables.write_pictures(config, folder, measured.scores, network)
     console.report(text)
     return text

@@ -2,6 +2,8 @@
 
 A stage's workdir holds config.json, checkpoints/, frozen/, metrics.jsonl, timing.jsonl, pictures,
 notes.json and, when finished, DONE. A chain's workdir holds one folder per stage and the report.
+A chain may also encode its images between two stages (a stage with `job="encode"`), for a flow
+that names that stage in `data.latents`.
 """
 
 from __future__ import annotations
@@ -49,16 +51,17 @@ def _report(folder: epath.Path) -> None:
 def _run_chain(
     config: ml_collections.ConfigDict, folder: epath.Path, stop: stopping.StopRequest
 ) -> None:
+    trained = [name for name in config.chain if config.stages[name].job == "train"]
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / "chain.json", {"stages": list(config.chain)})
+        files.write_json(folder / "chain.json", {"stages": trained})
         files.write_json(folder / "notes.json", list(config.notes))
     for note in config.notes:
         console.report(note)
+    earlier: dict[str, epath.Path] = {}
     for name in config.chain:
-        stage = config.stages[name]
-        before = folder / stage.init_from if stage.init_from in config.chain else None
         try:
-            stages.run_stage(stage, folder / name, stop, before)
+            stages.run_stage(config.stages[name], folder / name, stop, earlier)
         except ValueError as error:
             raise rules.in_stage(name, error) from error
+        earlier[name] = folder / name

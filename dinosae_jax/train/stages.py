@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from dinosae_jax.runtime import (
     sharding,
     stopping,
 )
-from dinosae_jax.train import autoencoder_task, flow_task, loop
+from dinosae_jax.train import autoencoder_task, flow_task, latent_cache, loop
 from dinosae_jax.train.task import Run
 from dinosae_jax.weights import checkpoint, conversion, weight_source
 
@@ -40,15 +42,16 @@ def run_stage(
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
     stop: stopping.StopRequest | None = None,
-    init_from: epath.Path | None = None,
+    earlier: Mapping[str, epath.Path] = MappingProxyType({}),
 ) -> None:
-    """Trains one stage to its last step and marks it DONE.
+    """Trains one stage to its last step and marks it DONE, or writes a chain's latent cache.
 
     Args:
-      config: of one stage.
+      config: of one stage; of `configs/encode.py` for a cache.
       workdir: of the stage.
       stop: what the caller has entered; None where nobody asks for a stop.
-      init_from: the stage of a chain that `config.init_from` names; None where that is a path.
+      earlier: stage of the same chain -> its folder; `config.init_from` and `config.data.latents`
+        may name one instead of a path.
 
     Raises:
       ValueError: for every disagreement that can be seen before compilation.
@@ -56,12 +59,16 @@ def run_stage(
     """
     started = time.monotonic()
     stop = stop or stopping.StopRequest()
+    if config.job == "encode":
+        with lease.hold(workdir):
+            latent_cache.write(_placed(config, earlier), workdir, stop)
+        return
     config = precision.resolve_config(config)
     agree_on_program(config)
     # What is not the step computes likewise: evaluation, pictures, the norms of tokens.
     products = jax.default_matmul_precision(config.matmul_precision.compute)
     with lease.hold(workdir), products:
-        _run_held(config, workdir, stop, init_from, started)
+        _run_held(config, workdir, stop, earlier, started)
 
 
 def agree_on_program(config: ml_collections.ConfigDict) -> None:
@@ -78,7 +85,7 @@ def _run_held(
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
     stop: stopping.StopRequest,
-    init_from: epath.Path | None,
+    earlier: Mapping[str, epath.Path],
     started: float,
 ) -> None:
     mesh = sharding.make_mesh(config.mesh.fsdp)
@@ -93,8 +100,7 @@ def _run_held(
         return
     if number := stop.agreed():
         raise stopping.Interrupted(f"{config.name} was not started", number)
-    if init_from:
-        config.init_from = str(init_from)
+    config = _placed(config, earlier)
     prepare = (flow_task if "dit" in config.trainable else autoencoder_task).prepare
     task = prepare(config, workdir, mesh)
     if jax.process_index() == 0:
@@ -120,6 +126,18 @@ def _run_held(
                 "peak_memory_bytes": hardware.peak_memory(),
             },
         )
+
+
+def _placed(
+    config: ml_collections.ConfigDict, earlier: Mapping[str, epath.Path]
+) -> ml_collections.ConfigDict:
+    """A copy with the folders of earlier stages where their names stand."""
+    config = config.copy_and_resolve_references()
+    if config.init_from in earlier:
+        config.init_from = str(earlier[config.init_from])
+    if config.data.get("latents") in earlier:
+        config.data.latents = str(earlier[config.data.latents])
+    return config
 
 
 def check_kind(folder: epath.Path, is_chain: bool) -> None:

@@ -82,3 +82,26 @@ def test_bad_input_is_one_clear_line():
         probe.train_probe(heads, [], 32, steps=3)
     with pytest.raises(ValueError, match="at least 1 image"):
         probe.evaluate_probe(heads, [])
+
+
+def test_a_classifier_keeps_the_best_rate_and_scales_its_features():
+    known, labels = (np.asarray(each) for each in data(400))
+    held_out, truth = (np.asarray(each) for each in data(200, seed=1))
+    scale, shift = np.linspace(0.01, 100, WIDTH, dtype=np.float32), np.float32(50)
+    classify = probe.fit_classifier(known, labels, held_out, truth, steps=100, batch_size=64)
+    moved = probe.fit_classifier(
+        known * scale + shift, labels, held_out * scale + shift, truth, steps=100, batch_size=64
+    )
+    assert np.mean(classify(held_out) == truth) > 0.95
+    assert np.mean(moved(held_out * scale + shift) == classify(held_out)) > 0.98
+    shuffled = np.random.default_rng(0).permutation(labels)
+    blind = probe.fit_classifier(known, shuffled, held_out, truth, steps=100, batch_size=64)
+    assert np.mean(blind(held_out) == truth) < 0.5
+
+
+def test_nearest_neighbours_vote_by_cosine():
+    known = np.asarray([[1, 0], [2, 0.1], [3, -0.1], [0, 1], [0.1, 5], [-1, -1]], np.float32)
+    labels = np.asarray([0, 0, 1, 1, 1, 2])
+    asked = np.asarray([[10, 0.2], [0.001, 0.01], [-5, -4]], np.float32)
+    assert probe.nearest_neighbours(known, labels, asked, neighbours=1).tolist() == [0, 1, 2]
+    assert probe.nearest_neighbours(known, labels, asked, neighbours=3).tolist() == [0, 1, 1]

@@ -161,9 +161,9 @@ def test_a_chain_names_the_stage_of_a_mistake_and_can_be_moved(make, tmp_path, m
     config = quickstart.get_config("tiny")
     seen = []
 
-    def run_stage(stage, workdir, stop, init_from):
+    def run_stage(stage, workdir, stop, earlier):
         stages.claim(workdir, stage)
-        seen.append(init_from)
+        seen.append(earlier.get(stage.init_from))
 
     monkeypatch.setattr(stages, "run_stage", run_stage)
     for name in config.chain:
