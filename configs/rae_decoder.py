@@ -1,9 +1,11 @@
 """RAE's first stage: a ViT decoder is trained on the latents of a frozen encoder.
 
-The encoder sees the image with its own patches and is never trained; there is no stem. Decoder
-ViT-XL (28 blocks of width 1152), L1 + LPIPS + 0.75 GAN on latents with noise (tau 0.8), AdamW at
-2e-4 with betas (0.5, 0.9), a cosine to 2e-5, batch 512, 16 epochs, EMA 0.9978; the discriminator
-starts at epoch 6 and the GAN at epoch 8 (arXiv 2510.11690). Not run at full size.
+The encoder sees the image with its own patches and is never trained; there is no stem. Mean and
+variance of its latents are measured at the start (RAE: over all images, here over 10,000) and
+travel with the decoder, for the flow. Decoder ViT-XL (28 blocks of width 1152), L1 + LPIPS + 0.75
+GAN on latents with noise (tau 0.8), AdamW at 2e-4 with betas (0.5, 0.9), a cosine to 2e-5, batch
+512, 16 epochs, EMA 0.9978; the discriminator starts at epoch 6 and the GAN at epoch 8 (arXiv
+2510.11690). Not run at full size.
 
     python -m dinosae_jax.main --config=configs/rae_decoder.py \
         --config.weights.vit=weights/dinov2 --config.weights.lpips=weights/lpips \
@@ -23,6 +25,7 @@ TINY = {
     "model.stem.embed_dim": 64,
     "model.decoder.latent_channels": 64,
     "model.decoder.grid": 4,
+    "model.decoder.statistics_side": 4,
     "model.decoder.hidden_size": 64,
     "model.decoder.depth": 2,
     "model.decoder.num_heads": 4,
@@ -47,6 +50,9 @@ def get_config(argument=None):
     config.optimizer.final_learning_rate = 2e-5
     config.optimizer.warmup_steps = config_lib.epochs(1, config.batch_size)
     config.model.stem = dict(kind="patch", embed_dim=768, patch_size=14)
-    config.model.decoder = dict(sizes.RAE_DECODER["XL"])
+    grid = sizes.RAE_DECODER["XL"]["grid"]
+    config.model.decoder = dict(
+        sizes.RAE_DECODER["XL"], statistics="variance", statistics_side=grid
+    )
     config_lib.use_encoder(config, "rae_dinov2_vitb14_reg")
     return config_lib.apply_variants(config, argument, {"tiny": TINY})

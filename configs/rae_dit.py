@@ -1,13 +1,13 @@
 """RAE's flow: DiT^DH on the linear path, on the normalised latents of RAE's autoencoder.
 
-Latents have mean 0 and deviation 1 by the statistics that the converted autoencoder holds; the time
+Latents have mean 0 and deviation 1 by the statistics that the autoencoder holds; the time
 shift is sqrt(256 * 768 / 4096) = 6.93 for DINOv2-B. AdamW (0.9, 0.95) at 2e-4, batch 1024, 80
 epochs, EMA 0.9995, gradients clipped at norm 1 (arXiv 2510.11690). Not run at full size.
 
     python -m dinosae_jax.main --config=configs/rae_dit.py --config.init_from=weights/rae
 
-It starts from an autoencoder converted with --kind=rae_autoencoder, or from configs/rae_decoder.py,
-whose latents are a LayerNorm's and are taken as they are.
+It starts from an autoencoder converted with --kind=rae_autoencoder, or trained by
+configs/rae_decoder.py.
 
 Variants: s, b, l, xl (sizes), rae (its 800 epochs), the encoders; tiny.
 """

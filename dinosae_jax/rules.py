@@ -327,6 +327,21 @@ def _validate_model(config: ml_collections.ConfigDict) -> None:
             f"data.image_size={config.data.image_size}; got grid={decoder.grid} and "
             f"patch_size={decoder.patch_size}; set --config.model.decoder.grid={side}"
         )
+    if not decoder.get("statistics"):
+        return
+    if "flow" not in config and (decoder.statistics != "variance" or "stem" in config.trainable):
+        raise ValueError(
+            "a decoder's statistics of latents are measured at the start of its training, as "
+            "'variance', around a frozen stem; got "
+            f"statistics={decoder.statistics!r} and trainable={tuple(config.trainable)}; train "
+            "the decoder alone, or leave them out with --config.model.decoder.statistics=''"
+        )
+    if decoder.statistics_side not in (1, side):
+        raise ValueError(
+            f"statistics of latents have the grid of the images, {side} a side, or one value per "
+            f"channel; got statistics_side={decoder.statistics_side}; set "
+            f"--config.model.decoder.statistics_side={side}"
+        )
 
 
 def _validate_flow(config: ml_collections.ConfigDict) -> None:

@@ -21,6 +21,8 @@ from dinosae_jax.train import (
     autoencoder_evaluation,
     autoencoder_step,
     discriminator_step,
+    latent_norms,
+    latent_statistics,
     preparation,
     step_flops,
 )
@@ -76,6 +78,10 @@ def prepare(
     preparation.agree_on_inputs(record, variables, (train_source, eval_source))
     frozen = {role: variables[role] for role in frozen_files}
     frozen = sharding.replicate(precision.frozen(frozen, config.dtype), mesh)
+    if latent_statistics.are_missing(variables["decoder"]):
+        variables["decoder"]["statistics"] = latent_statistics.measure(
+            config, spec, frozen, train_source, workdir, mesh, latent_norms.identity(record)
+        )
     trained = {role: variables[role] for role in variables if role not in frozen_files}
 
     def restore(manager: CheckpointManager) -> state_lib.TrainState:
