@@ -12,7 +12,7 @@ def test_arms_change_what_they_say():
     config = ablation_sae.get_config()
     losses = {arm: dict(ablation.arm_config(config, arm, 1).losses.items()) for arm in config.order}
     assert losses["cosine, conv stem"]["cosine"] == 0.5
-    assert (losses["MSE, conv stem"]["cosine"], losses["MSE, conv stem"]["mse"]) == (0.0, 0.5)
+    assert (losses["MSE, conv stem"]["cosine"], losses["MSE, conv stem"]["mse"]) == (0.0, 0.016)
     assert losses["no alignment, conv stem"]["cosine"] == 0.0
     patch = ablation.arm_config(config, "cosine, patch embedding", 2)
     assert (patch.model.stem.kind, "widths" in patch.model.stem) == ("patch", False)

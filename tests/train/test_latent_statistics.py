@@ -55,7 +55,10 @@ def test_a_decoder_without_room_or_with_statistics_measures_none():
     ("changes", "message"),
     [
         ({"model.decoder.statistics": "deviation"}, "as 'variance', around a frozen stem; got"),
-        X,
+        (
+            {"trainable": ("stem", "decoder"), "latent_noise.tau": 0.0},
+            "around a frozen stem; got statistics='variance'",
+        ),
         ({"model.decoder.statistics_side": 3}, "4 a side, or one value per channel; got .*=3; set"),
     ],
 )
