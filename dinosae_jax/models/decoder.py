@@ -25,6 +25,7 @@ from dinosae_jax.models.decoder_blocks import (
     InterpolateConv,
     ResBlock,
     Residual,
+    ShuffledResidual,
 )
 from dinosae_jax.models.layers import ACTIVATIONS, ConvLayer, apply_norm
 
@@ -68,7 +69,8 @@ class ProjectOut(nn.Module):
     @nn.compact
     def features(self, x: Array, train: bool) -> Array:
         """Input of the last layer: [b, h, w, c] -> same shape."""
-        return ACTIVATIONS[self.act](apply_norm(self.norm, x, train, name="op_list_0"))
+        y = ACTIVATIONS[self.act](apply_norm(self.norm, x, train, name="op_list_0"))
+        return y.astype(self.dtype)
 
     def head(self, features: Array) -> Array:
         """Image of the features, [b, h, w, c] or twice as high and wide, float32."""
@@ -104,7 +106,8 @@ class Decoder(nn.Module):
       upsample_shortcut: None, "duplicating" or "InterpolateConv".
       out_norm: as norm, in front of the last convolution.
       out_act: activation in front of the last convolution.
-      dtype: of the convolutions; norms, attention and the residual stream are float32.
+      dtype: of the convolutions and of what is stored between them; norms, attention and sums are
+        computed in float32.
     """
 
     latent_channels: int
@@ -188,8 +191,11 @@ class Decoder(nn.Module):
 
     def _upsampler(self, width: int) -> Factory:
         main = functools.partial(UPSAMPLERS[self.upsample_block_type], width, self.dtype)
+        kinds = (self.upsample_block_type, self.upsample_shortcut)
         if self.upsample_shortcut is None:
             return main
+        if kinds == ("ConvPixelShuffle", "duplicating"):
+            return functools.partial(ShuffledResidual, width, self.dtype)
         if self.upsample_shortcut == "duplicating":
             shortcut: Factory = functools.partial(Duplicate, width, factor=2)
         else:

@@ -14,24 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from dinosae_jax.models.layers import ACTIVATIONS, Conv2d, ConvLayer
+from dinosae_jax.models.layers import ACTIVATIONS, Conv2d, ConvLayer, in_blocks
 
 Array = jax.Array
 Factory = Callable[..., nn.Module]
 
 HEAD_DIM = 32  # of linear attention, in every published configuration
 EXPAND_RATIO = 4  # of the gated convolution
-
-
-def pixel_shuffle(x: Array, factor: int = 2) -> Array:
-    """Turns channels into space in PyTorch's order: channel index c*f*f + i*f + j.
-
-    [b, h, w, c*f*f] -> [b, h*f, w*f, c].
-    """
-    b, h, w, channels = x.shape
-    c = channels // factor**2
-    x = x.reshape(b, h, w, c, factor, factor).transpose(0, 1, 4, 2, 5, 3)
-    return x.reshape(b, h * factor, w * factor, c)
 
 
 def upsample_nearest(x: Array) -> Array:
@@ -59,6 +48,20 @@ def linear_attention(qkv: Array) -> Array:
     return einsum("bnkd,bkde->bnke", q, memory) / (weight[..., None] + 1e-15)
 
 
+def shuffle_blocks(x: Array, factor: int) -> Array:
+    """Turns blocks of channels into space: channel (i*f + j)*c + k goes to pixel (i, j) of a cell.
+
+    PyTorch's pixel shuffle has channel k*f*f + i*f + j there. Blocks move as whole vectors of c
+    channels, which no other order does.
+
+    [b, h, w, f*f*c] -> [b, h*f, w*f, c].
+    """
+    b, h, w, channels = x.shape
+    c = channels // factor**2
+    x = x.reshape(b, h, w, factor, factor, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * factor, w * factor, c)
+
+
 class Duplicate(nn.Module):
     """Shortcut without parameters: repeats each channel, then shuffles pixels.
 
@@ -70,18 +73,34 @@ class Duplicate(nn.Module):
 
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Applies the shortcut; `train` is ignored."""
-        total = self.features * self.factor**2
-        if total % x.shape[-1]:
+        return shuffle_blocks(self.blocks(x), self.factor)
+
+    def blocks(self, x: Array) -> Array:
+        """The repeated channels as `shuffle_blocks` takes them, [b, h, w, factor^2 * features].
+
+        Each output channel takes its factor^2 pixels from one input channel, or from several in
+        turn. Channels are only cut and laid side by side, so that the gradient has no sums over
+        neighbouring channels.
+        """
+        lead, channels, cells = x.shape[:-1], x.shape[-1], self.factor**2
+        times = cells * self.features // channels
+        if times * channels != cells * self.features:
             raise ValueError(
                 "the input channels of a duplicating shortcut divide features * factor^2; got "
-                f"{x.shape[-1]} and {total}; change width_list or latent_channels, or set the "
-                "shortcut to None"
+                f"{channels} and {cells * self.features}; change width_list or latent_channels, or "
+                "set the shortcut to None"
             )
-        return pixel_shuffle(jnp.repeat(x, total // x.shape[-1], axis=-1), self.factor)
+        if times % cells == 0:  # an input channel fills all pixels of one or more output channels
+            wide = jnp.repeat(x, times // cells, axis=-1)
+            return jnp.concatenate([wide] * cells, axis=-1)
+        if cells % times == 0:  # several input channels share the pixels of one output channel
+            shares = jnp.moveaxis(x.reshape(*lead, self.features, cells // times), -1, 0)
+            return jnp.concatenate([share for share in shares for _ in range(times)], axis=-1)
+        return in_blocks(jnp.repeat(x, times, axis=-1), cells)
 
 
 class Residual(nn.Module):
-    """main(x) + shortcut(x), added in float32.
+    """main(x) + shortcut(x), added in float32 and rounded to the type of main(x).
 
     Attributes:
       main: makes the main module, called as main(name="main").
@@ -94,8 +113,12 @@ class Residual(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         skip = x if self.shortcut is None else self.shortcut(name="shortcut")(x, train)
-        main = self.main(name="main")(x, train)
-        return main.astype(jnp.float32) + skip.astype(jnp.float32)
+        return _added(self.main(name="main")(x, train), skip)
+
+
+def _added(main: Array, skip: Array) -> Array:
+    """The sum of both, like the first."""
+    return (main.astype(jnp.float32) + skip.astype(jnp.float32)).astype(main.dtype)
 
 
 class ResBlock(nn.Module):
@@ -168,7 +191,7 @@ class EViTBlock(nn.Module):
     DINO-SAE's builder drops the norm of these blocks where it is "trms2d" (it hands a module to
     a function that looks for a string), and its checkpoints have no parameters for it: so here.
 
-    [b, h, w, c] -> [b, h, w, c] float32.
+    [b, h, w, c] -> [b, h, w, c] in `dtype`.
     """
 
     scales: tuple[int, ...]
@@ -186,14 +209,37 @@ class EViTBlock(nn.Module):
 
 
 class ConvPixelShuffle(nn.Module):
-    """3x3 convolution to four times the channels, then a pixel shuffle: [b, 2h, 2w, features]."""
+    """3x3 convolution to four times the channels, then a pixel shuffle: [b, 2h, 2w, features].
+
+    The kernel is stored in the order of PyTorch's pixel shuffle.
+    """
+
+    features: int
+    dtype: Dtype
+
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        return shuffle_blocks(self.blocks(x), 2)
+
+    @nn.compact
+    def blocks(self, x: Array) -> Array:
+        """What `shuffle_blocks` takes, [b, h, w, 4*features] in `dtype`."""
+        return ConvLayer(4 * self.features, dtype=self.dtype, blocks=4, name="conv")(x)
+
+
+class ShuffledResidual(nn.Module):
+    """`Residual` of a `ConvPixelShuffle` and a `Duplicate`, whose sum is shuffled once.
+
+    [b, h, w, c] -> [b, 2h, 2w, features] in `dtype`.
+    """
 
     features: int
     dtype: Dtype
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        return pixel_shuffle(ConvLayer(4 * self.features, dtype=self.dtype, name="conv")(x))
+        main = ConvPixelShuffle(self.features, self.dtype, name="main").blocks(x)
+        skip = Duplicate(self.features, 2, name="shortcut").blocks(x)
+        return shuffle_blocks(_added(main, skip), 2)
 
 
 class InterpolateConv(nn.Module):

@@ -237,11 +237,16 @@ class Block(nn.Module):
             hidden, self.initialisation, self.dtype, name="mlp"
         )
 
-        a = attention(_modulate(_norm(self.use_rmsnorm, "norm1")(x), shift1, scale1), rope)
+        a = attention(self._normed("norm1", x, shift1, scale1), rope)
         x = x + gate1 * a.astype(jnp.float32)
-        m = mlp(_modulate(_norm(self.use_rmsnorm, "norm2")(x), shift2, scale2))
+        m = layers.materialised(mlp(self._normed("norm2", x, shift2, scale2)))
         x = x + gate2 * m.astype(jnp.float32)
         return x, {"": x, "attn": a, "mlp": m} if self.record else None
+
+    def _normed(self, name: str, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+        """Input of a branch, in `dtype`; its gradient is written to memory before the norm's."""
+        y = _modulate(_norm(self.use_rmsnorm, name)(x), shift, scale)
+        return layers.materialised(y.astype(self.dtype))
 
     def _modulation(self, c: jax.Array) -> list[jax.Array]:
         """Shift, scale, gate of both branches; shifts are 0 without them."""

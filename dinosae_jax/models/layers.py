@@ -252,6 +252,9 @@ class Conv2d(nn.Module):
 
     [b, h, w, c] -> [b, h', w', features] in `dtype`, h' = floor((h + 2 padding - kernel) / stride)
     + 1.
+
+    With `blocks` above 1 the output channels come in so many blocks: channel c*blocks + i of the
+    stored kernel is put out as channel i*features/blocks + c.
     """
 
     features: int
@@ -261,6 +264,7 @@ class Conv2d(nn.Module):
     groups: int = 1
     use_bias: bool = True
     dtype: Dtype = jnp.float32
+    blocks: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -268,14 +272,22 @@ class Conv2d(nn.Module):
         pad = size // 2 if self.padding is None else self.padding
         init = uniform_init((size * size * channels) ** -0.5)
         kernel = self.param("kernel", init, (size, size, channels, self.features), jnp.float32)
-        x = x.astype(self.dtype)
+        kernel, x = in_blocks(kernel, self.blocks), x.astype(self.dtype)
         if self.groups == 1:
             y = convolve(x, kernel, self.stride, pad)
         else:
             y = _convolve(x, kernel.astype(self.dtype), self.stride, pad, self.groups)
         if not self.use_bias:
             return y
-        return add_bias(y, self.param("bias", init, (self.features,), jnp.float32))
+        bias = self.param("bias", init, (self.features,), jnp.float32)
+        return add_bias(y, in_blocks(bias, self.blocks))
+
+
+def in_blocks(array: Array, blocks: int) -> Array:
+    """[..., c * blocks] -> [..., blocks * c]."""
+    if blocks == 1:
+        return array
+    return array.reshape(*array.shape[:-1], -1, blocks).swapaxes(-1, -2).reshape(array.shape)
 
 
 class ImageRMSNorm(nn.Module):
@@ -385,7 +397,7 @@ def apply_norm(kind: str | None, x: Array, train: bool, name: str) -> Array:
 class ConvLayer(nn.Module):
     """Convolution -> norm (if any) -> activation (if any).
 
-    [b, h, w, c] -> [b, h', w', features]; float32 after a norm, else `dtype`.
+    [b, h, w, c] -> [b, h', w', features] in `dtype`, rounded once behind a norm and activation.
     """
 
     features: int
@@ -396,6 +408,7 @@ class ConvLayer(nn.Module):
     norm: str | None = None
     act: str | None = None
     dtype: Dtype = jnp.float32
+    blocks: int = 1
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -406,9 +419,11 @@ class ConvLayer(nn.Module):
             groups=self.groups,
             use_bias=self.use_bias,
             dtype=self.dtype,
+            blocks=self.blocks,
             name="conv",
         )(x)
-        return ACTIVATIONS[self.act](apply_norm(self.norm, x, train, name="norm"))
+        y = ACTIVATIONS[self.act](apply_norm(self.norm, x, train, name="norm"))
+        return y.astype(self.dtype)
 
 
 def rematerialised(block: type[nn.Module], remat: str, prevent_cse: bool) -> type[nn.Module]:

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 Tree = Any
 BATCH_AXES = ("data", "fsdp")
 SMALLEST_SHARDED_BYTES = 1 << 20  # gathering smaller leaves costs more than holding them
+SUBLANES, LANES = 8, 128  # of a tile: the last two axes of an array in a TPU's memory
 STACKED_PREFIX = "blocks"  # of subtrees whose leaves have a leading depth axis
 
 
@@ -26,6 +27,9 @@ def partition_rule(
     shape: tuple[int, ...], itemsize: int, stacked: bool, fsdp: int
 ) -> PartitionSpec:
     """The partition of a leaf: over `fsdp` along the largest axis that it divides, not the depth.
+
+    Axes that are cut into whole tiles of a TPU's memory come first: shards of the others are copied
+    behind each gather (20 ms of 283 in a LightningDiT-XL step on v5p, by the compiler's estimate).
 
     Args:
       shape: shape of the leaf.
@@ -36,7 +40,13 @@ def partition_rule(
     fitting = [axis for axis in range(int(stacked), len(shape)) if shape[axis] % fsdp == 0]
     if fsdp == 1 or math.prod(shape) * itemsize < SMALLEST_SHARDED_BYTES or not fitting:
         return PartitionSpec()
-    axis = max(fitting, key=lambda a: shape[a])
+    last = len(shape) - 1
+
+    def order(axis: int) -> tuple[bool, int]:
+        tile = LANES if axis == last else SUBLANES
+        return shape[axis] // fsdp % tile == 0, shape[axis]
+
+    axis = max(fitting, key=order)
     return PartitionSpec(*[None] * axis, "fsdp")
 
 

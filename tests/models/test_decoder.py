@@ -77,22 +77,38 @@ def test_preset_a_is_what_the_decoder_makes_sixteen_times_larger():
     assert (out.shape, out.dtype) == ((2, 48, 80, 3), jnp.float32)
 
 
-def test_pixel_shuffle_has_the_output_channel_slowest():
+def test_a_shuffled_convolution_has_the_output_channel_slowest():
+    """A kernel that copies input channel t to its output channel t shows PyTorch's order."""
     x = jnp.arange(8.0).reshape(1, 1, 1, 8)
-    got = blocks.pixel_shuffle(x)
-    np.testing.assert_array_equal(got[0, :, :, 0], [[0, 1], [2, 3]])
-    np.testing.assert_array_equal(got[0, :, :, 1], [[4, 5], [6, 7]])
+    module = blocks.ConvPixelShuffle(features=2, dtype=jnp.float32)
+    kernel = jnp.zeros((3, 3, 8, 8)).at[1, 1].set(jnp.eye(8))
+    bias = jnp.arange(8.0) / 16
+    got = module.apply({"params": {"conv": {"conv": {"kernel": kernel, "bias": bias}}}}, x)
+    np.testing.assert_array_equal(got[0, :, :, 0], np.asarray([[0, 1], [2, 3]]) * 17 / 16)
+    np.testing.assert_array_equal(got[0, :, :, 1], np.asarray([[4, 5], [6, 7]]) * 17 / 16)
 
 
-@pytest.mark.parametrize("channels", [2, 4, 8])
-def test_duplicating_shortcut_takes_channel_4c_2i_j_over_r(channels):
-    """Sub-pixel (i, j) of output channel c, with 8 / channels repeats of each input channel."""
+@pytest.mark.parametrize(
+    ("channels", "features"), [(1, 2), (2, 2), (4, 2), (8, 2), (4, 3), (4, 6), (24, 6), (2, 1)]
+)
+def test_duplicating_shortcut_takes_channel_4c_2i_j_over_r(channels, features):
+    """Sub-pixel (i, j) of output channel c, with r repeats of each input channel."""
     x = jnp.arange(float(channels)).reshape(1, 1, 1, channels)
-    got = blocks.Duplicate(features=2, factor=2).apply({}, x)
-    for c in range(2):
+    got = blocks.Duplicate(features, factor=2).apply({}, x)
+    for c in range(features):
         for i in range(2):
             for j in range(2):
-                assert got[0, i, j, c] == (4 * c + 2 * i + j) // (8 // channels)
+                assert got[0, i, j, c] == (4 * c + 2 * i + j) // (4 * features // channels)
+
+
+def test_a_shuffled_residual_is_the_sum_of_its_parts():
+    x = np.random.default_rng(5).normal(size=(2, 3, 5, 8)).astype(np.float32)
+    both = blocks.ShuffledResidual(features=4, dtype=jnp.float32)
+    variables = both.init(jax.random.key(0), x)
+    conv = blocks.ConvPixelShuffle(features=4, dtype=jnp.float32)
+    want = conv.apply({"params": variables["params"]["main"]}, x)
+    want += blocks.Duplicate(features=4, factor=2).apply({}, x)
+    np.testing.assert_array_equal(both.apply(variables, x), want)
 
 
 def test_linear_attention_equals_normalised_relu_weights():

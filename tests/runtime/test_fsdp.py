@@ -21,7 +21,8 @@ CLEAN = {"all-gather", "all-reduce", "reduce-scatter"}
 @pytest.mark.parametrize(
     ("shape", "stacked", "ways", "axis"),
     [
-        ((28, 1152, 3456), True, 8, 2),  # the largest
+        ((28, 1152, 6144), True, 16, 2),  # the largest
+        ((28, 1152, 3456), True, 8, 1),  # 3456 / 8 is not a multiple of 128, 1152 / 8 is one of 8
         ((28, 1152, 3456), True, 128, 2),
         ((28, 3072, 1152), True, 256, 1),  # 1152 = 2^7 * 9
         ((2, 2048, 10922), True, 16, 1),  # 10922 = 2 * 43 * 127
