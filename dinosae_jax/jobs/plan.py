@@ -236,6 +236,7 @@ def enter(path: epath.Path, row: Row) -> None:
     rows.sort(key=lambda r: (r["name"], r["target"], r["command"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, rows)
+    rows = json.loads(path.read_text())  # the page says what the file says, in its order
     files.write_text(path.with_suffix(".md"), table(rows))
 
 

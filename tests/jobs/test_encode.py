@@ -13,7 +13,7 @@ from dinosae_jax.data.latents import latent_reader, latent_record, latent_writer
 from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.jobs import encode
 from dinosae_jax.runtime import precision, sharding
-from dinosae_jax.train import flow_evaluation, flow_task, stages
+from dinosae_jax.train import flow_evaluation, flow_task, latent_cache, stages
 from tests import tiny
 from tests.tiny import small_flow
 
@@ -135,12 +135,12 @@ def test_run_again_it_keeps_good_shards_and_repairs_damaged_ones(root, tmp_path)
 def test_two_processes_write_what_one_does(root, tmp_path, monkeypatch):
     config = config_of(root)
     for number in (1, 0, 1):  # one after the other, so each lacks the other's shards at first
-        monkeypatch.setattr(encode, "_process", lambda number=number: (number, 2))
+        monkeypatch.setattr(latent_cache, "_process", lambda number=number: (number, 2))
         with pytest.raises(ValueError, match=r"readable manifest|lacks number 1"):
             encode.run(config, tmp_path)
-    monkeypatch.setattr(encode, "_process", lambda: (0, 2))
+    monkeypatch.setattr(latent_cache, "_process", lambda: (0, 2))
     encode.run(config, tmp_path)
-    for split in encode.SPLITS:
+    for split in latent_cache.SPLITS:
         ours, theirs = (
             json.loads((folder / split / "manifest.json").read_text())
             for folder in (tmp_path, root / "cache")

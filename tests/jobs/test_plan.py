@@ -279,6 +279,14 @@ def test_the_tables_are_the_ledgers():
     assert set(quoted) <= set(page.splitlines())
 
 
+def test_a_row_that_is_entered_stands_on_the_page_as_in_the_file(tmp_path):
+    row = next(row for row in rows() if all(copy["path"] for copy in row["replicated"].values()))
+    turned = {**row, "replicated": dict(reversed(row["replicated"].items()))}
+    path = plan.epath.Path(tmp_path) / "ledger.json"
+    plan.enter(path, turned)
+    assert path.with_suffix(".md").read_text() == plan.table(json.loads(path.read_text()))
+
+
 CUT = [row for row in rows() if "cut" in row["command"]] if LEDGER.exists() else []
 asked_for = pytest.mark.skipif(
     not os.environ.get("DINOSAE_LEDGER"),
