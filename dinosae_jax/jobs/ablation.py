@@ -38,17 +38,15 @@ def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
 
     Args:
       config: `base` (a training config), `arms` {name: {'path/to/field': value}}, `order` (names of
-        the arms), `seeds`, and `metrics` (names of the evaluation that the table shows), or for
-        flows what `configs/ablation_flow.py` has.
+        the arms), `once` (those that the first seed alone trains), `seeds`, and `metrics` (names of
+        the evaluation that the table shows), or for flows what `configs/ablation_flow.py` has.
       folder: folder of the comparison.
     """
     inputs.pretrained_weights(config.weights)  # refused before anything is trained
     with stopping.StopRequest() as stop:
         for seed in config.seeds:
-            for arm in (
-                *config.order,
-                *(config.get("once", ()) if seed == config.seeds[0] else ()),
-            ):
+            once = config.get("once", ()) if seed == config.seeds[0] else ()
+            for arm in (*config.order, *once):
                 stage = arm_config(config, arm, seed)
                 stages.run_stage(stage, folder / arm / f"seed{seed}", stop)
         if "flow" in config.base:
@@ -202,10 +200,9 @@ def compare_flows(
         return Photographs(config, config.base.data, network)
 
     def reconstructed() -> scores.Score:
-        made = autoencoder.reconstruct(unit_interval(photographs().held_out))
-        return photographs().measure(
-            photographs().embed(png.as_picture(made)), photographs().labels
-        )
+        there = photographs()
+        made = png.as_picture(autoencoder.reconstruct(unit_interval(there.held_out)))
+        return there.measure(there.embed(made), there.labels)
 
     def measure(setting: flow_comparison.Setting) -> scores.Score:
         return flow_comparison.measure(config, folder, photographs(), setting)
