@@ -3,13 +3,11 @@
 Arms with equal steps and network, three seeds each: {raw, projected} latents on linear paths, raw
 latents on a trigonometric path, and the geodesic on the sphere (raw latents have no geodesic: they
 do not lie on one sphere). Further ones, trained once, change one thing of the geodesic flow: the
-radial penalty, the time shift, the moving average, the radius. All read the latents of the
-autoencoder of configs/imagenette.py:cpu, whose chain is run first:
+radial penalty, the time shift, the moving average, the radius. All read the latents of the chain of
+configs/imagenette.py:cpu in runs/imagenette, which is run first:
 
     python -m dinosae_jax.main --config=configs/ablation_flow.py \
         --config.base.data.source=folder:IMAGENETTE \
-        --config.base.init_from=runs/imagenette/stage4 \
-        --config.base.data.latents=runs/imagenette/latents \
         --config.sweep.decoder=runs/imagenette/stage3 \
         --config.weights.efficientnet=weights/efficientnet
 
@@ -81,6 +79,7 @@ def get_config(argument=None):
     base.steps, base.sampling.steps, base.sampling.guidance = 2000, 25, 1.0
     base.eval.every, base.checkpoint.every = 1000, 500
     base.checkpoint.milestones = 500
+    base.init_from, base.data.latents = "runs/imagenette/stage4", "runs/imagenette/latents"
     config = ml_collections.ConfigDict(
         dict(
             job="ablation",

@@ -107,7 +107,7 @@ class Survey:
     def text(self, command: str) -> str:
         """The heading and the numbered commands, of which `command` is the last."""
         commands = (*self._conversions.values(), *self._data.values(), *self._runs.values())
-        said = ", ".join(self.missing)
+        said = ", ".join(dict.fromkeys(self.missing))  # stages of a chain may lack the same
         lines = [f"missing: {said.removesuffix('?')}. From here to a running job:"]
         lines += [f"  {number}. {line}" for number, line in enumerate((*commands, command), 1)]
         return "\n".join(lines)

@@ -9,6 +9,7 @@ import pytest
 from configs import (
     encode,
     evaluate,
+    imagenette,
     quickstart,
     reconstruct,
     rfm_dit,
@@ -287,3 +288,12 @@ def test_a_chain_names_the_flag_of_its_stage():
     config.stages.stage1.random_frozen_ok = ("dino",)
     _, commands = missing(config, "--config=configs/quickstart.py")
     assert commands[-1].endswith("--config.stages.stage1.weights.vit=weights/dinov3")
+
+
+def test_what_several_stages_of_a_chain_lack_is_named_once():
+    """Its flow reads the latents of an earlier stage, which nobody has to make by hand."""
+    heading, commands = missing(imagenette.get_config("cpu"))
+    assert heading.count("images (data.source=folder:imagenette)") == 1
+    assert heading.count("weights.vit=weights/vits") == 1
+    assert "latents" not in heading
+    assert len(commands) == 3
