@@ -162,11 +162,12 @@ def fit_classifier(
     mean, deviation = known.mean(axis=0), known.std(axis=0) + 1e-6
     random = np.random.default_rng(0)
     rows = (random.integers(0, len(known), batch_size) for _ in range(steps))
-    batches = (((known[row] - mean) / deviation, labels[row].astype(np.int32)) for row in rows)
+    scaled = (known - mean) / deviation
+    batches = ((scaled[row], labels[row].astype(np.int32)) for row in rows)
     heads = init_heads(jax.random.key(0), known.shape[1], int(labels.max()) + 1)
     heads = train_probe(heads, batches, batch_size, steps)
-    scaled = (held_out - mean) / deviation
-    best = evaluate_probe(heads, [(scaled, held_out_labels.astype(np.int32))]).best
+    asked = (held_out - mean) / deviation
+    best = evaluate_probe(heads, [(asked, held_out_labels.astype(np.int32))]).best
     kernel, bias = (np.asarray(heads[name][best]) for name in ("kernel", "bias"))
     return Classifier(mean, deviation, kernel, bias)
 

@@ -48,7 +48,7 @@ def run(config: ml_collections.ConfigDict, folder: epath.Path) -> None:
             once = config.get("once", ()) if seed == config.seeds[0] else ()
             for arm in (*config.order, *once):
                 stage = arm_config(config, arm, seed)
-                stages.run_stage(stage, folder / arm / f"seed{seed}", stop)
+                stages.run_stage(stage, scores.workdir_of(folder, arm, seed), stop)
         if "flow" in config.base:
             compare_flows(config, folder, stop)
             return
@@ -95,8 +95,7 @@ def write_comparison(
       The table: one row per arm, mean and standard deviation of the last evaluations over seeds.
     """
     series = {
-        arm: [_evaluations(folder / arm / f"seed{seed}" / "metrics.jsonl") for seed in seeds]
-        for arm in arms
+        arm: [_evaluations(scores.workdir_of(folder, arm, seed)) for seed in seeds] for arm in arms
     }
     results: dict[str, Any] = {}
     lines = [f"| arm | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
@@ -120,8 +119,9 @@ def write_comparison(
     return table
 
 
-def _evaluations(path: epath.Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+def _evaluations(workdir: epath.Path) -> list[dict[str, float]]:
+    written = (workdir / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in written.splitlines()]
     return [line for line in lines if any(name.startswith("eval/") for name in line)]
 
 
@@ -149,7 +149,7 @@ def compare_autoencoders(
 
     @functools.lru_cache(maxsize=1)
     def autoencoder(arm: str, seed: int) -> Autoencoder:
-        workdir = folder / arm / f"seed{seed}"
+        workdir = scores.workdir_of(folder, arm, seed)
         return Autoencoder.load(workdir, "float32", batch_size=config.batch_size)
 
     def measure(arm: str, seed: int) -> scores.Score:
@@ -163,7 +163,7 @@ def compare_autoencoders(
     measured.add("photographs", lambda: judge().photographs.floor(config.images))
     measured.add("teacher", lambda: judge().teacher(autoencoder(*some)))
     for arm, seed in itertools.product(config.order, config.seeds):
-        key = autoencoder_comparison.key_of(arm, seed)
+        key = scores.key_of(arm, seed)
         if stopped := stop.agreed():
             raise stopping.Interrupted(f"the ablation stopped before {key}", stopped)
         measured.add(key, functools.partial(measure, arm, seed))
@@ -191,7 +191,7 @@ def compare_flows(
       ValueError: where the folder holds scores of another comparison.
       stopping.Interrupted: after a signal, with every score saved.
     """
-    some = folder / config.order[0] / f"seed{config.seeds[0]}"
+    some = scores.workdir_of(folder, config.order[0], config.seeds[0])
     autoencoder = Autoencoder.load(some, "float32", batch_size=config.batch_size)
     network = inputs.feature_network(config.weights, autoencoder.mesh, lambda: autoencoder)
 

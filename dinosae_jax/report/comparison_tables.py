@@ -10,8 +10,8 @@ from etils import epath
 
 from dinosae_jax.data import png
 from dinosae_jax.eval import features
-from dinosae_jax.eval.protocols import autoencoder_comparison, flow_comparison
-from dinosae_jax.eval.protocols.scores import Score
+from dinosae_jax.eval.protocols import flow_comparison
+from dinosae_jax.eval.protocols.scores import Score, key_of, workdir_of
 from dinosae_jax.report import curves, pictures
 
 EXCHANGED = {
@@ -46,10 +46,7 @@ def autoencoder_tables(
         "linear": "class by linear probe (%)",
     }
     own = {name: [scores[name]] for name in ("photographs", "teacher")}
-    arms = {
-        arm: [scores[autoencoder_comparison.key_of(arm, seed)] for seed in config.seeds]
-        for arm in config.order
-    }
+    arms = {arm: [scores[key_of(arm, seed)] for seed in config.seeds] for arm in config.order}
     about = (
         f"{config.images} held-out images, classes learned from {config.known} training images; "
         f"{config.base.steps} steps of {config.base.batch_size}; mean ± deviation of "
@@ -87,13 +84,11 @@ def flow_tables(
     for scale in config.guidances:
         note = "unguided" if scale == 1 else f"guidance {scale:g}"
         lines += ["", *_table(f"flow, {note}", names, arms(scale) | own)]
-    steps = flow_comparison.earlier_steps(config)
-    over = {f"step {step}": step for step in steps} | {f"step {config.base.steps}": 0}
-    lines += ["", f"| {names['kernel']} over training | {' | '.join(over)} |"]
-    lines.append("|---" * (len(over) + 1) + "|")
-    for arm in config.order:
-        runs = [[run["kernel"] for run in arms(step=step)[arm]] for step in over.values()]
-        lines.append(f"| {arm} | {' | '.join(map(_cell, runs))} |")
+    over = flow_comparison.steps_of_training(config)
+    grown = [arms(step=step) for step in over.values()]
+    trained = {arm: [[run["kernel"] for run in at[arm]] for at in grown] for arm in config.order}
+    head = [f"{names['kernel']} over training", *(f"step {step}" for step in over)]
+    lines += ["", *_lines(head, trained)]
     if config.once:
         first = {
             arm: flow_comparison.arm_setting(config, arm, config.seeds[0])
@@ -101,11 +96,15 @@ def flow_tables(
         }
         lines += ["", *_table("one seed", names, {arm: one(x) for arm, x in first.items()})]
     counts = tuple(config.sweep.steps)
-    lines += ["", f"| sampler, {names['kernel']} | {' | '.join(f'{n} steps' for n in counts)} |"]
-    lines.append("|---" * (len(counts) + 1) + "|")
-    for sampler in config.sweep.samplers:
-        drawn = [one(flow_comparison.sampler_setting(config, sampler, n)) for n in counts]
-        lines.append(f"| {sampler} | {' | '.join(_cell([x['kernel']]) for (x,) in drawn)} |")
+    drawn = {
+        sampler: [
+            [run["kernel"] for run in one(flow_comparison.sampler_setting(config, sampler, n))]
+            for n in counts
+        ]
+        for sampler in config.sweep.samplers
+    }
+    head = [f"sampler, {names['kernel']}", *(f"{n} steps" for n in counts)]
+    lines += ["", *_lines(head, drawn)]
     radii = {f"x {x:g}": one(flow_comparison.radius_setting(config, x)) for x in config.sweep.radii}
     lines += ["", *_table("decode radius", names, radii)]
     if config.sweep.decoder:
@@ -131,30 +130,29 @@ def write_pictures(
     """
     sweep, title = config.sweep, titles(network)["kernel"]
     counts, radii = tuple(sweep.steps), tuple(sweep.radii)
-    steps = (*flow_comparison.earlier_steps(config), config.base.steps)
+    steps = flow_comparison.steps_of_training(config)
 
     def kernel(settings: list[flow_comparison.Setting]) -> list[float]:
         return [scores[setting.key]["kernel"] for setting in settings]
 
-    def trained(arm: str, seed: int) -> list[float]:
-        at = [step if step < config.base.steps else 0 for step in steps]
-        return kernel([flow_comparison.arm_setting(config, arm, seed, 1.0, step) for step in at])
+    def trained(arm: str) -> list[list[float]]:
+        setting = functools.partial(flow_comparison.arm_setting, config, arm, guidance=1.0)
+        at = steps.values()
+        return [kernel([setting(seed, step=step) for step in at]) for seed in config.seeds]
 
     def by_steps(sampler: str) -> list[float]:
         return kernel([flow_comparison.sampler_setting(config, sampler, n) for n in counts])
 
     by_radius = kernel([flow_comparison.radius_setting(config, radius) for radius in radii])
     panels = {
-        f"{title} over training": {
-            arm: (steps, [trained(arm, seed) for seed in config.seeds]) for arm in config.order
-        },
+        f"{title} over training": {arm: (tuple(steps), trained(arm)) for arm in config.order},
         f"{title} over steps of the sampler": {
             sampler: (counts, [by_steps(sampler)]) for sampler in sweep.samplers
         },
         f"{title} over decode radius / measured": {sweep.arm: (radii, [by_radius])},
     }
     plot = png.decode_png(curves.sweeps_png(panels))
-    drawn = (folder / arm / f"seed{config.seeds[0]}" / "samples.png" for arm in config.order)
+    drawn = (workdir_of(folder, arm, config.seeds[0]) / "samples.png" for arm in config.order)
     grids = [
         pictures.captioned(png.decode_png(path.read_bytes()), arm)
         for arm, path in zip(config.order, drawn, strict=True)
@@ -176,12 +174,18 @@ def titles(network: features.FeatureNetwork) -> dict[str, str]:
 
 def _table(corner: str, columns: dict[str, str], rows: dict[str, list[Score]]) -> list[str]:
     """Rows are one score or those of several seeds; '-' where a score lacks the metric."""
-    lines = [f"| {corner} | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
-    for title, runs in rows.items():
-        scales = {name: 100 if "%" in column else 1 for name, column in columns.items()}
-        values = [[scales[name] * run[name] for run in runs if name in run] for name in columns]
-        lines.append(f"| {title} | {' | '.join(map(_cell, values))} |")
-    return lines
+    scales = {name: 100 if "%" in column else 1 for name, column in columns.items()}
+    values = {
+        title: [[scales[name] * run[name] for run in runs if name in run] for name in columns]
+        for title, runs in rows.items()
+    }
+    return _lines([corner, *columns.values()], values)
+
+
+def _lines(head: list[str], rows: dict[str, list[list[float]]]) -> list[str]:
+    """A Markdown table; a cell holds one value or those of several seeds."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return lines + [f"| {title} | {' | '.join(map(_cell, row))} |" for title, row in rows.items()]
 
 
 def _cell(values: list[float]) -> str:

@@ -82,20 +82,13 @@ def token_norms(
     known = agreement.from_first(lambda: _read_norms(workdir, of))
     if known:
         return known
-    size = sharding.device_multiple(config.eval.batch_size, mesh)
-    count = -(-min(MEASURED_IMAGES, len(source)) // size)
+    size, count = batches_of(config, source, mesh)
     of_rows = f"{of} {size}"
     found = _read_partial(workdir, of_rows) if jax.process_index() == 0 else _NONE
     done = agreement.from_first(lambda: len(found)) // size
-    batches = loading.training_batches(source, config, mesh, ("image",), size, done)
     rows = _measure(
         _moments(spec, frozen, mesh),
-        console.progress(
-            f"{config.name}: measures token norms",
-            (batch for _, batch in zip(range(done, count), batches, strict=False)),
-            (count - done) * size,
-            size,
-        ),
+        measured_batches(config, source, mesh, "token norms", done),
         found,
         lambda rows: _write_partial(workdir, of_rows, rows),
         config.name,
@@ -107,6 +100,28 @@ def token_norms(
         files.write_json(workdir / NORMS_FILE, norms)
         (workdir / PARTIAL_FILE).unlink(missing_ok=True)
     return agreement.from_first(lambda: norms)  # the first process has what was kept
+
+
+def batches_of(
+    config: ml_collections.ConfigDict, source: loading.Source, mesh: jax.sharding.Mesh
+) -> tuple[int, int]:
+    """Size and number of the batches that are measured."""
+    size = sharding.device_multiple(config.eval.batch_size, mesh)
+    return size, -(-min(MEASURED_IMAGES, len(source)) // size)
+
+
+def measured_batches(
+    config: ml_collections.ConfigDict,
+    source: loading.Source,
+    mesh: jax.sharding.Mesh,
+    what: str,
+    done: int = 0,
+) -> loading.Batches:
+    """The batches that are measured, in the order of training, with progress, behind `done`."""
+    size, count = batches_of(config, source, mesh)
+    batches = loading.training_batches(source, config, mesh, ("image",), size, done)
+    left = (batch for _, batch in zip(range(done, count), batches, strict=False))
+    return console.progress(f"{config.name}: measures {what}", left, (count - done) * size, size)
 
 
 def _moments(

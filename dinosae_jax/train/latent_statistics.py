@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dinosae_jax.data import loading
 from dinosae_jax.models import autoencoder
-from dinosae_jax.runtime import agreement, console, files, sharding, stopping
+from dinosae_jax.runtime import agreement, files, sharding, stopping
 from dinosae_jax.train import autoencoder_step, latent_norms
 
 STATISTICS_FILE = "latent_statistics.npz"
@@ -65,20 +65,16 @@ def measure(
     known = agreement.from_first(lambda: _read(path, of))
     if known is not None:
         return known
-    size = sharding.device_multiple(config.eval.batch_size, mesh)
-    count = -(-min(latent_norms.MEASURED_IMAGES, len(source)) // size)
     centred = config.copy_and_resolve_references()
     centred.data.crop = "center"
-    batches = loading.training_batches(source, centred, mesh, ("image",), size)
+    what = "the statistics of latents"
+    batches = latent_norms.measured_batches(centred, source, mesh, what)
     moments, total = _moments(spec, frozen, mesh), 0
     mean = square = np.zeros(())
-    name = f"{config.name}: measures the statistics of latents"
-    taken = (batch for _, batch in zip(range(count), batches, strict=False))
-    for batch in console.progress(name, taken, count * size, size):
-        stopping.check(f"{config.name}, while it measured the statistics of latents,")
+    for batch in batches:
+        stopping.check(f"{config.name}, while it measured {what},")
         ours, squares = moments(batch)
-        # Chan's update; every batch has the same size.
-        total += 1
+        total += 1  # Chan's update; every batch has the same size
         step = ours - mean
         mean = mean + step / total
         square = square + squares + step**2 * (total - 1) / total
@@ -102,10 +98,9 @@ def _moments(
         return jnp.mean(tokens, axis=0), jnp.var(tokens, axis=0)
 
     def of_batch(batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        mean, variance = moments(frozen, sharding.put_batch(batch, mesh)["image"])
-        return sharding.gather(mean).astype(np.float64), sharding.gather(variance).astype(
-            np.float64
-        )
+        pair = moments(frozen, sharding.put_batch(batch, mesh)["image"])
+        mean, variance = (sharding.gather(each).astype(np.float64) for each in pair)
+        return mean, variance
 
     return of_batch
 

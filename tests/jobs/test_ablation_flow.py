@@ -54,7 +54,7 @@ def test_everything_is_sampled_once():
     # 25 steps and at its own radius are among them.
     assert len(found) == len({each.key for each in found}) == 12 * 5 + 6 + (24 - 1) + (7 - 1) + 1
     assert collections.Counter(each.seed for each in found) == {0: 56, 1: 20, 2: 20}
-    assert flow_comparison.earlier_steps(config) == [500, 1000, 1500]
+    assert list(flow_comparison.steps_of_training(config).values()) == [500, 1000, 1500, 0]
     assert {each.step for each in found} == {0, 500, 1000, 1500}
     radii = [each.radius for each in found]
     assert (min(radii), max(radii)) == (0.5, 2.0)

@@ -10,6 +10,9 @@ held-out image is also decoded from its own directions with the norms of an imag
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -23,11 +26,6 @@ from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.models.autoencoder import unit_interval
 
 Floats = NDArray[np.float32]
-
-
-def key_of(arm: str, seed: int) -> str:
-    """The name of a trained autoencoder in scores.json."""
-    return f"{arm}, seed {seed}"
 
 
 class Judge:
@@ -65,7 +63,7 @@ class Judge:
         embedded = photographs.embed(made)
         return {
             "psnr": _psnr(made, photographs.held_out),
-            "ssim": _ssim(made, photographs.held_out),
+            "ssim": _mean(image_quality.ssim, made, photographs.held_out),
             "distance": float(np.mean(1.0 - _cosine(embedded, photographs.features))),
             **photographs.measure(embedded, photographs.labels),
             **self._classes(classify, known, held_out),
@@ -111,13 +109,12 @@ def _decode(autoencoder: Autoencoder, z: Floats) -> Pixels:
 
 
 def _psnr(made: Pixels, pixels: Pixels) -> float:
-    ours, theirs = (jnp.asarray(unit_interval(each)) for each in (made, pixels))
-    return float(image_quality.psnr(ours, theirs).mean())
+    return _mean(image_quality.psnr, made, pixels)
 
 
-def _ssim(made: Pixels, pixels: Pixels) -> float:
+def _mean(quality: Callable[..., jax.Array], made: Pixels, pixels: Pixels) -> float:
     ours, theirs = (jnp.asarray(unit_interval(each)) for each in (made, pixels))
-    return float(image_quality.ssim(ours, theirs).mean())
+    return float(quality(ours, theirs).mean())
 
 
 def _cosine(a: Floats, b: Floats) -> Floats:

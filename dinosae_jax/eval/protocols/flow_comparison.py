@@ -13,13 +13,10 @@ import numpy as np
 from etils import epath
 
 from dinosae_jax.data import png
+from dinosae_jax.eval.protocols import scores
 from dinosae_jax.eval.protocols.photographs import Photographs
-from dinosae_jax.eval.protocols.scores import Score
 from dinosae_jax.inference.autoencoder import Autoencoder
 from dinosae_jax.inference.generator import Generator
-from dinosae_jax.runtime import sharding
-
-METRICS = ("frechet", "kernel", "class_of_image")
 
 
 class Setting(NamedTuple):
@@ -37,7 +34,7 @@ class Setting(NamedTuple):
     @property
     def key(self) -> str:
         """Its name in scores.json; what is as usual is left out."""
-        parts = [f"{self.arm}, seed {self.seed}, {self.sampler} {self.steps}"]
+        parts = [f"{scores.key_of(self.arm, self.seed)}, {self.sampler} {self.steps}"]
         parts += [f"guidance {self.guidance:g}"] if self.guidance != 1 else []
         parts += [f"step {self.step}"] if self.step else []
         parts += [f"radius x {self.radius:g}"] if self.radius != 1 else []
@@ -82,7 +79,8 @@ def settings(config: ml_collections.ConfigDict) -> list[Setting]:
     each_arm = tuple(itertools.product(config.order, seeds))
     of_arms = functools.partial(arm_setting, config)
     listed = [of_arms(*one, scale) for scale in config.guidances for one in each_arm]
-    listed += [of_arms(*one, 1.0, step) for step in earlier_steps(config) for one in each_arm]
+    steps = steps_of_training(config).values()
+    listed += [of_arms(*one, 1.0, step) for step in steps for one in each_arm]
     listed += [of_arms(arm, seeds[0]) for arm in config.once]
     listed += [sampler_setting(config, *x) for x in itertools.product(sweep.samplers, sweep.steps)]
     listed += [radius_setting(config, radius) for radius in sweep.radii]
@@ -90,10 +88,11 @@ def settings(config: ml_collections.ConfigDict) -> list[Setting]:
     return list(dict.fromkeys(listed))
 
 
-def earlier_steps(config: ml_collections.ConfigDict) -> list[int]:
-    """The steps of training before the last whose checkpoints are kept."""
-    every = config.base.checkpoint.milestones
-    return list(range(every, config.base.steps, every)) if every else []
+def steps_of_training(config: ml_collections.ConfigDict) -> dict[int, int]:
+    """Step whose checkpoint is kept -> the `step` of its setting; the last one's is 0."""
+    last, every = config.base.steps, config.base.checkpoint.milestones
+    earlier = range(every, last, every) if every else ()
+    return {step: step for step in earlier} | {last: 0}
 
 
 def measure(
@@ -101,18 +100,17 @@ def measure(
     folder: epath.Path,
     photographs: Photographs,
     setting: Setting,
-) -> Score:
+) -> scores.Score:
     """Draws samples of a setting, balanced over the classes, and compares them with photographs."""
-    workdir = folder / setting.arm / f"seed{setting.seed}"
+    workdir = scores.workdir_of(folder, setting.arm, setting.seed)
     generator = _generator(workdir / "checkpoints" / str(setting.step) if setting.step else workdir)
     radius = generator.convention.decode_radius
     assert radius is not None
     labels = np.arange(config.samples) % generator.num_classes
     if setting.decoder:
         generator = copy.copy(generator)
-        decoder = Autoencoder.load(setting.decoder).variables["decoder"]
-        placed = sharding.replicate(jax.device_get(decoder), generator.mesh)
-        generator.variables = {**generator.variables, "decoder": placed}
+        other = Autoencoder.load(setting.decoder, mesh=generator.mesh)
+        generator.variables = {**generator.variables, "decoder": other.variables["decoder"]}
     drawn = generator.sample(
         labels,
         key=jax.random.PRNGKey(setting.seed),

@@ -28,6 +28,16 @@ def recipe_of(
     return json.loads(json.dumps({**kept, "features": [network.name, network.sha256]}))
 
 
+def key_of(arm: str, seed: int) -> str:
+    """The name of a trained arm in scores.json; a flow's settings follow it."""
+    return f"{arm}, seed {seed}"
+
+
+def workdir_of(folder: epath.Path, arm: str, seed: int) -> epath.Path:
+    """The folder of the run of an arm with a seed, in that of its comparison."""
+    return folder / arm / f"seed{seed}"
+
+
 class Scores:
     """Scores by key."""
 
