@@ -329,7 +329,8 @@ def _validate_model(config: ml_collections.ConfigDict) -> None:
         )
     if not decoder.get("statistics"):
         return
-    if "flow" not in config and (decoder.statistics != "variance" or "stem" in config.trainable):
+    unknown = decoder.statistics != "variance" and not config.init_from  # which brings its own
+    if "flow" not in config and (unknown or "stem" in config.trainable):
         raise ValueError(
             "a decoder's statistics of latents are measured at the start of its training, as "
             "'variance', around a frozen stem; got "

@@ -68,6 +68,10 @@ def test_statistics_that_cannot_be_measured_are_refused(changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_decoder_that_is_trained_on_keeps_the_statistics_that_it_brings():
+    rules.validate(small(rae_decoder, init_from="w", **{"model.decoder.statistics": "deviation"}))
+
+
 @pytest.mark.slow
 def test_a_flow_runs_on_the_statistics_of_its_decoder(tmp_path):
     """Trained latents have mean 0 and deviation 1; samples are restored before decoding."""
